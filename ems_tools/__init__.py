@@ -1,0 +1,1 @@
+"""Compute, judge and keep empirical model statistics (EMS); the command line `ems`; the embedded model."""

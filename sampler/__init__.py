@@ -1,0 +1,49 @@
+"""DPM-Solver-v3 for any k-diffusion denoiser. Needs torch only.
+
+    from dpm_solver_v3.sampler import sample_dpm_solver_v3
+    x0 = sample_dpm_solver_v3(denoiser, noise * sigmas[0], sigmas)
+"""
+
+from .ems import EMS, EMSError
+from .schedules import (
+    EDM,
+    Flow,
+    NoiseSchedule,
+    VPContinuous,
+    VPDiscrete,
+    half_corrector_sigma,
+    karras,
+    quadratic_time,
+    uniform_lambda,
+    uniform_time,
+)
+from .settings import AUTO, DEFAULTS, DEFAULTS_WITH_EMS, Recommendation, RecommendationEntry, Settings
+from .solver import SamplingError, sample_dpm_solver_v3, settings_for
+from .space import Space
+from .wrapper import LambdaDenoiser
+
+__all__ = [
+    "AUTO",
+    "DEFAULTS",
+    "DEFAULTS_WITH_EMS",
+    "EDM",
+    "EMS",
+    "EMSError",
+    "Flow",
+    "LambdaDenoiser",
+    "NoiseSchedule",
+    "Recommendation",
+    "RecommendationEntry",
+    "SamplingError",
+    "Settings",
+    "Space",
+    "VPContinuous",
+    "VPDiscrete",
+    "half_corrector_sigma",
+    "karras",
+    "quadratic_time",
+    "sample_dpm_solver_v3",
+    "settings_for",
+    "uniform_lambda",
+    "uniform_time",
+]

@@ -1,0 +1,189 @@
+"""The solver's coefficients: integrals of l, s, b over each step, and what follows from them. Pure functions.
+
+In y = x0 + sigma n and lambda = -log sigma the ODE is dy/dlambda = -l y - f with f = (1 - l) y - D (paper, eq. 5-8
+for VP; restated for y). From node lambda_s, with integrals all starting at lambda_s,
+
+    L = int l,   S = int s,   B = int exp(-S) b,   E = exp(L + S),
+    g(lambda) = exp(-S) f - B,
+    y_t = exp(-L_t) [ y_s - C - sum_k J_k g_k ],   C = int E B,   J_k = int E (lambda - lambda_s)^k / k!
+
+where g_k approximates the k-th derivative of g at lambda_s (paper, eq. 11, 12 and appendix B). g_k is a linear
+combination of g at a few nodes, so every update is
+
+    y_t = decay y_s + offset + sum_j weight_j f_j
+
+with coefficients per channel (or element) that depend on the schedule alone. They are computed here, in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .ems import EMS
+
+__all__ = ["StepIntegrals", "Update", "data_prediction_step", "derivative_weights", "integrate_step", "make_update"]
+
+_GAUSS_POINTS = 6
+_LONGEST_PANEL = 0.25
+"""Six Gauss points on panels of at most 0.25 in lambda leave the quadrature error below 1e-13."""
+
+
+@dataclass(frozen=True)
+class StepIntegrals:
+    """Integrals over one step from lambda_s to lambda_t, each [C, ...] in float64.
+
+    `moments[k]` is exp(-L) J_k and `offset` is exp(-L) C of the module's formulas: scaled so that nothing overflows.
+    """
+
+    L: Tensor
+    S: Tensor
+    B: Tensor
+    offset: Tensor
+    moments: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Update:
+    """y_t = decay y_s + offset + sum_j weights[j] f_j, nodes in the order they were given; [C, ...] each, float64."""
+
+    decay: Tensor
+    offset: Tensor
+    weights: tuple[Tensor, ...]
+
+
+@lru_cache(maxsize=1)
+def _gauss() -> tuple[Tensor, Tensor, Tensor]:
+    """Nodes and weights on [0, 1], and the matrix that integrates from 0 to each node (collocation)."""
+    n = _GAUSS_POINTS
+    # Golub-Welsch: eigenvalues of the Jacobi matrix of the Legendre polynomials.
+    k = torch.arange(1, n, dtype=torch.float64)
+    beta = k / (4 * k**2 - 1).sqrt()
+    values, vectors = torch.linalg.eigh(torch.diag(beta, 1) + torch.diag(beta, -1))
+    nodes, weights = (values + 1) / 2, vectors[0] ** 2
+    powers = torch.arange(n, dtype=torch.float64)
+    vandermonde = nodes[:, None] ** powers
+    to_node = nodes[:, None] ** (powers + 1) / (powers + 1)
+    return nodes, weights, torch.linalg.solve(vandermonde.T, to_node.T).T
+
+
+def _panels(ems: EMS, lam_s: float, lam_t: float) -> Tensor:
+    """Ends of the quadrature panels: the step's ends, the statistics' knots inside it, and points in between."""
+    low, high = min(lam_s, lam_t), max(lam_s, lam_t)
+    grid = ems.lambdas.to(torch.float64)
+    knots = grid[(grid > low) & (grid < high)].tolist()
+    ends = [low, *knots, high]
+    points = [low]
+    for a, b in zip(ends, ends[1:]):
+        pieces = max(1, math.ceil((b - a) / _LONGEST_PANEL))
+        points += [a + (b - a) * (j + 1) / pieces for j in range(pieces)]
+    edges = torch.tensor(points, dtype=torch.float64)
+    return edges if lam_t >= lam_s else edges.flip(0)
+
+
+def integrate_step(ems: EMS, lam_s: float, lam_t: float, orders: int) -> StepIntegrals:
+    """Integrals of the module's formulas from `lam_s` to `lam_t` (either direction), J_0 .. J_{orders-1}."""
+    nodes, weights, to_node = _gauss()
+    edges = _panels(ems, lam_s, lam_t)
+    left, width = edges[:-1], edges.diff()
+    lam = left[:, None] + width[:, None] * nodes  # [panels, gauss]
+    shape = (len(left), len(nodes), *ems.l.shape[1:])
+    l, s, b = (v.reshape(shape) for v in ems.at(lam.flatten()))
+    tail = (1,) * (l.ndim - 2)
+    h = width.reshape(-1, 1, *tail)
+
+    def running(values: Tensor) -> tuple[Tensor, Tensor]:
+        """Integral from lam_s to each node, and to lam_t."""
+        whole = torch.tensordot(values, weights, dims=([1], [0])) * h[:, 0]
+        before = torch.cat([torch.zeros_like(whole[:1]), whole.cumsum(0)])
+        inside = torch.einsum("ij,pj...->pi...", to_node, values) * h
+        return before[:-1, None] + inside, before[-1]
+
+    def total(values: Tensor) -> Tensor:
+        return (torch.tensordot(values, weights, dims=([1], [0])) * h[:, 0]).sum(0)
+
+    L, L_t = running(l)
+    S, S_t = running(s)
+    B, B_t = running((-S).exp() * b)
+    E = (L - L_t + S).exp()
+    distance = (lam - lam_s).reshape(len(left), len(nodes), *tail)
+    moments = tuple(total(E * distance**k / math.factorial(k)) for k in range(orders))
+    return StepIntegrals(L_t, S_t, B_t, total(E * B), moments)
+
+
+def derivative_weights(lambdas: list[float], pseudo: bool) -> Tensor:
+    """Weights M [n, n] with g_k = sum_j M[k, j] g(lambda_j): derivatives 0 .. n-1 at the first of n nodes.
+
+    True: those of the interpolating polynomial, i.e. the solution of
+    sum_k (lambda_j - lambda_0)^k / k! g_k = g_j - g_0 (paper, eq. 13). Pseudo: k! times the k-th divided difference
+    of the first k + 1 nodes (paper, appendix D.1).
+    """
+    n = len(lambdas)
+    nodes = torch.tensor(lambdas, dtype=torch.float64) - lambdas[0]
+    scale = nodes.abs().max().item() or 1.0
+    nodes = nodes / scale
+    factorial = torch.tensor([math.factorial(k) for k in range(n)], dtype=torch.float64)
+    if pseudo:
+        weights = torch.zeros(n, n, dtype=torch.float64)
+        for k in range(n):
+            for j in range(k + 1):
+                others = torch.cat([nodes[:j], nodes[j + 1 : k + 1]])
+                weights[k, j] = 1 / (nodes[j] - others).prod()
+    else:
+        weights = torch.linalg.inv(nodes[:, None] ** torch.arange(n, dtype=torch.float64))
+    return weights * factorial[:, None] / scale ** torch.arange(n, dtype=torch.float64)[:, None]
+
+
+def make_update(
+    steps: list[StepIntegrals], lambdas: list[float], start: int, nodes: list[int], pseudo: bool
+) -> Update:
+    """The update from node `start` to `start + 1` with g expanded through `nodes` (the first is `start`).
+
+    Args:
+        steps: integrals of every step up to `start`, step i leading from node i to node i + 1.
+        lambdas: half log-SNR of every node.
+        nodes: indices of the evaluations used, at most len(steps[start].moments) of them.
+        pseudo: how derivatives are taken, see `derivative_weights`.
+    """
+    step = steps[start]
+    matrix = derivative_weights([lambdas[j] for j in nodes], pseudo)
+    combined = [
+        sum((step.moments[k] * matrix[k, j] for k in range(len(nodes))), torch.zeros_like(step.offset))
+        for j in range(len(nodes))
+    ]  # exp(-L) sum_k J_k M[k, j]
+    offset = -step.offset
+    weights = []
+    for j, node in enumerate(nodes):
+        S, B = _from_node(steps, start, node)
+        weights.append(-combined[j] * (-S).exp())
+        offset = offset + combined[j] * B
+    return Update((-step.L).exp(), offset, tuple(weights))
+
+
+def _from_node(steps: list[StepIntegrals], start: int, node: int) -> tuple[Tensor, Tensor]:
+    """S(lambda_node) and B(lambda_node), integrals beginning at lambda_start."""
+    S, B = torch.zeros_like(steps[start].S), torch.zeros_like(steps[start].B)
+    if node > start:
+        for i in range(start, node):
+            B = B + (-S).exp() * steps[i].B
+            S = S + steps[i].S
+    else:
+        for i in range(start - 1, node - 1, -1):
+            S = S - steps[i].S
+            B = B - (-S).exp() * steps[i].B
+    return S, B
+
+
+def data_prediction_step(level_s: float, level_t: float, alpha_s: float, alpha_t: float) -> tuple[float, float]:
+    """Factors (of x_s, of D) of the exact first-order data-prediction step in host space.
+
+    x_t = (n_t / n_s) x_s + (alpha_t - alpha_s n_t / n_s) D, with n the amplitude of the noise in x (the host's level).
+    It is the limit of the general step for l = 1, s = b = 0, finite where lambda is not: from t = 1 of a flow
+    (lambda = -inf) and to sigma = 0 (lambda = inf), where it returns D.
+    """
+    ratio = level_t / level_s
+    return ratio, alpha_t - alpha_s * ratio

@@ -1,0 +1,197 @@
+"""Noise schedules of the model families, and the paper's step schedules on them as plain lists of host levels.
+
+A noise schedule maps time to the host's noise level (see `space`). A step schedule of n steps is a float64 tensor
+[n + 1] of levels. It ends at the schedule's smallest level, as in the paper, or with `to_zero=True` at 0: then the
+first n levels reach the smallest one and the last step goes to 0, as k-diffusion and the hosts do. Both cost n calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .space import Space
+
+__all__ = [
+    "EDM",
+    "Flow",
+    "NoiseSchedule",
+    "VPContinuous",
+    "VPDiscrete",
+    "half_corrector_sigma",
+    "karras",
+    "quadratic_time",
+    "uniform_lambda",
+    "uniform_time",
+]
+
+
+class NoiseSchedule(Protocol):
+    """Time in [time_min, time_max], larger is noisier, and the host's level there."""
+
+    @property
+    def space(self) -> Space: ...
+    @property
+    def time_min(self) -> float: ...
+    @property
+    def time_max(self) -> float: ...
+    def level_at(self, time: Tensor) -> Tensor:
+        """Host level in float64 at `time`, any shape."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class VPDiscrete:
+    """N trained time steps with cumulative alpha-bar [N] (Stable Diffusion, DDPM); time (k + 1) / N is step k.
+
+    Between the trained steps log sigma is linear in time, as in k-diffusion's DiscreteSchedule.
+    """
+
+    alphas_cumprod: Tensor
+
+    def __post_init__(self) -> None:
+        a = self.alphas_cumprod
+        if a.ndim != 1 or len(a) < 2 or not ((a > 0) & (a < 1)).all() or not (a.diff() < 0).all():
+            raise ValueError("alphas_cumprod must be a decreasing tensor [N] of values in (0, 1)")
+
+    space = Space.SIGMA
+    time_max = 1.0
+
+    @property
+    def time_min(self) -> float:
+        """Time of the first trained step."""
+        return 1 / len(self.alphas_cumprod)
+
+    @classmethod
+    def linear(cls, beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000, sqrt: bool = True) -> VPDiscrete:
+        """Linear betas; `sqrt` for "scaled linear", i.e. linear in sqrt(beta). The defaults are Stable Diffusion's."""
+        ends = (beta_start**0.5, beta_end**0.5) if sqrt else (beta_start, beta_end)
+        betas = torch.linspace(*ends, steps, dtype=torch.float64)
+        return cls((1 - (betas**2 if sqrt else betas)).cumprod(0))
+
+    def level_at(self, time: Tensor) -> Tensor:
+        """sigma at `time` in [1 / N, 1]."""
+        a = self.alphas_cumprod.to(torch.float64)
+        log_sigma = ((1 - a) / a).log() / 2
+        position = (time.to(torch.float64) * len(a) - 1).clamp(0, len(a) - 1)
+        low = position.floor().long().clamp(max=len(a) - 2)
+        return torch.lerp(log_sigma[low], log_sigma[low + 1], position - low).exp()
+
+
+@dataclass(frozen=True)
+class VPContinuous:
+    """The VP SDE with linear beta(t) (ScoreSDE): log alpha = -(beta_1 - beta_0) t^2 / 4 - beta_0 t / 2."""
+
+    beta_0: float = 0.1
+    beta_1: float = 20.0
+    time_min: float = 1e-3
+    time_max: float = 1.0
+    space = Space.SIGMA
+
+    def level_at(self, time: Tensor) -> Tensor:
+        """sigma at `time`."""
+        t = time.to(torch.float64)
+        return torch.expm1((self.beta_1 - self.beta_0) * t**2 / 2 + self.beta_0 * t).sqrt()
+
+
+@dataclass(frozen=True)
+class EDM:
+    """Karras et al. 2022: time is sigma itself."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    space = Space.SIGMA
+
+    @property
+    def time_min(self) -> float:
+        """sigma_min."""
+        return self.sigma_min
+
+    @property
+    def time_max(self) -> float:
+        """sigma_max."""
+        return self.sigma_max
+
+    def level_at(self, time: Tensor) -> Tensor:
+        """sigma at `time`, the same number."""
+        return time.to(torch.float64)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Rectified flow x = (1 - t) x0 + t n; `shift` moves the steps towards noise as in SD3: s u / (1 + (s - 1) u)."""
+
+    shift: float = 1.0
+    time_min: float = 1e-3
+    time_max: float = 1.0
+    space = Space.FLOW
+
+    def level_at(self, time: Tensor) -> Tensor:
+        """t at unshifted `time`."""
+        u = time.to(torch.float64)
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+
+def half_corrector_sigma(schedule: NoiseSchedule) -> float:
+    """sigma at time 0.5: `corrector_below` for the paper's half corrector ("t <= 0.5")."""
+    level = schedule.level_at(torch.tensor(0.5, dtype=torch.float64))
+    return math.exp(-schedule.space.lambda_of(level).item())
+
+
+def uniform_time(schedule: NoiseSchedule, n: int, *, to_zero: bool = False) -> Tensor:
+    """Steps uniform in time: the paper's choice for latents and large images [time_uniform]."""
+    return _assemble(lambda u: schedule.level_at(_line(schedule.time_max, schedule.time_min, u)), n, to_zero)
+
+
+def quadratic_time(schedule: NoiseSchedule, n: int, *, to_zero: bool = False) -> Tensor:
+    """Steps uniform in the square root of time (DDIM's quadratic spacing) [time_quadratic]."""
+    ends = schedule.time_max**0.5, schedule.time_min**0.5
+    return _assemble(lambda u: schedule.level_at(_line(*ends, u) ** 2), n, to_zero)
+
+
+def uniform_lambda(schedule: NoiseSchedule, n: int, *, to_zero: bool = False) -> Tensor:
+    """Steps uniform in lambda, the half log-SNR: the paper's choice for small images [logSNR].
+
+    A flow schedule that starts at t = 1, where lambda is -inf, gets its first node there and the others uniform
+    from t = 0.999 on.
+    """
+    high, low = _ends(schedule)
+    start = min(high, 0.999) if schedule.space is Space.FLOW else high
+    lam = schedule.space.lambda_of(torch.tensor([start, low], dtype=torch.float64)).tolist()
+    levels = _assemble(lambda u: schedule.space.level_of(_line(lam[0], lam[1], u)), n, to_zero)
+    if n > 0:
+        levels[0] = high
+    return levels
+
+
+def karras(schedule: NoiseSchedule, n: int, *, rho: float = 7.0, to_zero: bool = False) -> Tensor:
+    """Karras et al. 2022, eq. 5, between the schedule's ends, in the host's level [edm]."""
+    high, low = _ends(schedule)
+    return _assemble(lambda u: _line(high ** (1 / rho), low ** (1 / rho), u) ** rho, n, to_zero)
+
+
+def _ends(schedule: NoiseSchedule) -> tuple[float, float]:
+    times = torch.tensor([schedule.time_max, schedule.time_min], dtype=torch.float64)
+    high, low = schedule.level_at(times).tolist()
+    return high, low
+
+
+def _line(start: float, end: float, u: Tensor) -> Tensor:
+    return start + (end - start) * u
+
+
+def _assemble(levels: Callable[[Tensor], Tensor], n: int, to_zero: bool) -> Tensor:
+    """Evaluate `levels` on [0, 1] at n + 1 points, or at n points followed by 0."""
+    if n < 0:
+        raise ValueError(f"the number of steps must be at least 0, not {n}")
+    if n == 0:
+        return torch.empty(0, dtype=torch.float64)
+    points = n if to_zero else n + 1
+    u = torch.linspace(0, 1, points, dtype=torch.float64) if points > 1 else torch.zeros(1, dtype=torch.float64)
+    values = levels(u)
+    return torch.cat([values, values.new_zeros(1)]) if to_zero else values

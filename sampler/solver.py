@@ -1,0 +1,200 @@
+"""DPM-Solver-v3 as a k-diffusion sampler function.
+
+The loop is algorithm 2 of the paper (arXiv 2310.13268) in sigma space; the coefficients come from `plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .coefficients import Update
+from .ems import EMS
+from .plan import DataStep, Plan, check_levels, make_plan
+from .settings import AUTO, DEFAULTS, DEFAULTS_WITH_EMS, Corrector, Predictor, Settings, resolve_settings
+from .space import Space
+
+__all__ = ["SamplingError", "sample_dpm_solver_v3", "settings_for"]
+
+_NO_EMS = EMS.degenerate()
+
+
+class SamplingError(RuntimeError):
+    """Sampling cannot go on; the message says at which step and what to do."""
+
+
+@torch.no_grad()
+def sample_dpm_solver_v3(
+    model: Callable[..., Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    disable: bool | None = None,
+    *,
+    ems: EMS | None = None,
+    space: Space | str = Space.SIGMA,
+    order: int | str = AUTO,
+    predictor: Predictor | str = AUTO,
+    corrector: Corrector | str = AUTO,
+    corrector_below: float | str = AUTO,
+    lower_order_final: bool | str = AUTO,
+    strength: float | str = AUTO,
+) -> Tensor:
+    """Solve the probability-flow ODE from sigmas[0] to sigmas[-1] with one call of `model` per step.
+
+    Args:
+        model: denoiser D(x, sigma, **extra_args): x [B, C, ...] and sigma [B] to the predicted clean x0 [B, C, ...],
+            guidance included. Any k-diffusion denoiser, a ComfyUI or WebUI model, or a plain function.
+        x: [B, C, ...] start; noise times sigmas[0] for text to image. CPU or GPU, any float dtype; half-precision
+            states are summed in float32 and handed to the model in their own dtype.
+        sigmas: [n + 1] noise levels as the host counts them, followed exactly as given (a repeated value is one
+            node). They fall, to 0 or to any level above; fewer than two return x as it came. A rising schedule
+            between finite lambdas solves the ODE backwards.
+        extra_args: keyword arguments for `model`.
+        callback: called once a step with `x`, `i`, `sigma`, `sigma_hat`, `denoised`.
+        disable: hide the progress bar (as in k-diffusion).
+        ems: the model's statistics; None is data prediction (multistep DPM-Solver++ with a corrector at option).
+        space: "sigma" for x = x0 + sigma n; "flow" for x = (1 - t) x0 + t n with sigmas = t.
+        order, predictor, corrector, corrector_below, lower_order_final, strength: see `Settings`. At "auto" they
+            follow the recommendation stored with the statistics, else measured defaults.
+
+    Returns:
+        x [B, C, ...] at sigmas[-1], in x's dtype.
+
+    Raises:
+        ValueError: sigmas or an option that cannot be used.
+        EMSError: statistics that do not fit x.
+        SamplingError: the model returned values that are not finite.
+    """
+    space = Space.of(space)
+    levels = _levels(sigmas, space)
+    chosen = {
+        "order": order,
+        "predictor": predictor,
+        "corrector": corrector,
+        "corrector_below": corrector_below,
+        "lower_order_final": lower_order_final,
+        "strength": strength,
+    }
+    settings = settings_for(levels, space, ems, chosen)
+    if ems is not None:
+        ems.check_fits(x.shape)
+    if len(levels) < 2:
+        return x
+    plan = make_plan(tuple(levels.tolist()), space, _NO_EMS if ems is None else ems, settings)
+    return _run(plan, levels, model, x, extra_args or {}, callback, disable)
+
+
+def settings_for(levels: Tensor, space: Space, ems: EMS | None, chosen: dict[str, Any]) -> Settings:
+    """The settings that sampling would use: user's choices, else the recommendation, else the defaults."""
+    recommended = None
+    if ems is not None and ems.recommendation is not None:
+        lambdas = space.lambda_of(levels)
+        recommended = ems.recommendation.best_for(lambdas[lambdas.isfinite()].tolist())
+    return resolve_settings(DEFAULTS if ems is None else DEFAULTS_WITH_EMS, recommended, chosen)
+
+
+def _levels(sigmas: Tensor, space: Space) -> Tensor:
+    """The schedule [n + 1] in float64 on the CPU, repeated values merged. Raises ValueError."""
+    if not isinstance(sigmas, Tensor) or sigmas.ndim != 1:
+        raise ValueError(f"sigmas must be a tensor [n + 1], not {getattr(sigmas, 'shape', type(sigmas).__name__)}")
+    levels = torch.unique_consecutive(sigmas.detach().to("cpu", torch.float64))
+    if len(levels) > 1:
+        check_levels(levels, space)
+    return levels
+
+
+def _run(
+    plan: Plan,
+    levels: Tensor,
+    model: Callable[..., Tensor],
+    x: Tensor,
+    extra_args: dict[str, Any],
+    callback: Callable[[dict[str, Any]], None] | None,
+    disable: bool | None,
+) -> Tensor:
+    host_dtype = x.dtype
+    dtype = torch.float32 if host_dtype in (torch.float16, torch.bfloat16) else host_dtype
+    levels = levels.to(x.device, dtype)
+    ones = x.new_ones(x.shape[0])
+    history: dict[int, Tensor] = {}  # node -> f
+    x, x_before = x.to(dtype), x
+    for i in _progress(len(plan.steps), disable):
+        step = plan.steps[i]
+        x_host = x.to(host_dtype)
+        denoised = model(x_host, levels[i] * ones, **extra_args)
+        if not denoised.sum(dtype=torch.float32).isfinite():
+            _check_finite(denoised, i, plan)
+        if callback is not None:
+            callback({"x": x_host, "i": i, "sigma": levels[i], "sigma_hat": levels[i], "denoised": denoised})
+        denoised = denoised.to(dtype)
+        if isinstance(step.predictor, DataStep):
+            x_before, x = x, _data_step(step.predictor, x, denoised)
+            history.clear()
+            continue
+        history[i] = _nonlinear_term(_coefficient(step.x_slope, x), x, denoised)
+        if step.corrector is not None:
+            x = _combine(step.corrector.update, x_before, [history[j] for j in step.corrector.nodes])
+        x_before, x = x, _combine(step.predictor.update, x, [history[j] for j in step.predictor.nodes])
+        for j in [j for j in history if j <= i - plan.keep]:
+            del history[j]
+    return x.to(host_dtype)
+
+
+def _coefficient(value: Tensor, like: Tensor) -> Tensor | float:
+    """A coefficient [C, ...] ready to multiply [B, C, ...]; a plain number where all channels share it."""
+    if value.numel() == 1:
+        return value.item()
+    value = value.reshape(value.shape + (1,) * (like.ndim - 1 - value.ndim))
+    return value.to(like.device, like.dtype)
+
+
+def _nonlinear_term(slope: Tensor | float, x: Tensor, denoised: Tensor) -> Tensor:
+    """f = (1 - l) y - D, with slope (1 - l) / alpha for the host's x = alpha y (paper, eq. 7)."""
+    if isinstance(slope, float):
+        return denoised.neg() if slope == 0 else torch.sub(slope * x, denoised)
+    return (slope * x).sub_(denoised)
+
+
+def _combine(update: Update, x: Tensor, fs: Iterable[Tensor]) -> Tensor:
+    """decay x + offset + sum_j weight_j f_j."""
+    decay, offset = _coefficient(update.decay, x), _coefficient(update.offset, x)
+    out = x * decay
+    if isinstance(offset, Tensor) or offset != 0:
+        out += offset
+    for f, weight in zip(fs, update.weights, strict=True):
+        w = _coefficient(weight, x)
+        if isinstance(w, float):
+            out.add_(f, alpha=w)
+        else:
+            out.addcmul_(f, w)
+    return out
+
+
+def _data_step(step: DataStep, x: Tensor, denoised: Tensor) -> Tensor:
+    if step.x_factor == 0 and step.denoised_factor == 1:
+        return denoised
+    return step.x_factor * x + step.denoised_factor * denoised
+
+
+def _check_finite(denoised: Tensor, i: int, plan: Plan) -> None:
+    bad = int((~torch.isfinite(denoised)).sum().item())
+    if bad:
+        raise SamplingError(
+            f"the model returned {bad} of {denoised.numel()} values that are not finite (NaN or infinity) at step {i + 1} of "
+            f"{len(plan.steps)}, sigma = {plan.levels[i]:.4g}. The sampler did not cause this: try the model in float32 "
+            f"or bfloat16, a lower guidance scale, or without the LoRA or attention patch in use"
+        )
+
+
+def _progress(n: int, disable: bool | None) -> Iterable[int]:
+    """k-diffusion's progress bar where tqdm is installed (every host has it), else a plain range."""
+    try:
+        from tqdm.auto import trange
+    except ImportError:
+        return range(n)
+    return trange(n, disable=disable)
