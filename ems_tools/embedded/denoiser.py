@@ -80,6 +80,10 @@ class GuidedDenoiser(nn.Module):
         self.register_buffer("labels", torch.tensor([NULL_CLASS]) if labels is None else labels.clone())
         self.labels: Tensor
 
+    def for_samples(self, samples: list[int]) -> GuidedDenoiser:
+        """The denoiser for a batch made of these samples, sample k having labels[k mod n]."""
+        return GuidedDenoiser(self.network, self.labels[torch.tensor(samples) % len(self.labels)], self.guidance)
+
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         """x [B, 3, 32, 32], sigma [B] to x0."""
         n = len(x)

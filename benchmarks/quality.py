@@ -1,0 +1,304 @@
+"""Few-step error of DPM-Solver-v3 against the samplers of published libraries, on the embedded model.
+
+    python benchmarks/quality.py [--noises 64] [--quick] [--json out/quality.json]
+
+Every run starts from the same noise and makes the same number of denoiser evaluations. Each method's schedule, the
+best rival and our best setting are chosen on selection noise; the errors are measured on evaluation noise that took no
+part in the choice. Choices go by the geometric mean of the per-sample mean squared error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import OUT, SCHEDULES, Problem, bootstrap_ratio, geometric_mean, per_sample_error, summary
+from rivals import RIVALS, Rival
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dpm_solver_v3.sampler import EMS, sample_dpm_solver_v3
+
+OURS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "order 2": {"order": 2, "corrector": "none", "strength": 1.0},
+    "order 2, pseudo corrector": {"order": 2, "corrector": "pseudo", "strength": 1.0},
+    "order 3": {"order": 3, "corrector": "none", "strength": 1.0},
+    "order 3, pseudo corrector": {"order": 3, "corrector": "pseudo", "strength": 1.0},
+}
+"""Our settings; "auto" follows the file's recommendation, or the defaults without a file."""
+WITH, WITHOUT = "v3 + EMS: ", "v3 without EMS: "
+SELECTION_SEED, EVALUATION_SEED = 1, 2
+HOPELESS = 4.0
+"""A rival this many times worse than the best one on the first selection noise goes no further."""
+FINALISTS = 3
+"""Schedules of a method that stay for the rest of the selection noise."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The size of a run."""
+
+    guidances: tuple[float, ...] = (1.0, 2.0, 4.0, 7.5)
+    steps: tuple[int, ...] = (5, 6, 8, 10)
+    schedules: tuple[str, ...] = tuple(SCHEDULES)
+    rivals: tuple[str, ...] = tuple(RIVALS)
+    ours: tuple[str, ...] = tuple(OURS)
+    first: int = 5
+    selection: int = 18
+    noises: int = 64
+    batch: int = 32
+    reference_steps: int = 200
+    target: str = "clean"
+
+
+QUICK = Plan(
+    guidances=(1.0, 4.0),
+    steps=(5, 10),
+    schedules=("uniform_lambda", "uniform_lambda_to_zero", "uniform_time", "karras_to_zero"),
+    rivals=("dpmpp_2m", "unipc_bh1_2", "unipc_bh2_3", "deis_3", "ipndm"),
+    ours=("auto", "order 3"),
+    first=2,
+    selection=3,
+    noises=6,
+    reference_steps=60,
+)
+
+
+class Counted(nn.Module):
+    """A denoiser that moves the progress bar by the images that pass through the network."""
+
+    def __init__(self, denoiser: nn.Module, bar: tqdm) -> None:
+        super().__init__()
+        self.denoiser, self.bar = denoiser, bar
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        self.bar.update(len(x) * (1 if self.denoiser.guidance == 1 else 2))
+        return self.denoiser(x, sigma)
+
+
+@dataclass
+class Cell:
+    """One guidance scale and number of steps: what was measured and chosen there."""
+
+    guidance: float
+    steps: int
+    methods: dict[str, Rival]
+    selection: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # (method, schedule) -> errors
+    evaluation: dict[str, Tensor] = field(default_factory=dict)  # method -> errors, at its chosen schedule
+    chosen: dict[str, str] = field(default_factory=dict)  # method -> schedule
+
+    @property
+    def cost(self) -> int:
+        """Network evaluations per sample and run."""
+        return self.steps * (1 if self.guidance == 1 else 2)
+
+    def ranked(self, method: str) -> list[str]:
+        """The schedules of a method, those seen on most selection noise first, then by error."""
+        mine = [(s, e) for (m, s), e in self.selection.items() if m == method]
+        return [s for s, _ in sorted(mine, key=lambda p: (-len(p[1]), geometric_mean(p[1]).item()))]
+
+    def best(self, names: list[str]) -> str:
+        """The method with the lowest error on selection noise, at its chosen schedule."""
+        return min(names, key=lambda m: geometric_mean(self.selection[m, self.chosen[m]]).item())
+
+    def surviving(self, prefix: str) -> list[str]:
+        """Evaluated methods whose name starts so; with "" the rivals."""
+        return [m for m in self.evaluation if (m.startswith(prefix) if prefix else m in RIVALS)]
+
+
+def load_ems(path: Path | None) -> Callable[[float], EMS | None]:
+    """guidance -> statistics, of the file given or shipped; None everywhere without a file."""
+    found = [path] if path else sorted((Path(__file__).resolve().parents[1] / "stats").glob("*.ems.safetensors"))
+    if not found:
+        return lambda guidance: None
+    from dpm_solver_v3.ems_tools.file import load_ems_file
+
+    return load_ems_file(found[0]).at
+
+
+def methods_at(plan: Plan, ems: EMS | None) -> dict[str, Rival]:
+    """Every method of the run for one guidance scale."""
+    methods: dict[str, Rival] = {name: RIVALS[name] for name in plan.rivals}
+    for name in plan.ours:
+        methods[WITHOUT + name] = partial(_ours, None, OURS[name])
+        if ems is not None:
+            methods[WITH + name] = partial(_ours, ems, OURS[name])
+    return methods
+
+
+def _ours(ems: EMS | None, options: dict[str, Any], denoiser: nn.Module, x: Tensor, sigmas: Tensor) -> Tensor:
+    return sample_dpm_solver_v3(denoiser, x, sigmas, disable=True, ems=ems, **options)
+
+
+def errors_of(plan: Plan, problem: Problem, cell: Cell, method: str, schedule: str, samples: range) -> Tensor:
+    """Per-sample errors [n] of one method on one schedule."""
+    sigmas = SCHEDULES[schedule](cell.steps)
+    parts = []
+    for chunk in _chunks(samples, plan.batch):
+        x = cell.methods[method](problem.denoiser(chunk, cell.guidance), problem.start(chunk), sigmas)
+        target = problem.reference(chunk, cell.guidance).end_of(sigmas, plan.target)
+        parts.append(per_sample_error(x, target))
+    return torch.cat(parts)
+
+
+def _chunks(samples: range, size: int) -> Iterator[range]:
+    for i in range(0, len(samples), size):
+        yield samples[i : i + size]
+
+
+def select(plan: Plan, problem: Problem, cell: Cell) -> None:
+    """Choose a schedule for every method on selection noise."""
+    for method in cell.methods:
+        for schedule in plan.schedules:
+            first = errors_of(plan, problem, cell, method, schedule, range(plan.first))
+            cell.selection[method, schedule] = first
+    score = {m: geometric_mean(cell.selection[m, cell.ranked(m)[0]]).item() for m in cell.methods}
+    limit = HOPELESS * min(score[m] for m in plan.rivals)
+    rest = range(plan.first, plan.selection)
+    for method in cell.methods:
+        if method in plan.rivals and not score[method] <= limit:
+            continue
+        for schedule in cell.ranked(method)[:FINALISTS]:
+            more = errors_of(plan, problem, cell, method, schedule, rest)
+            cell.selection[method, schedule] = torch.cat([cell.selection[method, schedule], more])
+        cell.chosen[method] = cell.ranked(method)[0]
+
+
+def evaluate(plan: Plan, problem: Problem, cell: Cell) -> None:
+    """Errors on evaluation noise of every method that was not dropped."""
+    for method, schedule in cell.chosen.items():
+        cell.evaluation[method] = errors_of(plan, problem, cell, method, schedule, range(plan.noises))
+
+
+def check_references(plan: Plan, problem: Problem) -> list[dict[str, float]]:
+    """How far the solutions with `reference_steps` and with twice as many differ, on one chunk per guidance."""
+    rows = []
+    samples = range(9)
+    for guidance in plan.guidances:
+        coarse, fine = (problem.reference(samples, guidance, plan.reference_steps * k) for k in (1, 2))
+        error = per_sample_error(coarse.clean, fine.clean)
+        rows.append({"guidance": guidance, "mean": error.mean().item(), "largest": error.max().item()})
+    return rows
+
+
+def report(cell: Cell) -> dict[str, Any]:
+    """The cell's numbers: every method, and ours against the best rival."""
+    rivals = cell.surviving("")
+    best = cell.best(rivals)
+    hindsight = min(rivals, key=lambda m: geometric_mean(cell.evaluation[m]).item())
+    ours: dict[str, Any] = {}
+    for prefix in (WITH, WITHOUT):
+        mine = cell.surviving(prefix)
+        for label, name in (("as recommended", prefix + "auto"), ("best setting", cell.best(mine) if mine else "")):
+            if name in mine:
+                ours[prefix + label] = {
+                    "method": name,
+                    "schedule": cell.chosen[name],
+                    "ratio": bootstrap_ratio(cell.evaluation[name], cell.evaluation[best]),
+                    "ratio_to_best_in_hindsight": bootstrap_ratio(cell.evaluation[name], cell.evaluation[hindsight]),
+                }
+    methods = {m: {"schedule": cell.chosen[m], **summary(e)} for m, e in cell.evaluation.items()}
+    return {
+        "guidance": cell.guidance,
+        "steps": cell.steps,
+        "best_rival": {"method": best, "schedule": cell.chosen[best]},
+        "best_rival_in_hindsight": {"method": hindsight, "schedule": cell.chosen[hindsight]},
+        "ours": ours,
+        "methods": methods,
+        "dropped": [m for m in cell.methods if m not in cell.chosen],
+    }
+
+
+def print_cell(row: dict[str, Any]) -> None:
+    """One cell as text."""
+    best, methods = row["best_rival"], row["methods"]
+    rival = methods[best["method"]]
+    print(
+        f"\nguidance {row['guidance']:g}, {row['steps']} steps: best rival {best['method']} on {best['schedule']}, "
+        f"error {rival['geometric_mean']:.3g} (geometric mean), {rival['mean']:.3g} (mean)"
+    )
+    for name, our in row["ours"].items():
+        mine, ratio = methods[our["method"]], our["ratio"]
+        geometric, mean = ("{:.3f} [{:.3f}, {:.3f}]".format(*ratio[k]) for k in ("geometric_mean", "mean"))
+        setting = our["method"].split(": ", 1)[1]
+        print(f"  {name:<31} {mine['geometric_mean']:.3g}, {mine['mean']:.3g}  ratio {geometric}, of means {mean}")
+        print(f"  {'':<31} {setting}; {our['schedule']}")
+
+
+def _expected(plan: Plan, cells: list[Cell], problems: list[Problem]) -> int:
+    """About how many network evaluations the run takes: cached solutions cost nothing, dropped methods are not known."""
+    total = 0
+    for cell in cells:
+        runs = len(cell.methods) * (len(plan.schedules) * plan.first + plan.noises)
+        runs += len(cell.methods) * min(FINALISTS, len(plan.schedules)) * (plan.selection - plan.first)
+        total += runs * cell.cost
+    for guidance in plan.guidances:
+        for problem, count in zip(problems, (plan.selection, plan.noises), strict=True):
+            if not problem.is_cached(range(count), guidance):
+                total += math.ceil(count / 9) * 9 * plan.reference_steps * (1 if guidance == 1 else 2)
+        if not problems[0].is_cached(range(9), guidance, 2 * plan.reference_steps):
+            total += 9 * 2 * plan.reference_steps * (1 if guidance == 1 else 2)
+    return total
+
+
+def _arguments() -> tuple[Plan, argparse.Namespace]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small run that shows the program works")
+    parser.add_argument("--noises", type=int, help="evaluation samples (64)")
+    parser.add_argument("--selection", type=int, help="selection samples (18)")
+    parser.add_argument("--batch", type=int, help="samples in a batch (32)")
+    parser.add_argument("--target", choices=("clean", "end"), help="compare with the picture at sigma = 0 (clean, "
+                        "default), or with the solution at the level where the schedule ends (end; the paper's measure)")
+    parser.add_argument("--ems", type=Path, help="statistics (stats/*.ems.safetensors)")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--json", type=Path, default=OUT / "quality.json", help="where the numbers go")
+    args = parser.parse_args()
+    plan = QUICK if args.quick else Plan()
+    given = {k: getattr(args, k) for k in ("noises", "selection", "batch", "target") if getattr(args, k) is not None}
+    plan = Plan(**{**plan.__dict__, **given})
+    if not (plan.noises >= 2 and plan.selection >= plan.first and plan.batch >= 1):
+        parser.error(f"needs at least 2 noises, {plan.first} selection samples and a batch of 1")
+    return plan, args
+
+
+def main() -> None:
+    plan, args = _arguments()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    ems_at = load_ems(args.ems)
+    with tqdm(unit="image", unit_scale=True, file=sys.stderr, smoothing=0) as bar:
+        wrap = partial(Counted, bar=bar)
+        choosing = Problem(SELECTION_SEED, plan.reference_steps, wrap)
+        judging = Problem(EVALUATION_SEED, plan.reference_steps, wrap)
+        cells = [Cell(g, n, methods_at(plan, ems_at(g))) for g in plan.guidances for n in plan.steps]
+        bar.total = _expected(plan, cells, [choosing, judging])
+        convergence = check_references(plan, choosing)
+        for cell in cells:
+            bar.set_description(f"guidance {cell.guidance:g}, {cell.steps} steps")
+            select(plan, choosing, cell)
+            evaluate(plan, judging, cell)
+    rows = [report(cell) for cell in cells]
+    for check in convergence:
+        print(
+            f"guidance {check['guidance']:g}: solutions of {plan.reference_steps} and {2 * plan.reference_steps} steps "
+            f"differ by {check['mean']:.2g} in mean square, at most {check['largest']:.2g}"
+        )
+    for row in rows:
+        print_cell(row)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    result = {"weights": judging.weights_hash, "plan": plan.__dict__, "convergence": convergence, "cells": rows}
+    args.json.write_text(json.dumps(result, indent=1))
+    print(f"\nwritten to {args.json}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Moments of (y, D, D') and of the Jacobian's diagonal: all that l, s and b need, in sums that add up.
+
+Per grid point lambda_i, with f = (1 - l) y - D and f' its total derivative along the ODE (paper, eq. 10 and 12; method in
+`sampler.coefficients`),
+
+    l = E[diag(I - dD/dy)]                                                   from v * (J v), v random signs
+    f' = -l' y + (1 - l)(D - y) - D' = p y + q D - D',   p = -l' - (1 - l),  q = 1 - l
+    s = Cov(f, f') / Var(f),   b = E[f'] - s E[f]
+
+f and f' are linear in y, D, D', so nine sums suffice. They are kept for several groups of samples (sample k belongs to
+group k mod G): the spread between groups gives standard errors (jackknife), for any batch size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["MOMENTS", "MergeError", "Moments", "Statistics", "smoothed_slope"]
+
+MOMENTS = ("y", "D", "D'", "yy", "yD", "DD", "yD'", "DD'", "vJv")
+SMOOTHING = 0.4
+"""Half width in lambda of the local cubic fit that gives the slope l' (the paper: an 11-point moving average)."""
+
+
+class MergeError(ValueError):
+    """Moments that cannot be added; the message says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """l, s, b [N+1, C, ...] in float64 and their standard errors (NaN with fewer than two groups)."""
+
+    l: Tensor  # noqa: E741 (the paper's name)
+    s: Tensor
+    b: Tensor
+    l_se: Tensor
+    s_se: Tensor
+    b_se: Tensor
+
+    def worst_error(self) -> float:
+        """The largest of the root-mean-square standard errors of l, s and b."""
+        return max(e.square().mean().sqrt().item() for e in (self.l_se, self.s_se, self.b_se))
+
+
+@dataclass(eq=False)
+class Moments:
+    """Sums over samples, changed in place by `add`.
+
+    Args:
+        lambdas: [N+1] grid, float64.
+        count: [G] samples per group, float64.
+        sums: [9, G, N+1, C] (or [9, G, N+1, C, *spatial] per element) in the order of `MOMENTS`, float64; per
+            channel each sample contributes its mean over positions.
+    """
+
+    lambdas: Tensor
+    count: Tensor
+    sums: Tensor
+
+    @classmethod
+    def empty(cls, lambdas: Tensor, shape: tuple[int, ...], per_element: bool = False, groups: int = 32) -> Moments:
+        """No samples yet, for latents of `shape` [C, ...]."""
+        kept = shape if per_element else shape[:1]
+        sums = torch.zeros(len(MOMENTS), groups, len(lambdas), *kept, dtype=torch.float64)
+        return cls(lambdas.to(torch.float64), torch.zeros(groups, dtype=torch.float64), sums)
+
+    @property
+    def samples(self) -> int:
+        """How many samples are in."""
+        return int(self.count.sum().item())
+
+    @property
+    def per_element(self) -> bool:
+        """Whether positions are kept apart."""
+        return self.sums.ndim > 4
+
+    def add(self, samples: list[int], values: Tensor) -> None:
+        """Add the moments [9, B, N+1, C, ...] of the samples with these indices."""
+        groups = torch.tensor(samples) % len(self.count)
+        self.count.index_add_(0, groups, torch.ones(len(samples), dtype=torch.float64))
+        self.sums.index_add_(1, groups, values.to("cpu", torch.float64))
+
+    def merged(self, other: Moments) -> Moments:
+        """The sum of two disjoint sets of samples. Raises MergeError unless grids and shapes agree."""
+        if self.lambdas.shape != other.lambdas.shape or not torch.equal(self.lambdas, other.lambdas):
+            raise MergeError("the grids of lambda differ: only statistics computed on the same grid can be added")
+        if self.sums.shape != other.sums.shape:
+            mine, theirs = tuple(self.sums.shape[3:]), tuple(other.sums.shape[3:])
+            raise MergeError(f"the shapes differ: {mine} and {theirs} (channels, positions) or the number of groups")
+        return Moments(self.lambdas, self.count + other.count, self.sums + other.sums)
+
+    def statistics(self) -> Statistics:
+        """l, s, b from all samples, and jackknife standard errors over the groups in use."""
+        if self.samples == 0:
+            raise ValueError("no samples yet")
+        total, count = self.sums.sum(1), self.count.sum()
+        values = _solve(self.lambdas, total / count)
+        used = (self.count > 0).nonzero().flatten().tolist()
+        if len(used) < 2:
+            nan = torch.full_like(values[0], torch.nan)
+            return Statistics(*values, nan, nan, nan)
+        squares = [torch.zeros_like(v) for v in values]
+        means = [torch.zeros_like(v) for v in values]
+        for n, g in enumerate(used, 1):  # Welford: one leave-one-out estimate in memory at a time
+            left_out = _solve(self.lambdas, (total - self.sums[:, g]) / (count - self.count[g]))
+            for value, mean, square in zip(left_out, means, squares, strict=True):
+                delta = value - mean
+                mean += delta / n
+                square += delta * (value - mean)
+        scale = (len(used) - 1) / len(used)
+        errors = [(square * scale).sqrt() for square in squares]
+        return Statistics(*values, *errors)
+
+
+def _solve(lambdas: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """l, s, b [N+1, C, ...] from mean moments [9, N+1, C, ...]."""
+    y, D, Dp, yy, yD, DD, yDp, DDp, vJv = mean
+    l, slope = 1 - vJv, smoothed_slope(lambdas, 1 - vJv)
+    q = 1 - l
+    p = -slope - q
+    c_yy, c_yD, c_DD = yy - y * y, yD - y * D, DD - D * D
+    c_yDp, c_DDp = yDp - y * Dp, DDp - D * Dp
+    var_f = q * q * c_yy - 2 * q * c_yD + c_DD
+    cov = q * (p * c_yy + q * c_yD - c_yDp) - (p * c_yD + q * c_DD - c_DDp)
+    # Where f does not vary beyond rounding (a constant border, or D linear in y), s is free: take none.
+    floor = 1e-10 * c_DD + 1e-30
+    s = torch.where(var_f > floor, cov / var_f.clamp(min=floor), torch.zeros_like(cov))
+    b = (p * y + q * D - Dp) - s * (q * y - D)
+    return l, s, b
+
+
+def smoothed_slope(lambdas: Tensor, values: Tensor, half_width: float = SMOOTHING) -> Tensor:
+    """Slope [N+1, ...] of a local cubic fit within `half_width` (at least 7 points of the grid, or all of it).
+
+    The weights are a parabola over the window (Epanechnikov), so that a noisy value at its edge counts little.
+    """
+    n = len(lambdas)
+    slope = torch.zeros(n, n, dtype=torch.float64)
+    for i in range(n):
+        distance = (lambdas - lambdas[i]).abs()
+        width = max(half_width, distance.sort().values[min(6, n - 1)].item() * 1.01)
+        inside = (distance < width).nonzero().flatten()
+        u = (lambdas[inside] - lambdas[i]) / width
+        root = (1 - u**2).clamp(min=1e-3).sqrt()
+        design = u[:, None] ** torch.arange(min(4, len(inside)), dtype=torch.float64)
+        slope[i, inside] = torch.linalg.lstsq(root[:, None] * design, torch.diag(root)).solution[1] / width
+    return torch.tensordot(slope, values, dims=1)
