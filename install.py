@@ -1,8 +1,8 @@
-"""Installer; needs the standard library only.
+"""Installer, with the standard library only.
 
-    python install.py           what ComfyUI-Manager and the WebUI run: checks the host's own Python
-    python install.py --demo    makes .venv, then samples the embedded model into out/
-    python install.py --test    makes .venv, then ruff, mypy and the whole test suite
+- `python install.py`: what ComfyUI-Manager and the WebUI run; checks the host's own Python.
+- `python install.py --demo`: makes .venv, then samples the embedded model into out/.
+- `python install.py --test`: makes .venv, then runs ruff, mypy and the whole test suite.
 """
 
 # No `from __future__ import annotations` here: an older Python must get as far as the message below.

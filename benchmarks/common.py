@@ -30,6 +30,7 @@ from dpm_solver_v3.sampler import (
 )
 
 __all__ = [
+    "NOISE",
     "OUT",
     "SCHEDULES",
     "SIGMA_MAX",
@@ -86,7 +87,11 @@ class Problem:
     """
 
     def __init__(
-        self, seed: int, reference_steps: int, wrap: Callable[[nn.Module], nn.Module] | None = None, weights: Path = WEIGHTS
+        self,
+        seed: int,
+        reference_steps: int,
+        wrap: Callable[[nn.Module], nn.Module] | None = None,
+        weights: Path = WEIGHTS,
     ) -> None:
         self.seed, self.reference_steps = seed, reference_steps
         self.network = load_network(weights)

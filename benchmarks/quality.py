@@ -235,7 +235,7 @@ def print_cell(row: dict[str, Any]) -> None:
 
 
 def _expected(plan: Plan, cells: list[Cell], problems: list[Problem]) -> int:
-    """About how many network evaluations the run takes: cached solutions cost nothing, dropped methods are not known."""
+    """Network evaluations that the run takes at most; solutions in the cache cost nothing."""
     total = 0
     for cell in cells:
         runs = len(cell.methods) * (len(plan.schedules) * plan.first + plan.noises)
@@ -256,8 +256,8 @@ def _arguments() -> tuple[Plan, argparse.Namespace]:
     parser.add_argument("--noises", type=int, help="evaluation samples (64)")
     parser.add_argument("--selection", type=int, help="selection samples (18)")
     parser.add_argument("--batch", type=int, help="samples in a batch (32)")
-    parser.add_argument("--target", choices=("clean", "end"), help="compare with the picture at sigma = 0 (clean, "
-                        "default), or with the solution at the level where the schedule ends (end; the paper's measure)")
+    target = "compare with the picture at sigma 0 (clean, default), or with the solution where the schedule ends (end)"
+    parser.add_argument("--target", choices=("clean", "end"), help=target)
     parser.add_argument("--ems", type=Path, help="statistics (stats/*.ems.safetensors)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--json", type=Path, default=OUT / "quality.json", help="where the numbers go")

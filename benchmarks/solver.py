@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from tqdm import trange
 from dpm_solver_v3.sampler import EMS, VPDiscrete, karras, sample_dpm_solver_v3
 from dpm_solver_v3.sampler.plan import make_plan
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler's own messages
 SIZES = {"SD 1.5": (1, 4, 64, 64), "SDXL": (1, 4, 128, 128), "video": (1, 16, 21, 60, 104)}
 BASE = "k-diffusion dpmpp_2m"
 OURS: dict[str, dict[str, Any]] = {

@@ -32,6 +32,7 @@ __all__ = [
     "denoiser_for",
     "estimate_moments",
     "evaluations_of",
+    "forward_mode_works",
     "in_batches",
     "sample_noise",
     "snapped_grid",
@@ -342,6 +343,18 @@ class _Counter:
         new = self.done - self.skipped
         left = seconds / new * (self.total - self.done) if new > 0 else math.inf
         self.progress(Progress("estimate", self.done, self.total, seconds, max(left, 0.0), self.note))
+
+
+def forward_mode_works(model: Model, job: Job, device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Whether the model can be differentiated in forward mode, found by trying on one sample."""
+    noise = sample_noise(job, [0])[0].to(device, dtype)
+    denoiser = denoiser_for(model, [0], job.space)
+    lam = job.lambdas[len(job.lambdas) // 2]
+    try:
+        product = torch.func.jvp(lambda y: denoiser(y, lam), (noise,), (torch.ones_like(noise),))[1]
+    except Exception:  # kernels fail in many ways, and any of them means no
+        return False
+    return bool(torch.isfinite(product).all())
 
 
 def with_samples(job: Job, samples: int) -> Job:

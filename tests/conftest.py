@@ -164,7 +164,7 @@ def smooth_ems() -> EMS:
     """
     lam = torch.linspace(-2.5, 2.5, 4001, dtype=torch.float64)[:, None]
     channel = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    l = 0.6 + 0.1 * channel + (0.15 - 0.05 * channel) * lam  # noqa: E741
+    l = 0.6 + 0.1 * channel + (0.15 - 0.05 * channel) * lam
     return EMS(lam[:, 0], l, 0.4 * torch.sin(lam + channel) - 0.5, 0.3 * torch.cos(1.3 * lam - channel))
 
 

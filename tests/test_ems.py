@@ -58,7 +58,7 @@ def test_fields_cannot_be_replaced():
 
 
 def test_later_changes_of_the_source_do_not_reach_it():
-    l, metadata = table(4, 3), {"model": "one"}  # noqa: E741
+    l, metadata = table(4, 3), {"model": "one"}
     ems = EMS(grid(), l, table(4, 3), table(4, 3), metadata)
     l.zero_()
     metadata["model"] = "two"
@@ -75,7 +75,7 @@ def test_the_dtype_is_kept_and_interpolation_is_in_float64(dtype):
 
 
 def test_gradients_are_left_behind():
-    l = table(4, 3).requires_grad_()  # noqa: E741
+    l = table(4, 3).requires_grad_()
     assert not EMS(grid(), l, table(4, 3), table(4, 3)).l.requires_grad
 
 

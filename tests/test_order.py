@@ -116,7 +116,7 @@ def test_the_limit_of_many_steps_does_not_depend_on_the_statistics(order, mixtur
     """Any bounded l, s, b, here random ones on a coarse grid that covers a part of the range."""
     for seed in range(3):
         draw = torch.Generator().manual_seed(seed)
-        l, s, b = (torch.rand(9, 2, generator=draw, dtype=torch.float64) * 2 - 0.7 for _ in range(3))  # noqa: E741
+        l, s, b = (torch.rand(9, 2, generator=draw, dtype=torch.float64) * 2 - 0.7 for _ in range(3))
         ems = EMS(torch.linspace(-1.5, 1.2, 9, dtype=torch.float64), l, s, b)
         near, nearer = (
             (
@@ -144,7 +144,7 @@ class LinearModel:
 
         def slope(lam: float, state: np.ndarray) -> np.ndarray:
             y, f = state.reshape(2, *shape)
-            l, s, b = (at(v, lam) for v in (ems.l, ems.s, ems.b))  # noqa: E741
+            l, s, b = (at(v, lam) for v in (ems.l, ems.s, ems.b))
             return np.stack([-l * y - f, s * f + b]).ravel()
 
         stops = sorted({*lambdas, *(g for g in grid.tolist() if lambdas[0] < g < lambdas[-1])})
@@ -155,7 +155,7 @@ class LinearModel:
         self.table = [(lam, at(ems.l, lam), states[stops.index(lam)].reshape(2, *shape)[1]) for lam in lambdas]
 
     def __call__(self, y: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        lam, l, f = min(self.table, key=lambda row: abs(row[0] + math.log(sigma[0].item())))  # noqa: E741
+        lam, l, f = min(self.table, key=lambda row: abs(row[0] + math.log(sigma[0].item())))
         return torch.from_numpy(1 - l) * y - torch.from_numpy(f)
 
 
@@ -164,7 +164,7 @@ class LinearModel:
 def test_a_model_that_obeys_its_statistics_is_solved_exactly(order, corrector, steps, y_start):
     """f' = s f + b makes g constant: order 1 is exact in any number of steps, and higher orders add nothing."""
     draw = torch.Generator().manual_seed(3)
-    l, s, b = (torch.rand(6, 2, generator=draw, dtype=torch.float64) * 1.6 - 0.5 for _ in range(3))  # noqa: E741
+    l, s, b = (torch.rand(6, 2, generator=draw, dtype=torch.float64) * 1.6 - 0.5 for _ in range(3))
     ems = EMS(torch.linspace(-2, 2, 6, dtype=torch.float64), l, s, b)
     lambdas = np.linspace(-1.7, 1.9, steps + 1).tolist()
     model = LinearModel(ems, y_start, torch.randn(y_start.shape, generator=draw, dtype=torch.float64), lambdas)

@@ -24,7 +24,7 @@ Array = NDArray[np.float64]
 class Statistics:
     """l, s, b [N+1, C, ...] by linear interpolation, s = b = 0 and l constant outside; and their integrals."""
 
-    def __init__(self, lambdas: Array, l: Array, s: Array, b: Array) -> None:  # noqa: E741
+    def __init__(self, lambdas: Array, l: Array, s: Array, b: Array) -> None:
         self.lambdas, self.tables = lambdas, (l, s, b)
 
     def value(self, which: int, lam: Array, inside: Array) -> Array:
@@ -214,7 +214,7 @@ def test_the_same_steps_in_a_flow(form, mixture, y_start, sigmas):
     assert_same(form("flow", mixture).sample(sample_dpm_solver_v3, y_start, sigmas(7), ems=ems, **options), expected)
 
 
-def constant(l: float, s: float) -> EMS:  # noqa: E741
+def constant(l: float, s: float) -> EMS:
     one = torch.ones(2, 1, dtype=torch.float64)
     return EMS(torch.tensor([-9.0, 9.0], dtype=torch.float64), l * one, s * one, 0 * one)
 

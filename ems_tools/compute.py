@@ -1,0 +1,255 @@
+"""From a denoiser to a finished statistics file: estimate, judge, recommend, write. What `ems compute` and the hosts call."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..sampler import EDM, EMS, Flow, NoiseSchedule, Settings, Space, karras, uniform_lambda, uniform_time
+from .calibrate import CalibrationPlan, Row, calibrate, evaluations_of_calibration
+from .estimate import Job, JobState, Model, Progress, estimate_moments, evaluations_of, snapped_grid, uniform_grid
+from .file import EMSFile, EMSMeta, EvidenceRow, RecommendedSetting
+from .moments import Moments
+
+__all__ = ["EFFORTS", "Effort", "Source", "compute_ems", "evaluations", "job_for", "plan_for", "statistics_file"]
+
+_FEW = (Settings(order=2, corrector="none"), Settings(order=2, corrector="pseudo"), Settings(order=3, corrector="pseudo"))
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much a computation costs: sizes of the estimate and of its calibration, per guidance scale.
+
+    `probes` per point; `intervals` of the grid; `noises` in each of the calibration and the report set.
+    """
+
+    samples: int
+    intervals: int
+    probes: int
+    noises: int
+    steps: tuple[int, ...]
+    schedules: int
+    combinations: tuple[Settings, ...] | None
+    strengths: tuple[float, ...]
+    reference_steps: int
+
+
+EFFORTS = {
+    "quick": Effort(16, 40, 1, 4, (5, 8), 1, _FEW, (0.5,), 60),
+    "standard": Effort(32, 60, 1, 8, (5, 6, 8, 10, 15, 20), 2, _FEW, (0.5,), 80),
+    "thorough": Effort(128, 60, 1, 16, (5, 6, 8, 10, 15, 20), 4, None, (0.25, 0.5, 0.75), 120),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to measure.
+
+    Args:
+        models: the denoiser D(x, level) of each guidance scale.
+        shape: latent [C, ...].
+        schedule: its noise schedule; gives space and noise range.
+        identity: what is known of the model: name, hashes, prediction; strings.
+        levels: the host's own noise levels, if it rounds to them.
+        host_schedules: the host's step schedules to judge on, beside the paper's, by name.
+    """
+
+    models: Mapping[float, Model]
+    shape: tuple[int, ...]
+    schedule: NoiseSchedule
+    identity: Mapping[str, str]
+    levels: Tensor | None = None
+    host_schedules: Mapping[str, Callable[[int], Tensor]] | None = None
+
+    def noise_range(self) -> tuple[float, float]:
+        """sigma_min and sigma_max; a flow that begins at t = 1 is measured from t = 0.999 on."""
+        space = self.schedule.space
+        times = torch.tensor([self.schedule.time_min, self.schedule.time_max], dtype=torch.float64)
+        low, high = self.schedule.level_at(times).tolist()
+        high = min(high, 0.999) if space is Space.FLOW else high
+        lam = space.lambda_of(torch.tensor([low, high], dtype=torch.float64))
+        sigma_min, sigma_max = (-lam).exp().tolist()
+        return sigma_min, sigma_max
+
+
+def job_for(source: Source, effort: Effort, seed: int = 0, **changes: Any) -> Job:
+    """The estimate's job; `changes` are fields of `Job`."""
+    grid = uniform_grid(*source.noise_range(), effort.intervals)
+    if source.levels is not None:
+        grid = snapped_grid(grid, source.levels, source.schedule.space)
+    job = Job(
+        shape=tuple(source.shape),
+        lambdas=grid,
+        space=source.schedule.space,
+        samples=effort.samples,
+        guidance=tuple(sorted(source.models)),
+        seed=seed,
+        probes=effort.probes,
+    )
+    return replace(job, **changes)
+
+
+def plan_for(source: Source, effort: Effort) -> CalibrationPlan:
+    """The calibration: the paper's schedules to sigma_min, and those that end at 0 as hosts do."""
+    s = source.schedule
+    schedules: dict[str, Callable[[int], Tensor]] = {
+        "uniform_lambda": lambda n: uniform_lambda(s, n),
+        "uniform_time_zero": lambda n: uniform_time(s, n, to_zero=True),
+        "karras_zero": lambda n: karras(_in_sigma_or_flow(s), n, to_zero=True),
+        "uniform_time": lambda n: uniform_time(s, n),
+        **(source.host_schedules or {}),
+    }
+    kept = dict(list(schedules.items())[: effort.schedules])
+    kept.update(source.host_schedules or {})
+    plan = CalibrationPlan(
+        kept,
+        effort.steps,
+        effort.noises,
+        effort.noises,
+        strengths=effort.strengths,
+        reference_steps=effort.reference_steps,
+    )
+    return plan if effort.combinations is None else replace(plan, combinations=effort.combinations)
+
+
+def _in_sigma_or_flow(schedule: NoiseSchedule) -> NoiseSchedule:
+    """Karras steps need the ends only."""
+    times = torch.tensor([schedule.time_min, schedule.time_max], dtype=torch.float64)
+    low, high = schedule.level_at(times).tolist()
+    return Flow(time_min=low, time_max=high) if schedule.space is Space.FLOW else EDM(low, high)
+
+
+def evaluations(job: Job, plan: CalibrationPlan | None) -> int:
+    """Denoiser evaluations of everything."""
+    return evaluations_of(job) + (evaluations_of_calibration(plan, len(job.guidance)) if plan else 0)
+
+
+def compute_ems(
+    source: Source,
+    job: Job,
+    plan: CalibrationPlan | None,
+    path: Path,
+    *,
+    batch: int = 16,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    until: float | None = None,
+    keep_moments: bool = False,
+    extend: EMSFile | None = None,
+    progress: Callable[[Progress], None] = lambda p: None,
+) -> EMSFile:
+    """Compute, judge and write a statistics file; continue the job if it was begun.
+
+    The state lies in `path` + ".partial" until the file is written. Arguments as in `estimate_moments`;
+    `plan` None leaves evidence and recommendation out; `extend` begins with the moments of a finished file.
+
+    Raises:
+        EstimateError, SamplingError, DivergedError, OSError: the state so far is saved; call again to resume.
+    """
+    state = JobState.open(path.with_name(path.name + ".partial"), job)
+    if extend is not None and not state.tensors:
+        state.tensors.update({name: v.clone() for name, v in extend.moments.items()})
+    state.facts.setdefault("date", datetime.date.today().isoformat())
+    moments = estimate_moments(
+        source.models, job, state, batch=batch, device=device, dtype=dtype, until=until, progress=progress
+    )
+    rows: list[Row] = []
+    if plan is not None:
+        for guidance, ems in zip(job.guidance, map(_ems, moments), strict=True):
+            rows += calibrate(
+                source.models[guidance],
+                ems,
+                job,
+                guidance,
+                plan,
+                state,
+                batch=batch,
+                device=device,
+                dtype=dtype,
+                progress=progress,
+            )
+    file = statistics_file(source, job, moments, rows, str(state.facts["date"]), plan, keep_moments)
+    file.save(path)
+    state.delete()
+    return file
+
+
+def _ems(moments: Moments) -> EMS:
+    st = moments.statistics()
+    return EMS(moments.lambdas, st.l, st.s, st.b)
+
+
+def statistics_file(
+    source: Source,
+    job: Job,
+    moments: list[Moments],
+    rows: list[Row],
+    date: str,
+    plan: CalibrationPlan | None,
+    keep_moments: bool,
+) -> EMSFile:
+    """Assemble the file from finished parts."""
+    from .. import __version__
+
+    statistics = [m.statistics() for m in moments]
+    stacked = {name: torch.stack([getattr(st, name) for st in statistics]) for name in "lsb"}
+    errors = {name: torch.stack([getattr(st, f"{name}_se") for st in statistics]) for name in "lsb"}
+    sigma_min, sigma_max = source.noise_range()
+    meta = EMSMeta(
+        space=job.space.value,
+        sigma_min=sigma_min,
+        sigma_max=sigma_max,
+        schedule=type(source.schedule).__name__,
+        model=dict(source.identity),
+        grid={"points": len(job.lambdas), "kind": "uniform in lambda" if source.levels is None else "the host's own levels"},
+        estimate={
+            "samples": tuple(m.samples for m in moments),
+            "probes": job.probes,
+            "probe_method": job.probe_method,
+            "points": job.source,
+            "denoiser": "guided",
+            "resolution": job.shape,
+            "per_element": job.per_element,
+            "groups": job.groups,
+            "seed": job.seed,
+            "seeds": (job.seed,),
+            "evaluations": evaluations(job, plan),
+            "calibration_noises": plan.calibration if plan else 0,
+            "report_noises": plan.report if plan else 0,
+            "reference_steps": plan.reference_steps if plan else 0,
+        },
+        evidence=tuple(row for r in rows for row in _evidence(r)),
+        recommendation=tuple(RecommendedSetting(r.guidance, r.schedule, r.lambdas, r.settings) for r in rows),
+        program=__version__,
+        date=date,
+    )
+    finite = all(torch.isfinite(e).all() for e in errors.values())
+    kept = {}
+    for g, m in enumerate(moments):
+        kept[f"sums.{g}"], kept[f"count.{g}"] = m.sums, m.count
+    file = EMSFile(
+        lambdas=torch.tensor(job.lambdas, dtype=torch.float64),
+        guidance=torch.tensor(job.guidance, dtype=torch.float64),
+        meta=meta,
+        errors=errors if finite else None,
+        moments=kept,
+        **stacked,
+    )
+    return replace(file.compacted(), moments=kept if keep_moments else {})
+
+
+def _evidence(row: Row) -> tuple[EvidenceRow, ...]:
+    calibration = EvidenceRow(
+        row.guidance, row.schedule, row.steps, "calibration", row.data_prediction, row.recommended, row.full
+    )
+    if math.isnan(row.recommended_report):
+        return (calibration,)
+    report = (row.data_prediction_report, row.recommended_report, row.full_report)
+    return (calibration, EvidenceRow(row.guidance, row.schedule, row.steps, "report", *report))

@@ -1,0 +1,337 @@
+"""`ems compute` and `ems merge`: from a model, or from other files, to a statistics file."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..sampler import EDM, Flow, NoiseSchedule, SamplingError, Space, VPDiscrete
+from .calibrate import CalibrationPlan
+from .compute import EFFORTS, Source, compute_ems, evaluations, job_for, plan_for
+from .estimate import EstimateError, Job, Model, Progress, forward_mode_works
+from .file import SUFFIX, EMSFile, EMSFileError, load_ems_file
+from .moments import MergeError
+from .points import DivergedError
+
+__all__ = ["add_compute", "add_merge", "merge_files"]
+
+_COMPUTE = """\
+Compute the statistics of a model: estimate l, s, b, try them on noise held out of the estimate, write a file.
+
+Without --model it measures the embedded model:
+
+    ems compute --effort quick --guidance 1,4
+
+Any other model is given as module:function. The function takes the guidance scale and returns a denoiser
+D(x, sigma) -> x0 for x [B, C, ...] and sigma [B], guided at that scale:
+
+    ems compute --model my_model:denoiser --shape 4,64,64 --sigma-min 0.0292 --sigma-max 14.61 --guidance 1,7.5
+
+A job that was interrupted or killed continues when the same command is given again.
+"""
+
+
+def _scales(text: str) -> tuple[float, ...]:
+    values = tuple(sorted({float(v) for v in text.split(",")}))
+    if not values or not all(0 < v <= 1000 for v in values):
+        raise ValueError
+    return values
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    values = tuple(int(v) for v in text.split(","))
+    if not values or min(values) < 1:
+        raise ValueError
+    return values
+
+
+_scales.__name__, _shape.__name__ = "list of guidance scales", "shape"  # argparse names them in its messages
+
+
+def add_compute(commands: Any) -> None:
+    """Register `ems compute`."""
+    p = commands.add_parser(
+        "compute",
+        help="compute a model's statistics",
+        description=_COMPUTE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--model", help="module:function that returns a denoiser (default: the embedded model)")
+    p.add_argument("--shape", type=_shape, help="latent shape C,H,W of a --model")
+    p.add_argument("--sigma-min", type=float, help="smallest noise level of a --model (a flow: smallest t)")
+    p.add_argument("--sigma-max", type=float, help="largest noise level of a --model (a flow: largest t)")
+    p.add_argument("--space", choices=[s.value for s in Space], default="sigma", help="what x and levels are (sigma)")
+    p.add_argument("--name", help="name of the model, kept in the file")
+    p.add_argument("--out", type=Path, help=f"file to write (default: NAME{SUFFIX})")
+    p.add_argument("--guidance", type=_scales, default=(1.0,), help="guidance scales, comma-separated (1)")
+    p.add_argument("--effort", choices=sorted(EFFORTS), default="standard", help="how much to measure (standard)")
+    p.add_argument("--samples", type=int, help="trajectories per guidance scale (by effort)")
+    p.add_argument("--intervals", type=int, help="intervals of the grid of lambda (by effort)")
+    p.add_argument("--probes", type=int, help="Jacobian probes per point (1)")
+    p.add_argument("--points", choices=("trajectory", "renoised"), default="trajectory", help="where to measure")
+    p.add_argument(
+        "--jacobian",
+        choices=("difference", "forward", "auto"),
+        default="difference",
+        help="by finite differences, in forward mode, or in forward mode if the model allows it (difference)",
+    )
+    p.add_argument("--per-element", action="store_true", help="statistics per latent element: one size only, large")
+    p.add_argument("--until", type=float, help="stop when the standard errors of l, s and b (rms) are at most this")
+    p.add_argument("--no-evidence", action="store_true", help="leave out calibration and recommendation")
+    p.add_argument("--keep-moments", action="store_true", help="keep the moments, to merge or extend the file later")
+    p.add_argument("--extend", type=Path, help="begin with the moments of this finished file")
+    p.add_argument("--seed", type=int, default=0, help="of start noise and probes (0)")
+    p.add_argument("--batch", type=int, default=16, help="samples at once; halved when memory runs out (16)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", choices=("float32", "float16", "bfloat16", "float64"), default="float32", help="of x")
+    p.add_argument("--dry-run", action="store_true", help="show the plan only")
+    p.set_defaults(run=run_compute)
+
+
+def run_compute(args: argparse.Namespace) -> int:
+    """Run `ems compute`. Returns the exit status; raises EstimateError for the user."""
+    source = _source(args)
+    job, plan = _job(args, source)
+    out = args.out or Path(f"{source.identity['name']}{SUFFIX}")
+    extend = load_ems_file(args.extend) if args.extend else None
+    if extend is not None and not extend.moments:
+        raise EstimateError(f"{args.extend} has no moments to extend: it was made without --keep-moments")
+    total = evaluations(job, plan)
+    scales = ", ".join(f"{g:g}" for g in job.guidance)
+    print(f"{source.identity['name']}: guidance {scales}; {job.samples} trajectories of {len(job.lambdas)} points each", end="")
+    print(f", {job.probes} probe(s) a point; evidence {'left out' if plan is None else f'on {plan.calibration} + {plan.report} noises'}")
+    print(f"Plan: {total} denoiser evaluations, about {_duration(_seconds_of(source, job, args) * total)} here. Writes {out}")
+    if args.dry_run:
+        return 0
+    if out.with_name(out.name + ".partial").exists():
+        print(f"Continues the job begun in {out}.partial")
+    try:
+        with _Bar() as bar:
+            file = compute_ems(
+                source,
+                job,
+                plan,
+                out,
+                batch=args.batch,
+                device=args.device,
+                dtype=getattr(torch, args.dtype),
+                until=args.until,
+                keep_moments=args.keep_moments,
+                extend=extend,
+                progress=bar,
+            )
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. What was measured is in {out}.partial: give the same command to continue.", file=sys.stderr)
+        return 130
+    except (SamplingError, DivergedError) as error:
+        raise EstimateError(str(error)) from error
+    print(f"Wrote {out}, {out.stat().st_size / 1024:.1f} KiB. 'ems inspect {out}' shows it.")
+    return _verdict(file)
+
+
+def _verdict(file: EMSFile) -> int:
+    for row in file.meta.evidence:
+        if row.split == "report":
+            ratio = row.ems / row.data_prediction if row.data_prediction else 1.0
+            print(f"  guidance {row.guidance:g}, {row.schedule}, {row.steps} steps: error {ratio:.2f} of data prediction's")
+    return 0
+
+
+def _source(args: argparse.Namespace) -> Source:
+    if args.model is None:
+        return _embedded(args)
+    missing = [f"--{n.replace('_', '-')}" for n in ("shape", "sigma_min", "sigma_max") if getattr(args, n) is None]
+    if missing:
+        raise EstimateError(f"--model needs {', '.join(missing)} too")
+    make = _imported(args.model)
+    models = {g: _denoiser(make, g, args.model) for g in args.guidance}
+    if args.space == Space.FLOW.value:
+        schedule: NoiseSchedule = Flow(time_min=args.sigma_min, time_max=args.sigma_max)
+    else:
+        schedule = EDM(args.sigma_min, args.sigma_max)
+    if not 0 < args.sigma_min < args.sigma_max:
+        raise EstimateError("--sigma-min must be above 0 and below --sigma-max")
+    return Source(models, args.shape, schedule, {"name": args.name or args.model.replace(":", "."), "source": args.model})
+
+
+def _embedded(args: argparse.Namespace) -> Source:
+    from . import embedded
+    from .embedded.denoiser import WEIGHTS
+
+    network = embedded.load_network(device=args.device, dtype=getattr(torch, args.dtype))
+    labels = torch.arange(embedded.NULL_CLASS)
+    models: dict[float, Model] = {g: embedded.GuidedDenoiser(network, labels, g) for g in args.guidance}
+    import hashlib
+
+    identity = {
+        "name": args.name or "embedded-emoji",
+        "prediction": "edm",
+        "sha256": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(),
+    }
+    return Source(models, embedded.SHAPE, VPDiscrete.linear(), identity)
+
+
+def _imported(name: str) -> Callable[[float], Model]:
+    module, _, function = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise EstimateError(f"--model {name} cannot be loaded ({error}): give it as module:function") from error
+    finally:
+        sys.path.pop(0)
+    if not callable(found):
+        raise EstimateError(f"--model {name} is not a function that returns a denoiser")
+    return found  # type: ignore[no-any-return]
+
+
+def _denoiser(make: Callable[[float], Model], guidance: float, name: str) -> Model:
+    model = make(guidance)
+    if not callable(model):
+        raise EstimateError(f"{name}({guidance:g}) returned {type(model).__name__}, not a denoiser D(x, sigma)")
+    return model
+
+
+def _job(args: argparse.Namespace, source: Source) -> tuple[Job, CalibrationPlan | None]:
+    effort = EFFORTS[args.effort]
+    given = {n: getattr(args, n) for n in ("samples", "intervals", "probes") if getattr(args, n) is not None}
+    effort = replace(effort, **given)
+    job = job_for(source, effort, args.seed, source=args.points, per_element=args.per_element)
+    method = args.jacobian
+    if method == "auto":
+        works = forward_mode_works(next(iter(source.models.values())), job, args.device, getattr(torch, args.dtype))
+        method = "forward" if works else "difference"
+        print(f"Jacobian: {'forward mode works' if works else 'forward mode fails with this model, finite differences'}")
+    groups = 4 if args.per_element else job.groups
+    return replace(job, probe_method=method, groups=groups), None if args.no_evidence else plan_for(source, effort)
+
+
+def _seconds_of(source: Source, job: Job, args: argparse.Namespace) -> float:
+    """Seconds per evaluation, from one batch (after one that warms up)."""
+    import time
+
+    from .estimate import denoiser_for, sample_noise
+
+    samples = list(range(min(args.batch, job.samples)))
+    denoiser = denoiser_for(source.models[job.guidance[-1]], samples, job.space)
+    noise = sample_noise(job, samples)[0].to(args.device, getattr(torch, args.dtype))
+    lam = job.lambdas[len(job.lambdas) // 2]
+    took = 0.0
+    try:
+        for _ in range(2):
+            began = time.perf_counter()
+            with torch.no_grad():
+                denoiser(noise, lam).sum().item()
+            took = time.perf_counter() - began
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower():
+            raise EstimateError(f"the model fails on x {tuple(noise.shape)}: {error}") from error
+    return took / len(samples)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class _Bar:
+    """A tqdm bar per stage, fed by `Progress`."""
+
+    def __enter__(self) -> _Bar:
+        self.note, self.bar = None, None
+        return self
+
+    def __call__(self, p: Progress) -> None:
+        from tqdm import tqdm
+
+        key = (p.stage, p.note if p.stage == "evidence" else "")
+        if self.note != key:
+            self.__exit__()
+            self.note, self.bar = key, tqdm(total=p.total, unit="eval", desc=p.stage, smoothing=0.1)  # type: ignore[assignment]
+        assert self.bar is not None
+        self.bar.set_postfix_str(p.note, refresh=False)
+        self.bar.update(p.done - self.bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def add_merge(commands: Any) -> None:
+    """Register `ems merge`."""
+    p = commands.add_parser(
+        "merge",
+        help="add up files that keep their moments",
+        description="Add the moments of files of one model on the same grid, computed with different --seed and with\n"
+        "--keep-moments (on several machines, say). The result has no evidence: give it to\n"
+        "'ems compute --extend MERGED --samples TOTAL' to try it.\n\n"
+        "    ems merge a.ems.safetensors b.ems.safetensors --out ab.ems.safetensors",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("files", nargs="+", type=Path, help="two or more files")
+    p.add_argument("--out", type=Path, required=True, help="file to write")
+    p.set_defaults(run=run_merge)
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    """Run `ems merge`."""
+    merged = merge_files([(path, load_ems_file(path)) for path in args.files])
+    merged.save(args.out)
+    print(f"Wrote {args.out}: {len(args.files)} files, {merged.meta.estimate['samples']} samples. It has no evidence yet.")
+    return 0
+
+
+def merge_files(files: list[tuple[Path, EMSFile]]) -> EMSFile:
+    """The file of all samples together. Raises EMSFileError that names the file which does not fit."""
+    if len(files) < 2:
+        raise EstimateError("merging needs at least two files")
+    first_path, first = files[0]
+    totals = _moments(first_path, first)
+    seeds = list(first.meta.estimate.get("seeds", ()))  # type: ignore[arg-type]
+    for path, file in files[1:]:
+        for what, mine, theirs in (
+            ("model", dict(first.meta.model), dict(file.meta.model)),
+            ("guidance scales", first.guidance.tolist(), file.guidance.tolist()),
+            ("source of points", first.meta.estimate.get("points"), file.meta.estimate.get("points")),
+        ):
+            if mine != theirs:
+                raise EMSFileError(path, f"its {what} ({theirs}) differs from {first_path}'s ({mine}): these cannot be merged")
+        repeated = set(seeds) & set(file.meta.estimate.get("seeds", ()))  # type: ignore[arg-type]
+        if repeated:
+            raise EMSFileError(path, f"holds samples of seed {min(repeated)}, counted already: compute it with another --seed")
+        seeds += list(file.meta.estimate.get("seeds", ()))  # type: ignore[arg-type]
+        try:
+            totals = [a.merged(b) for a, b in zip(totals, _moments(path, file), strict=True)]
+        except MergeError as error:
+            raise EMSFileError(path, str(error)) from error
+    return _with_moments(first, totals, tuple(seeds))
+
+
+def _moments(path: Path, file: EMSFile) -> list[Any]:
+    from .moments import Moments
+
+    names = [(f"sums.{g}", f"count.{g}") for g in range(len(file.guidance))]
+    if not all(name in file.moments for pair in names for name in pair):
+        raise EMSFileError(path, "has no moments: compute it with --keep-moments to merge or extend it")
+    return [Moments(file.lambdas, file.moments[count], file.moments[sums]) for sums, count in names]
+
+
+def _with_moments(file: EMSFile, moments: list[Any], seeds: tuple[Any, ...]) -> EMSFile:
+    statistics = [m.statistics() for m in moments]
+    stacked = {name: torch.stack([getattr(st, name) for st in statistics]) for name in "lsb"}
+    errors = {name: torch.stack([getattr(st, f"{name}_se") for st in statistics]) for name in "lsb"}
+    kept = {}
+    for g, m in enumerate(moments):
+        kept[f"sums.{g}"], kept[f"count.{g}"] = m.sums, m.count
+    estimate = {**file.meta.estimate, "samples": tuple(m.samples for m in moments), "seeds": seeds}
+    meta = replace(file.meta, estimate=estimate, evidence=(), recommendation=())
+    merged = replace(file, meta=meta, errors=errors, moments={}, **stacked)
+    return replace(merged.compacted(), moments=kept)
