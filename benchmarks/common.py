@@ -55,9 +55,7 @@ _KINDS = {
     "karras": karras,
 }
 SCHEDULES: dict[str, Callable[[int], Tensor]] = {
-    name + ending: partial(kind, NOISE, to_zero=bool(ending))
-    for name, kind in _KINDS.items()
-    for ending in ("", "_to_zero")
+    name + ending: partial(kind, NOISE, to_zero=bool(ending)) for name, kind in _KINDS.items() for ending in ("", "_to_zero")
 }
 """Name to function of the number of steps: sigmas that end at SIGMA_MIN, or at 0 after SIGMA_MIN."""
 

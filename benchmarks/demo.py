@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from common import OUT, SCHEDULES, Problem, geometric_mean, per_sample_error
 from quality import load_ems
 from rivals import RIVALS, Rival

@@ -1,6 +1,6 @@
 """Is the embedded model's ODE well-behaved? References of 200 and 400 steps, and the range of l(lambda).
 
-    python benchmarks/model.py
+python benchmarks/model.py
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ def main() -> None:
     for guidance in (1.0, 4.0, 7.5):
         coarse, fine = (problem.reference(samples, guidance, n).clean for n in (200, 400))
         error = per_sample_error(coarse, fine)
-        print(f"guidance {guidance:g}: 200 and 400 steps differ by {error.mean():.2g} in mean square, at most {error.max():.2g}")
+        print(
+            f"guidance {guidance:g}: 200 and 400 steps differ by {error.mean():.2g} in mean square, at most {error.max():.2g}"
+        )
     low, high = NOISE.level_at(torch.tensor([NOISE.time_min, NOISE.time_max])).tolist()
     job = Job(SHAPE, uniform_grid(low, high, 60), samples=36)
     statistics = estimate_moments({1.0: load_denoiser(torch.arange(9))}, job, JobState(), batch=18)[0].statistics()

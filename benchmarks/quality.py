@@ -31,8 +31,6 @@ OURS: dict[str, dict[str, Any]] = {
     "auto": {},
     "order 2": {"order": 2, "corrector": "none", "strength": 1.0},
     "order 2, pseudo corrector": {"order": 2, "corrector": "pseudo", "strength": 1.0},
-    "order 3": {"order": 3, "corrector": "none", "strength": 1.0},
-    "order 3, pseudo corrector": {"order": 3, "corrector": "pseudo", "strength": 1.0},
 }
 """Our settings; "auto" follows the file's recommendation, or the defaults without a file."""
 WITH, WITHOUT = "v3 + EMS: ", "v3 without EMS: "
@@ -50,7 +48,7 @@ class Plan:
     guidances: tuple[float, ...] = (1.0, 2.0, 4.0, 7.5)
     steps: tuple[int, ...] = (5, 6, 8, 10)
     schedules: tuple[str, ...] = tuple(SCHEDULES)
-    rivals: tuple[str, ...] = tuple(RIVALS)
+    rivals: tuple[str, ...] = tuple(name for name in RIVALS if name != "dpmpp_2m_diffusers")  # dpmpp_2m again
     ours: tuple[str, ...] = tuple(OURS)
     first: int = 5
     selection: int = 18
@@ -65,7 +63,7 @@ QUICK = Plan(
     steps=(5, 10),
     schedules=("uniform_lambda", "uniform_lambda_to_zero", "uniform_time", "karras_to_zero"),
     rivals=("dpmpp_2m", "unipc_bh1_2", "unipc_bh2_3", "deis_3", "ipndm"),
-    ours=("auto", "order 3"),
+    ours=("auto",),
     first=2,
     selection=3,
     noises=6,
@@ -255,6 +253,8 @@ def _arguments() -> tuple[Plan, argparse.Namespace]:
     parser.add_argument("--quick", action="store_true", help="a small run that shows the program works")
     parser.add_argument("--noises", type=int, help="evaluation samples (64)")
     parser.add_argument("--selection", type=int, help="selection samples (18)")
+    parser.add_argument("--first", type=int, help="of these, samples on which every schedule is tried (5)")
+    parser.add_argument("--guidance", type=float, nargs="+", help="guidance scales (1 2 4 7.5)")
     parser.add_argument("--batch", type=int, help="samples in a batch (32)")
     target = "compare with the picture at sigma 0 (clean, default), or with the solution where the schedule ends (end)"
     parser.add_argument("--target", choices=("clean", "end"), help=target)
@@ -263,7 +263,9 @@ def _arguments() -> tuple[Plan, argparse.Namespace]:
     parser.add_argument("--json", type=Path, default=OUT / "quality.json", help="where the numbers go")
     args = parser.parse_args()
     plan = QUICK if args.quick else Plan()
-    given = {k: getattr(args, k) for k in ("noises", "selection", "batch", "target") if getattr(args, k) is not None}
+    given = {k: getattr(args, k) for k in ("noises", "selection", "first", "batch", "target") if getattr(args, k) is not None}
+    if args.guidance:
+        given["guidances"] = tuple(args.guidance)
     plan = Plan(**{**plan.__dict__, **given})
     if not (plan.noises >= 2 and plan.selection >= plan.first and plan.batch >= 1):
         parser.error(f"needs at least 2 noises, {plan.first} selection samples and a batch of 1")

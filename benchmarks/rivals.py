@@ -106,9 +106,7 @@ RIVALS: dict[str, Rival] = {
     "lms": partial(_k_diffusion, "lms"),
     "dpmpp_2m": partial(_k_diffusion, "dpmpp_2m"),
     "dpmpp_2m_diffusers": partial(_diffusers, "DPMSolverMultistepScheduler", {"solver_order": 2}),
-    "dpmpp_2m_heun_diffusers": partial(
-        _diffusers, "DPMSolverMultistepScheduler", {"solver_order": 2, "solver_type": "heun"}
-    ),
+    "dpmpp_2m_heun_diffusers": partial(_diffusers, "DPMSolverMultistepScheduler", {"solver_order": 2, "solver_type": "heun"}),
     "dpmpp_3m_diffusers": partial(_diffusers, "DPMSolverMultistepScheduler", {"solver_order": 3}),
     "unipc_bh1_2": _unipc(2, "bh1"),
     "unipc_bh1_3": _unipc(3, "bh1"),

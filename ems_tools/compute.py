@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sampler import EDM, EMS, Flow, NoiseSchedule, Settings, Space, karras, uniform_lambda, uniform_time
+from ..sampler import EDM, EMS, Flow, NoiseSchedule, Settings, Space, half_corrector_sigma, karras, uniform_lambda, uniform_time
 from .calibrate import CalibrationPlan, Row, calibrate, evaluations_of_calibration
 from .estimate import Job, JobState, Model, Progress, estimate_moments, evaluations_of, snapped_grid, uniform_grid
 from .file import EMSFile, EMSMeta, EvidenceRow, RecommendedSetting
@@ -44,7 +44,7 @@ class Effort:
 EFFORTS = {
     "quick": Effort(16, 40, 1, 4, (5, 8), 1, _FEW, (0.5,), 60),
     "standard": Effort(32, 60, 1, 8, (5, 6, 8, 10, 15, 20), 2, _FEW, (0.5,), 80),
-    "thorough": Effort(128, 60, 1, 16, (5, 6, 8, 10, 15, 20), 4, None, (0.25, 0.5, 0.75), 120),
+    "thorough": Effort(64, 60, 1, 9, (5, 6, 8, 10, 15, 20), 4, None, (0.5, 0.75), 120),
 }
 
 
@@ -79,17 +79,17 @@ class Source:
         return sigma_min, sigma_max
 
 
-def job_for(source: Source, effort: Effort, seed: int = 0, **changes: Any) -> Job:
+def job_for(subject: Source, effort: Effort, seed: int = 0, **changes: Any) -> Job:
     """The estimate's job; `changes` are fields of `Job`."""
-    grid = uniform_grid(*source.noise_range(), effort.intervals)
-    if source.levels is not None:
-        grid = snapped_grid(grid, source.levels, source.schedule.space)
+    grid = uniform_grid(*subject.noise_range(), effort.intervals)
+    if subject.levels is not None:
+        grid = snapped_grid(grid, subject.levels, subject.schedule.space)
     job = Job(
-        shape=tuple(source.shape),
+        shape=tuple(subject.shape),
         lambdas=grid,
-        space=source.schedule.space,
+        space=subject.schedule.space,
         samples=effort.samples,
-        guidance=tuple(sorted(source.models)),
+        guidance=tuple(sorted(subject.models)),
         seed=seed,
         probes=effort.probes,
     )
@@ -116,7 +116,10 @@ def plan_for(source: Source, effort: Effort) -> CalibrationPlan:
         strengths=effort.strengths,
         reference_steps=effort.reference_steps,
     )
-    return plan if effort.combinations is None else replace(plan, combinations=effort.combinations)
+    if effort.combinations is not None:
+        return replace(plan, combinations=effort.combinations)
+    half = Settings(order=2, corrector="pseudo", corrector_below=half_corrector_sigma(s))
+    return replace(plan, combinations=(*plan.combinations, half))
 
 
 def _in_sigma_or_flow(schedule: NoiseSchedule) -> NoiseSchedule:

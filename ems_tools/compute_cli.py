@@ -105,9 +105,13 @@ def run_compute(args: argparse.Namespace) -> int:
         raise EstimateError(f"{args.extend} has no moments to extend: it was made without --keep-moments")
     total = evaluations(job, plan)
     scales = ", ".join(f"{g:g}" for g in job.guidance)
-    print(f"{source.identity['name']}: guidance {scales}; {job.samples} trajectories of {len(job.lambdas)} points each", end="")
-    print(f", {job.probes} probe(s) a point; evidence {'left out' if plan is None else f'on {plan.calibration} + {plan.report} noises'}")
-    print(f"Plan: {total} denoiser evaluations, about {_duration(_seconds_of(source, job, args) * total)} here. Writes {out}")
+    evidence = "left out" if plan is None else f"on {plan.calibration} + {plan.report} noises"
+    print(
+        f"{source.identity['name']}: guidance {scales}; {job.samples} trajectories of {len(job.lambdas)} points each, "
+        f"{job.probes} probe(s) a point; evidence {evidence}"
+    )
+    seconds = _seconds_of(source, job, args) * total
+    print(f"Plan: {total} denoiser evaluations, about {_duration(seconds)} here. Writes {out}")
     if args.dry_run:
         return 0
     if out.with_name(out.name + ".partial").exists():
@@ -189,7 +193,7 @@ def _imported(name: str) -> Callable[[float], Model]:
         sys.path.pop(0)
     if not callable(found):
         raise EstimateError(f"--model {name} is not a function that returns a denoiser")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _denoiser(make: Callable[[float], Model], guidance: float, name: str) -> Model:
@@ -306,7 +310,9 @@ def merge_files(files: list[tuple[Path, EMSFile]]) -> EMSFile:
                 raise EMSFileError(path, f"its {what} ({theirs}) differs from {first_path}'s ({mine}): these cannot be merged")
         repeated = set(seeds) & set(file.meta.estimate.get("seeds", ()))  # type: ignore[arg-type]
         if repeated:
-            raise EMSFileError(path, f"holds samples of seed {min(repeated)}, counted already: compute it with another --seed")
+            raise EMSFileError(
+                path, f"holds samples of seed {sorted(map(str, repeated))[0]}, counted already: compute it with another --seed"
+            )
         seeds += list(file.meta.estimate.get("seeds", ()))  # type: ignore[arg-type]
         try:
             totals = [a.merged(b) for a, b in zip(totals, _moments(path, file), strict=True)]

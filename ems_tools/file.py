@@ -10,8 +10,8 @@ A safetensors file (8 bytes of header length, a JSON header, raw tensors) with
 | `l_se`, `s_se`, `b_se`| the same, or 1 for N+1   | float16 to 64    | standard errors, optional; see `compacted`  |
 | `moments.<name>`      | any                      | float64          | to extend or merge the estimate, optional   |
 
-and string metadata: `format`, `format_version`, `content_sha256`, `program`, `date`, and JSON in `model`, `noise`, `grid`,
-`estimate`, `evidence`, `recommendation`. Keys that begin with `modelspec.` or `ss_` are kept as they are.
+and string metadata: `format`, `format_version`, `content_sha256`, `program`, `date`, and JSON in `model`, `noise`,
+`grid`, `estimate`, `evidence`, `recommendation`. Keys that begin with `modelspec.` or `ss_` are kept as they are.
 
 Reading executes nothing. Size and header length are checked before anything is parsed, every type, shape, dtype, offset
 and range before it is used. `content_sha256` covers names, dtypes, shapes, bytes and metadata, and the header must be
@@ -29,7 +29,6 @@ import stat
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn, TypeAlias, cast
 
@@ -42,12 +41,15 @@ from .atomic import write_atomic
 __all__ = [
     "MAX_FILE_BYTES",
     "MAX_HEADER_BYTES",
+    "MAX_LAMBDA",
+    "SUFFIX",
     "EMSFile",
     "EMSFileError",
     "EMSMeta",
     "EvidenceRow",
     "Fact",
     "RecommendedSetting",
+    "advice_by_case",
     "decode_ems_file",
     "evidence_problems",
     "load_ems_file",
@@ -139,7 +141,7 @@ class EMSMeta:
     """What is needed to judge and reproduce statistics. Mappings hold short plain values (`Fact`) under short names.
 
     Args:
-        space, sigma_min, sigma_max, schedule: the model's noise range, in sigma = exp(-lambda), and its schedule's name.
+        space, sigma_min, sigma_max, schedule: the model's noise range, in sigma = exp(-lambda), and its schedule.
         model: identity: name, prediction, hashes, ...
         grid: how the points in lambda were chosen.
         estimate: samples, probes, resolution, source of points, seed, evaluations, ...
@@ -194,7 +196,7 @@ class EMSFile:
 
     lambdas: Tensor
     guidance: Tensor
-    l: Tensor  # noqa: E741 (the paper's name)
+    l: Tensor  # the paper's name
     s: Tensor
     b: Tensor
     meta: EMSMeta
@@ -206,7 +208,10 @@ class EMSFile:
             object.__setattr__(self, name, _own(name, getattr(self, name)))
         errors = self.errors or {}
         if errors and set(errors) != set(_STATISTICS):
-            raise EMSError(f"standard errors must be those of l, s and b, not of {', '.join(sorted(errors)) or 'nothing'}")
+            raise EMSError(f"standard errors must be those of l, s and b, not of {', '.join(sorted(errors))}")
+        for name in self.moments:
+            if not isinstance(name, str) or not _MOMENT.fullmatch(name):
+                raise EMSError(f"tensor {f'moments.{name}'!r:.80} must have a short name of letters, digits, . ' _ and -")
         moments = {name: _own(f"moments.{name}", value) for name, value in self.moments.items()}
         kept = {name: _own(f"{name}_se", errors[name]) for name in _STATISTICS} if errors else None
         object.__setattr__(self, "errors", MappingProxyType(kept) if kept else None)
@@ -243,7 +248,8 @@ class EMSFile:
         entries = tuple(RecommendationEntry(r.lambdas, r.settings, r.schedule) for r in found)
         facts = {"model": str(self.meta.model.get("name", "")), "space": self.meta.space, "guidance": f"{inside:g}"}
         recommendation = Recommendation(entries) if entries else None
-        return EMS(self.lambdas, *(self._between(v, inside) for v in (self.l, self.s, self.b)), facts, recommendation)
+        l, s, b = (self._between(v, inside) for v in (self.l, self.s, self.b))
+        return EMS(self.lambdas, l, s, b, facts, recommendation)
 
     def _between(self, values: Tensor, guidance: float) -> Tensor:
         at = int(torch.searchsorted(self.guidance, guidance).item())
@@ -253,7 +259,7 @@ class EMSFile:
         return torch.lerp(values[at - 1], values[at], (guidance - low) / (high - low))
 
     def compacted(self, limit: int = PER_CHANNEL_BYTES) -> EMSFile:
-        """The file as it is meant to be shared: no moments, l, s, b in float32, standard errors in as much detail as fits.
+        """The file as it is meant to be shared: no moments, l, s, b in float32, standard errors as detailed as fits.
 
         Standard errors are a judgement of the statistics, not used in sampling; so they give way first: float16, and
         where that is above `limit` bytes their root mean square over the grid, [G, 1, C, ...] in float32.
@@ -272,17 +278,15 @@ class EMSFile:
         """The file's bytes; equal content gives equal bytes."""
         tensors = _tensors_of(self)
         metadata = _metadata_of(self.meta)
-        try:
-            metadata["content_sha256"] = _content_hash(metadata, tensors)
-            header = _header(metadata, {k: (_DTYPE_NAMES[v.dtype], tuple(v.shape)) for k, v in tensors.items()})
-        except UnicodeEncodeError as error:
-            raise EMSError(f"the metadata hold text that UTF-8 cannot express ({error.reason})") from error
+        metadata["content_sha256"] = _content_hash(metadata, tensors)
+        kinds = {name: (_DTYPE_NAMES[v.dtype], tuple(v.shape)) for name, v in tensors.items()}
+        header = _header(metadata, kinds)
         if len(header) > MAX_HEADER_BYTES:
             raise EMSError(f"the metadata are too long: {len(header)} bytes, {MAX_HEADER_BYTES} are allowed")
-        data = b"".join([len(header).to_bytes(8, "little"), header, *(_bytes(tensors[k]) for k in _order(tensors))])
+        data = b"".join([len(header).to_bytes(8, "little"), header, *(_bytes(tensors[name]) for name in _order(kinds))])
         if len(data) > MAX_FILE_BYTES:
-            what = "leave the moments out, or use per-channel statistics"
-            raise EMSError(f"the file would have {len(data) / 2**20:.0f} MiB, {MAX_FILE_BYTES >> 20} are allowed: {what}")
+            size = f"{len(data) / 2**20:.0f} MiB, {MAX_FILE_BYTES >> 20} are allowed"
+            raise EMSError(f"the file would have {size}: leave the moments out, or use per-channel statistics")
         return data
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -298,16 +302,19 @@ def load_ems_file(path: str | os.PathLike[str]) -> EMSFile:
     """
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise EMSFileError(path, "is not a file: give the name of a *.ems.safetensors file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise EMSFileError(path, _too_large(status.st_size))
-        with open(path, "rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+        regular, small = stat.S_ISREG(status.st_mode), status.st_size <= MAX_FILE_BYTES
+        data = b""
+        if regular and small:
+            with open(path, "rb") as file:
+                data = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         raise EMSFileError(path, "there is no such file: check the name and the folder") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise EMSFileError(path, f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if not regular:
+        raise EMSFileError(path, f"is not a file: give the name of a *{SUFFIX} file")
+    if not small:
+        raise EMSFileError(path, _too_large(status.st_size))
     return decode_ems_file(data, path)
 
 
@@ -319,31 +326,38 @@ def decode_ems_file(data: bytes, path: str | os.PathLike[str] = "EMS") -> EMSFil
         raise EMSFileError(path, str(error)) from error
 
 
+def advice_by_case(meta: EMSMeta) -> dict[tuple[float, str, int], RecommendedSetting]:
+    """The recommendation for every (guidance, schedule, steps) tried, where the two cover the same cases.
+
+    A schedule of n lambdas has n - 1 steps, or n if it ends at sigma 0; all lengths of one schedule end alike.
+    """
+    found = {}
+    for guidance, schedule in {(r.guidance, r.schedule) for r in meta.evidence}:
+        place = (guidance, schedule)
+        steps = {r.steps for r in meta.evidence if (r.guidance, r.schedule) == place and r.split == "calibration"}
+        for offset in (1, 0):
+            mine = {len(r.lambdas) - offset: r for r in meta.recommendation if (r.guidance, r.schedule) == place}
+            if set(mine) == steps:
+                found.update({(guidance, schedule, n): entry for n, entry in mine.items()})
+    return found
+
+
 def evidence_problems(file: EMSFile) -> list[str]:
     """What does not fit between a file's evidence and its recommendation; empty if all does.
 
-    On calibration noise a recommendation never loses to data prediction, and every case tried has its recommendation.
+    On calibration noise a recommendation never loses to data prediction, and the two cover the same cases.
     """
+    rows, advice = file.meta.evidence, advice_by_case(file.meta)
     problems = []
-    tried: dict[tuple[float, str], set[int]] = {}
-    for row in file.meta.evidence:
-        case = f"guidance {row.guidance:g}, {row.schedule}, {row.steps} steps"
-        if row.split == "calibration":
-            tried.setdefault((row.guidance, row.schedule), set()).add(row.steps)
-            if row.ems > row.data_prediction:
-                lost = f"{row.ems:g} against {row.data_prediction:g}"
-                problems.append(f"{case}: the recommendation is worse than data prediction on calibration noise, {lost}")
-    advised: dict[tuple[float, str], set[int]] = {}
-    for entry in file.meta.recommendation:
-        n = len(entry.lambdas)
-        steps = tried.get((entry.guidance, entry.schedule), set())
-        advised.setdefault((entry.guidance, entry.schedule), set()).update({n - 1, n} & steps)
-        if not {n - 1, n} & steps:  # a schedule of n lambdas has n - 1 steps, or n if it ends at sigma 0
-            case = f"guidance {entry.guidance:g}, {entry.schedule}, {n} lambdas"
-            problems.append(f"{case}: there is a recommendation but no calibration evidence for it")
-    for (guidance, schedule), steps in tried.items():
-        for n in sorted(steps - advised.get((guidance, schedule), set())):
-            problems.append(f"guidance {guidance:g}, {schedule}, {n} steps: there is evidence but no recommendation")
+    for row in rows:
+        if row.split == "calibration" and row.ems > row.data_prediction:
+            case = f"guidance {row.guidance:g}, {row.schedule}, {row.steps} steps"
+            lost = f"loses to data prediction on calibration noise, {row.ems:g} against {row.data_prediction:g}"
+            problems.append(f"{case}: the recommendation {lost}")
+    judged = {(r.guidance, r.schedule) for r in rows}
+    advised = {(r.guidance, r.schedule) for r in file.meta.recommendation}
+    for guidance, schedule in sorted((judged | advised) - {(g, name) for g, name, _ in advice}):
+        problems.append(f"guidance {guidance:g}, {schedule}: evidence and recommendation are not for the same steps")
     return problems
 
 
@@ -353,7 +367,7 @@ def evidence_problems(file: EMSFile) -> list[str]:
 def _number(name: str, value: object, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise EMSError(f"{name} must be a number, not {type(value).__name__}")
-    number = float(value) if abs(value) < 1e300 else math.inf
+    number = math.inf if abs(value) > 1e300 else float(value)  # a whole number may be too large to convert
     if not (math.isfinite(number) and low <= number <= high):
         raise EMSError(f"{name} is {number:g}, but must be finite and lie in [{low:g}, {high:g}]")
     return number
@@ -365,8 +379,9 @@ def _check_count(name: str, value: object, low: int, high: int) -> None:
 
 
 def _check_text(name: str, value: object) -> None:
-    if not isinstance(value, str) or len(value) > MAX_TEXT:
-        raise EMSError(f"metadata '{name}' must be text of at most {MAX_TEXT} characters")
+    # Printable: a file's text reaches terminals and web pages, where control characters could act.
+    if not isinstance(value, str) or len(value) > MAX_TEXT or not value.isprintable():
+        raise EMSError(f"metadata '{name}' must be one line of plain text of at most {MAX_TEXT} characters")
 
 
 def _check_place(guidance: object, schedule: object) -> None:
@@ -387,7 +402,7 @@ def _facts(name: str, values: object) -> Mapping[str, Fact]:
             elif isinstance(part, float) and not math.isfinite(part):
                 raise EMSError(f"metadata '{name}.{key:.60}' is not finite")
             elif not (part is None or isinstance(part, (bool, int, float))) or _huge(part):
-                raise EMSError(f"metadata '{name}.{key:.60}' must be text, a number, true, false, null or a list of these")
+                raise EMSError(f"metadata '{name}.{key:.60}' must be text, number, true, false, null, or their list")
         result[key] = parts if isinstance(value, (list, tuple)) else value
     return MappingProxyType(result)
 
@@ -425,11 +440,11 @@ def _check_tensors(file: EMSFile) -> None:
         _check_values(name, value, -MAX_VALUE)
     for name, value in (file.errors or {}).items():
         if tuple(value.shape) not in (shape, (shape[0], 1, *shape[2:])):
-            raise EMSError(f"tensor '{name}_se' has shape {tuple(value.shape)}, which does not go with {shape} of '{name}'")
+            raise EMSError(f"tensor '{name}_se' has shape {tuple(value.shape)}, which does not go with {shape}")
         _check_values(f"{name}_se", value, 0)
     for name, value in file.moments.items():
-        if not _MOMENT.fullmatch(name) or value.dtype is not torch.float64 or value.ndim > 12:
-            raise EMSError(f"tensor 'moments.{name:.80}' must have a plain short name and be of float64")
+        if value.dtype is not torch.float64 or value.ndim > 12:
+            raise EMSError(f"tensor 'moments.{name}' must be of float64 and have at most 12 axes")
 
 
 def _check_axis(name: str, value: Tensor, least: int, most: int, low: float, high: float) -> None:
@@ -450,10 +465,10 @@ def _check_values(name: str, value: Tensor, low: float, high: float = MAX_VALUE)
 
 def _check_scales(file: EMSFile) -> None:
     scales = set(file.guidance.tolist())
-    for row in (*file.meta.evidence, *file.meta.recommendation):
-        if row.guidance not in scales:
-            covered = ", ".join(f"{g:g}" for g in sorted(scales))
-            raise EMSError(f"evidence or recommendation for guidance {row.guidance:g}, but the file covers {covered}")
+    judged = {row.guidance for row in file.meta.evidence} | {row.guidance for row in file.meta.recommendation}
+    if judged - scales:
+        covered = ", ".join(f"{g:g}" for g in sorted(scales))
+        raise EMSError(f"evidence or recommendation for guidance {min(judged - scales):g}; the file covers {covered}")
 
 
 # --- Writing
@@ -495,9 +510,12 @@ def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=True)
 
 
-def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+_Kind: TypeAlias = "tuple[str, tuple[int, ...]]"  # dtype and shape as the header names them
+
+
+def _order(kinds: Mapping[str, _Kind]) -> list[str]:
     """Wide dtypes first, which keeps every tensor aligned."""
-    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    return sorted(kinds, key=lambda name: (-_DTYPES[kinds[name][0]].itemsize, name))
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -505,12 +523,12 @@ def _bytes(tensor: Tensor) -> bytes:
     return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
-def _header(metadata: Mapping[str, str], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
+def _header(metadata: Mapping[str, str], kinds: Mapping[str, _Kind]) -> bytes:
     """The one spelling of a header: keys in a fixed order, no spaces but those that fill up to 8 bytes."""
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
-    for name in sorted(tensors, key=lambda n: (-_DTYPES[tensors[n][0]].itemsize, n)):
-        dtype, shape = tensors[name]
+    for name in _order(kinds):
+        dtype, shape = kinds[name]
         end = offset + math.prod(shape) * _DTYPES[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
@@ -531,7 +549,8 @@ def _content_hash(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) ->
         feed(b"metadata", key.encode(), metadata[key].encode())
     for name in sorted(tensors):
         value = tensors[name]
-        feed(b"tensor", name.encode(), _DTYPE_NAMES[value.dtype].encode(), _json(list(value.shape)).encode(), _bytes(value))
+        kind = f"{_DTYPE_NAMES[value.dtype]} {list(value.shape)}"
+        feed(b"tensor", name.encode(), kind.encode(), _bytes(value))
     return digest.hexdigest()
 
 
@@ -580,12 +599,13 @@ def _split(data: bytes) -> tuple[bytes, memoryview]:
     if len(data) < 10:
         raise EMSError(f"has {len(data)} bytes, which is no statistics file; if a download was cut off, repeat it")
     length = int.from_bytes(data[:8], "little")
-    if data[:2] == b"PK" or data[:1] == b"\x80":
-        raise EMSError("is a zip or pickle file (.pt, .npz?), not safetensors; the authors' l.npz and sb.npz go through 'ems convert'")
     if length > MAX_HEADER_BYTES:
-        raise EMSError(f"is not a statistics file: its first 8 bytes announce a header of {length} bytes")
+        kind = "not a safetensors file"
+        if data[:4] == b"PK\3\4" or data[:1] == b"\x80" or data[:6] == b"\x93NUMPY":
+            kind = "a zip, pickle or numpy file; the authors' l.npz and sb.npz go through 'ems convert'"
+        raise EMSError(f"is no statistics file but {kind} (its header would have {length} bytes)")
     if length > len(data) - 8:
-        raise EMSError(f"is cut off: the header should have {length} bytes, there are {len(data) - 8}; get the file again")
+        raise EMSError(f"is cut off: {length} bytes of header announced, {len(data) - 8} there; get the file again")
     return data[8 : 8 + length], memoryview(data)[8 + length :]
 
 
@@ -611,10 +631,11 @@ def _parse_entry(name: str, entry: object) -> tuple[str, tuple[int, ...], tuple[
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise EMSError(f"tensor {name!r:.80} is of type {dtype!r:.40}; statistics are {', '.join(_DTYPES)}; {_DAMAGED}")
     for what, values in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(values, list) or len(values) > 16 or not all(type(v) is int and 0 <= v < 2**40 for v in values):
-            raise EMSError(f"tensor {name!r:.80} has a bad {what}: {str(values):.80}; {_DAMAGED}")
-    if len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise EMSError(f"tensor {name!r:.80} has bad data_offsets: {str(offsets):.80}; {_DAMAGED}")
+        fits = isinstance(values, list) and len(values) <= 16
+        if not fits or not all(type(v) is int and 0 <= v < 2**40 for v in values):
+            raise EMSError(f"tensor {name!r:.80} has a bad {what}: {values!s:.80}; {_DAMAGED}")
+    if len(offsets) != 2:
+        raise EMSError(f"tensor {name!r:.80} has bad data_offsets: {offsets!s:.80}; {_DAMAGED}")
     return dtype, tuple(shape), (offsets[0], offsets[1])
 
 
@@ -625,7 +646,7 @@ def _check_version(metadata: Mapping[str, str]) -> None:
     version = metadata.get("format_version", "")
     if version != VERSION:
         if version.isascii() and version.isdigit() and len(version) < 6 and int(version) > int(VERSION):
-            raise EMSError(f"has format version {version}, this program reads {VERSION}: update DPM-Solver-v3 to use it")
+            raise EMSError(f"has format version {version}, this program reads {VERSION}: update DPM-Solver-v3")
         raise EMSError(f"has format version {version!r:.40}, which does not exist; {_DAMAGED}")
 
 
@@ -640,21 +661,25 @@ def _check_layout(
     for name, (dtype, shape, (start, stop)) in sorted(tensors.items(), key=lambda item: item[1][2]):
         size = math.prod(shape) * _DTYPES[dtype].itemsize
         if start != end or stop - start != size:
-            where = f"bytes {start} to {stop}"
-            raise EMSError(f"tensor {name!r:.80} at {where} does not fit (expected from {end}, {size} bytes); {_DAMAGED}")
+            where = f"lies at bytes {start} to {stop}, its place is {end} to {end + size}"
+            raise EMSError(f"tensor {name!r:.80} {where}; {_DAMAGED}")
         end = stop
     if end > len(payload):
         raise EMSError(f"is cut off: {end} bytes of tensors announced, {len(payload)} there; get the file again")
     if end < len(payload):
         raise EMSError(f"has {len(payload) - end} bytes after its last tensor; {_DAMAGED}")
-    if _header(metadata, {name: entry[:2] for name, entry in tensors.items()}) != header:
+    try:
+        spelling = _header(metadata, {name: entry[:2] for name, entry in tensors.items()})
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can escape and UTF-8 cannot write
+        spelling = b""
+    if spelling != header:
         raise EMSError(f"the header is not spelled as a statistics file's; {_DAMAGED}")
 
 
 def _parse_meta(metadata: dict[str, str]) -> EMSMeta:
     left = {k: v for k, v in metadata.items() if k not in ("format", "format_version", "content_sha256")}
-    texts = {name: left.pop(name, "") for name in ("program", "date")}
-    plain = {}
+    program, date = left.pop("program", ""), left.pop("date", "")
+    plain: dict[str, Any] = {}
     for name in ("model", "noise", "grid", "estimate", "evidence", "recommendation"):
         if name not in left:
             raise EMSError(f"metadata '{name}' is missing")
@@ -664,7 +689,7 @@ def _parse_meta(metadata: dict[str, str]) -> EMSMeta:
         raise EMSError("metadata 'noise' must hold space, sigma_min, sigma_max and schedule")
     evidence = tuple(EvidenceRow(*row) for row in _rows("evidence", plain.pop("evidence"), _EVIDENCE_COLUMNS))
     advice = tuple(_advice(row) for row in _rows("recommendation", plain.pop("recommendation"), _ADVICE_COLUMNS))
-    return EMSMeta(**noise, **plain, **texts, evidence=evidence, recommendation=advice, foreign=left)
+    return EMSMeta(**noise, **plain, evidence=evidence, recommendation=advice, program=program, date=date, foreign=left)
 
 
 def _rows(name: str, table: object, columns: tuple[str, ...]) -> list[list[Any]]:
@@ -681,8 +706,10 @@ def _advice(row: list[Any]) -> RecommendedSetting:
     chosen = dict(zip(_SETTINGS, values, strict=True))
     if chosen["corrector_below"] is None:
         chosen["corrector_below"] = math.inf
-    if type(chosen["order"]) is not int:
-        raise EMSError("a recommendation's order must be a whole number")
+    _check_count("a recommendation's order", chosen["order"], 1, 3)
+    for name in ("strength", "corrector_below"):
+        if isinstance(chosen[name], bool):
+            raise EMSError(f"a recommendation's {name} must be a number")
     try:
         settings = Settings(**chosen)
     except (ValueError, TypeError) as error:

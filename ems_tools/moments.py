@@ -33,7 +33,7 @@ class MergeError(ValueError):
 class Statistics:
     """l, s, b [N+1, C, ...] in float64 and their standard errors (NaN with fewer than two groups)."""
 
-    l: Tensor  # noqa: E741 (the paper's name)
+    l: Tensor
     s: Tensor
     b: Tensor
     l_se: Tensor

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..sampler import LambdaDenoiser, sample_dpm_solver_v3
 from .moments import MOMENTS
 
-__all__ = ["DivergedError", "PointSource", "ProbeMethod", "PROBE_STEP", "difference_weights", "sample_moments"]
+__all__ = ["PROBE_STEP", "DivergedError", "PointSource", "ProbeMethod", "difference_weights", "sample_moments"]
 
 PointSource = Literal["trajectory", "renoised"]
 ProbeMethod = Literal["difference", "forward"]
@@ -149,7 +149,8 @@ def _along_trajectory(
     def settle(i: int) -> None:
         nodes = range(int(first[i]), int(first[i]) + 3)
         Dp = sum((window[j][1].to(torch.float64) * weights[i, k].item() for k, j in enumerate(nodes)), torch.tensor(0.0))
-        sums.put(i, *(v.to(torch.float64) for v in window[i]), Dp.to(noise.device))
+        y, D = window[i]
+        sums.put(i, y.to(torch.float64), D.to(torch.float64), Dp.to(noise.device))
 
     def visit(i: int, y: Tensor, D: Tensor) -> None:
         window[i] = (y, D)
@@ -232,9 +233,7 @@ def _short_step_derivative(
     return rate
 
 
-def _jacobian_product(
-    denoiser: LambdaDenoiser, y: Tensor, lam: float, v: Tensor, D: Tensor, method: ProbeMethod
-) -> Tensor:
+def _jacobian_product(denoiser: LambdaDenoiser, y: Tensor, lam: float, v: Tensor, D: Tensor, method: ProbeMethod) -> Tensor:
     """J v = (dD/dy) v at y [B, C, ...]."""
     if method == "forward":
         with torch.enable_grad():

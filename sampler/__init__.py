@@ -1,7 +1,7 @@
 """DPM-Solver-v3 for any k-diffusion denoiser. Needs torch only.
 
-    from dpm_solver_v3.sampler import sample_dpm_solver_v3
-    x0 = sample_dpm_solver_v3(denoiser, noise * sigmas[0], sigmas)
+from dpm_solver_v3.sampler import sample_dpm_solver_v3
+x0 = sample_dpm_solver_v3(denoiser, noise * sigmas[0], sigmas)
 """
 
 from .ems import EMS, EMSError

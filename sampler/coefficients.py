@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def _panels(ems: EMS, lam_s: float, lam_t: float) -> Tensor:
     knots = grid[(grid > low) & (grid < high)].tolist()
     ends = [low, *knots, high]
     points = [low]
-    for a, b in zip(ends, ends[1:]):
+    for a, b in pairwise(ends):
         pieces = max(1, math.ceil((b - a) / _LONGEST_PANEL))
         points += [a + (b - a) * (j + 1) / pieces for j in range(pieces)]
     edges = torch.tensor(points, dtype=torch.float64)
@@ -138,9 +139,7 @@ def derivative_weights(lambdas: list[float], pseudo: bool) -> Tensor:
     return weights * factorial[:, None] / scale ** torch.arange(n, dtype=torch.float64)[:, None]
 
 
-def make_update(
-    steps: list[StepIntegrals], lambdas: list[float], start: int, nodes: list[int], pseudo: bool
-) -> Update:
+def make_update(steps: list[StepIntegrals], lambdas: list[float], start: int, nodes: list[int], pseudo: bool) -> Update:
     """The update from node `start` to `start + 1` with g expanded through `nodes` (the first is `start`).
 
     Args:

@@ -40,7 +40,7 @@ class EMS:
     """
 
     lambdas: Tensor
-    l: Tensor  # noqa: E741 (the paper's name)
+    l: Tensor
     s: Tensor
     b: Tensor
     metadata: Mapping[str, str] = field(default_factory=dict)

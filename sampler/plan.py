@@ -46,9 +46,9 @@ class StepPlan:
     predictor: LinearStep | DataStep
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """A whole schedule."""
+    """A whole schedule. Equal to itself only: `make_plan` returns the same object for the same arguments."""
 
     levels: tuple[float, ...]
     steps: tuple[StepPlan, ...]
@@ -70,7 +70,7 @@ def check_levels(levels: Tensor, space: Space) -> None:
         rule = "in [0, 1] for a rectified-flow model (space='flow')" if space is Space.FLOW else ">= 0"
         raise ValueError(f"sigmas[{i}] = {levels[i].item():g}, but noise levels must be {rule}")
     rises = levels.diff() > 0
-    if len(levels) > 1 and bool(rises[0]) != bool(rises[-1]) or rises.any() and not rises.all():
+    if (len(levels) > 1 and bool(rises[0]) != bool(rises[-1])) or (rises.any() and not rises.all()):
         i = _first(rises != rises[0]) if not rises[0] else _first(~rises)
         raise ValueError(
             f"sigmas must be monotone: from sigmas[{i}] = {levels[i].item():g} to sigmas[{i + 1}] = "
@@ -121,8 +121,8 @@ def make_plan(levels: tuple[float, ...], space: Space, ems: EMS, settings: Setti
         steps.append(
             StepPlan(
                 slope if i >= first else torch.zeros_like(slope),
-                _in_host_space(corrector, alphas, i - 1, first),
-                _in_host_space(predictor, alphas, i, first),  # type: ignore[arg-type]
+                _in_host_space(corrector, alphas, i - 1, first) if corrector else None,
+                _in_host_space(predictor, alphas, i, first) if isinstance(predictor, LinearStep) else predictor,
             )
         )
     keep = max((i - node for i, step in enumerate(steps) for node in _nodes(step)), default=0)
@@ -142,10 +142,8 @@ def _corrector(
     return LinearStep(make_update(integrals, lambdas, start, nodes, settings.corrector == "pseudo"), tuple(nodes))
 
 
-def _in_host_space(step: LinearStep | DataStep | None, alphas: Tensor, i: int, first: int) -> LinearStep | DataStep | None:
+def _in_host_space(step: LinearStep, alphas: Tensor, i: int, first: int) -> LinearStep:
     """The same step for x = alpha y, and with nodes counted from the schedule's start."""
-    if not isinstance(step, LinearStep):
-        return step
     u, a_s, a_t = step.update, alphas[i], alphas[i + 1]
     update = Update(u.decay * a_t / a_s, u.offset * a_t, tuple(w * a_t for w in u.weights))
     return replace(step, update=update, nodes=tuple(node + first for node in step.nodes))

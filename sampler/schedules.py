@@ -70,9 +70,9 @@ class VPDiscrete:
     @classmethod
     def linear(cls, beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000, sqrt: bool = True) -> VPDiscrete:
         """Linear betas; `sqrt` for "scaled linear", i.e. linear in sqrt(beta). The defaults are Stable Diffusion's."""
-        ends = (beta_start**0.5, beta_end**0.5) if sqrt else (beta_start, beta_end)
-        betas = torch.linspace(*ends, steps, dtype=torch.float64)
-        return cls((1 - (betas**2 if sqrt else betas)).cumprod(0))
+        power = 0.5 if sqrt else 1.0
+        betas = torch.linspace(beta_start**power, beta_end**power, steps, dtype=torch.float64) ** (1 / power)
+        return cls((1 - betas).cumprod(0))
 
     def level_at(self, time: Tensor) -> Tensor:
         """sigma at `time` in [1 / N, 1]."""

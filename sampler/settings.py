@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-__all__ = ["AUTO", "DEFAULTS", "DEFAULTS_WITH_EMS", "Corrector", "Predictor", "Recommendation", "RecommendationEntry", "Settings", "resolve_settings"]
+__all__ = [
+    "AUTO",
+    "DEFAULTS",
+    "DEFAULTS_WITH_EMS",
+    "Corrector",
+    "Predictor",
+    "Recommendation",
+    "RecommendationEntry",
+    "Settings",
+    "resolve_settings",
+]
 
 AUTO = "auto"
 Corrector = Literal["none", "true", "pseudo", "raised"]
@@ -36,7 +46,7 @@ class Settings:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.order not in (1, 2, 3):
+        if type(self.order) is not int or self.order not in (1, 2, 3):
             raise ValueError(f"order must be 1, 2 or 3 (or 'auto'), not {self.order!r}")
         _check_choice("predictor", self.predictor, get_args(Predictor))
         _check_choice("corrector", self.corrector, get_args(Corrector))

@@ -6,14 +6,15 @@ The loop is algorithm 2 of the paper (arXiv 2310.13268) in sigma space; the coef
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .coefficients import Update
 from .ems import EMS
-from .plan import DataStep, Plan, check_levels, make_plan
+from .plan import DataStep, LinearStep, Plan, check_levels, make_plan
 from .settings import AUTO, DEFAULTS, DEFAULTS_WITH_EMS, Corrector, Predictor, Settings, resolve_settings
 from .space import Space
 
@@ -121,10 +122,11 @@ def _run(
     dtype = torch.float32 if host_dtype in (torch.float16, torch.bfloat16) else host_dtype
     levels = levels.to(x.device, dtype)
     ones = x.new_ones(x.shape[0])
-    history: dict[int, Tensor] = {}  # node -> f
+    history: dict[int, Tensor] = {}  # node -> -f
     x, x_before = x.to(dtype), x
-    for i in _progress(len(plan.steps), disable):
-        step = plan.steps[i]
+    steps = _ready_steps(plan, x.device, dtype, x.ndim)
+    for i in _progress(len(steps), disable):
+        step = steps[i]
         x_host = x.to(host_dtype)
         denoised = model(x_host, levels[i] * ones, **extra_args)
         if not denoised.sum(dtype=torch.float32).isfinite():
@@ -136,42 +138,86 @@ def _run(
             x_before, x = x, _data_step(step.predictor, x, denoised)
             history.clear()
             continue
-        history[i] = _nonlinear_term(_coefficient(step.x_slope, x), x, denoised)
+        history[i] = _minus_nonlinear_term(step.x_slope, x, denoised)
+        del x_host, denoised  # for the peak of memory, as are the assignments one by one
         if step.corrector is not None:
-            x = _combine(step.corrector.update, x_before, [history[j] for j in step.corrector.nodes])
-        x_before, x = x, _combine(step.predictor.update, x, [history[j] for j in step.predictor.nodes])
+            x = x_before
+            x = _combine(step.corrector, x, history)
+        x_before = x
+        x = _combine(step.predictor, x, history)
         for j in [j for j in history if j <= i - plan.keep]:
             del history[j]
     return x.to(host_dtype)
 
 
-def _coefficient(value: Tensor, like: Tensor) -> Tensor | float:
-    """A coefficient [C, ...] ready to multiply [B, C, ...]; a plain number where all channels share it."""
-    if value.numel() == 1:
-        return value.item()
-    value = value.reshape(value.shape + (1,) * (like.ndim - 1 - value.ndim))
-    return value.to(like.device, like.dtype)
+@dataclass(frozen=True)
+class _ReadyUpdate:
+    """x_t = decay x_s + offset + sum_j weights[j] f_{nodes[j]}."""
+
+    decay: Tensor | float
+    offset: Tensor | float
+    weights: tuple[Tensor | float, ...]
+    nodes: tuple[int, ...]
 
 
-def _nonlinear_term(slope: Tensor | float, x: Tensor, denoised: Tensor) -> Tensor:
-    """f = (1 - l) y - D, with slope (1 - l) / alpha for the host's x = alpha y (paper, eq. 7)."""
+@dataclass(frozen=True)
+class _ReadyStep:
+    x_slope: Tensor | float
+    corrector: _ReadyUpdate | None
+    predictor: _ReadyUpdate | DataStep
+
+
+@lru_cache(maxsize=8)
+def _ready_steps(plan: Plan, device: torch.device, dtype: torch.dtype, ndim: int) -> tuple[_ReadyStep, ...]:
+    """The plan's coefficients as plain numbers, or as tensors that multiply [B, C, ...] on its device; cached.
+
+    Per-element ones stay where they are until their step, or they would hold the memory of many latents.
+    """
+
+    def coefficient(value: Tensor) -> Tensor | float:
+        if value.numel() == 1:
+            return value.item()
+        if value.ndim > 1:
+            return value
+        return value.reshape(-1, *(1,) * (ndim - 2)).to(device, dtype)
+
+    def update(step: LinearStep) -> _ReadyUpdate:
+        u = step.update
+        weights = tuple(coefficient(w) for w in u.weights)
+        return _ReadyUpdate(coefficient(u.decay), coefficient(u.offset), weights, step.nodes)
+
+    return tuple(
+        _ReadyStep(
+            coefficient(step.x_slope),
+            None if step.corrector is None else update(step.corrector),
+            step.predictor if isinstance(step.predictor, DataStep) else update(step.predictor),
+        )
+        for step in plan.steps
+    )
+
+
+def _minus_nonlinear_term(slope: Tensor | float, x: Tensor, denoised: Tensor) -> Tensor:
+    """-f = D - (1 - l) y, with slope (1 - l) / alpha for the host's x = alpha y (paper, eq. 7).
+
+    The sign saves a pass over the latent, and without statistics -f is D itself.
+    """
     if isinstance(slope, float):
-        return denoised.neg() if slope == 0 else torch.sub(slope * x, denoised)
-    return (slope * x).sub_(denoised)
+        return denoised if slope == 0 else torch.sub(denoised, x, alpha=slope)
+    return torch.addcmul(denoised, x, slope.to(x), value=-1)
 
 
-def _combine(update: Update, x: Tensor, fs: Iterable[Tensor]) -> Tensor:
+def _combine(update: _ReadyUpdate, x: Tensor, minus_f: dict[int, Tensor]) -> Tensor:
     """decay x + offset + sum_j weight_j f_j."""
-    decay, offset = _coefficient(update.decay, x), _coefficient(update.offset, x)
-    out = x * decay
-    if isinstance(offset, Tensor) or offset != 0:
-        out += offset
-    for f, weight in zip(fs, update.weights, strict=True):
-        w = _coefficient(weight, x)
-        if isinstance(w, float):
-            out.add_(f, alpha=w)
+    out = x * (update.decay.to(x) if isinstance(update.decay, Tensor) else update.decay)
+    if isinstance(update.offset, Tensor):
+        out += update.offset.to(x)  # addcmul with two broadcast factors would be four times slower on a CPU
+    elif update.offset != 0:
+        out += update.offset
+    for node, weight in zip(update.nodes, update.weights, strict=True):
+        if isinstance(weight, Tensor):
+            out.addcmul_(minus_f[node], weight.to(x), value=-1)
         else:
-            out.addcmul_(f, w)
+            out.sub_(minus_f[node], alpha=weight)
     return out
 
 

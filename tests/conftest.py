@@ -1,4 +1,4 @@
-"""Ground truth for the tests: a mixture of Gaussians, whose denoiser is known in closed form, and its exact trajectories.
+"""Ground truth for the tests: a mixture of Gaussians with its denoiser in closed form, and its trajectories.
 
 Helpers reach the tests as fixtures only, because the folder is no package.
 """
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from dpm_solver_v3.ems_tools.embedded.hosts import FlowHost, VPHost
 from dpm_solver_v3.sampler import EMS, VPDiscrete
+
+torch.set_num_threads(1)  # tiny tensors: more threads are slower, and on a busy machine far slower
 
 SIGMA_MAX, SIGMA_MIN = 6.0, 0.15
 
@@ -52,7 +54,7 @@ class Form(NamedTuple):
 
     model: Callable[..., Tensor]
     space: str = "sigma"
-    extra_args: dict[str, Any] = {}
+    extra_args: dict[str, Any] | None = None
 
     def sample(self, sampler: Callable[..., Tensor], y: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
         """Run `sampler` from y at sigmas[0]; the result as y at sigmas[-1]."""

@@ -157,7 +157,11 @@ def test_it_fits(shape, latent):
     [
         ((3,), (2, 4, 8, 8), "3 channels and the latent has 4: they are another model's"),
         ((3,), (7,), r"apply to latents \[batch, channels, ...\], not to shape \(7,\)"),
-        ((3, 4, 4), (2, 3, 4, 8), r"per element of a latent of shape \(3, 4, 4\) and do not fit \(3, 4, 8\): .* per-channel"),
+        (
+            (3, 4, 4),
+            (2, 3, 4, 8),
+            r"per element of a latent of shape \(3, 4, 4\) and do not fit \(3, 4, 8\): .* per-channel",
+        ),
         ((1, 4, 4), (2, 3, 4, 4), "do not fit"),
     ],
 )

@@ -2,7 +2,7 @@
 
 The hosts' tables are in float32 here, as hosts have them; with tables in float64 the same wrappers agree to 1e-9
 (test_order). k-diffusion looks log sigma up in a float32 table, an error of about 1e-7 / 0.005 = 2e-5 of a time step.
-Here sigma moves by at most 2.5% a time step, so the sigma that the network is told is off by less than 1e-6, relatively.
+Here sigma moves by at most 2.5% a time step, so the sigma that the network is told is off by less than 1e-6 of itself.
 """
 
 from __future__ import annotations

@@ -24,11 +24,11 @@ from dpm_solver_v3.sampler import EMS, sample_dpm_solver_v3
 
 VARIANTS = [
     (order, predictor, corrector)
-    for order, predictor, corrector in itertools.product(
-        (1, 2, 3), ("true", "pseudo"), ("none", "true", "pseudo", "raised")
-    )
+    for order, predictor, corrector in itertools.product((1, 2, 3), ("true", "pseudo"), ("none", "true", "pseudo", "raised"))
     if order == 3 or predictor == "true"
 ]
+
+FORMS = ["CompVisDenoiser", "CompVisVDenoiser", "DiscreteEpsDDPMDenoiser", "DiscreteVDDPMDenoiser", "Denoiser", "flow"]
 
 
 def claimed_order(p: int, predictor: str, corrector: str) -> int:
@@ -59,13 +59,22 @@ def test_convergence_order_is_as_claimed(order, predictor, corrector, with_ems, 
     errors = [
         (
             sample_dpm_solver_v3(
-                mixture, y_start, refined_start(n, *ends), disable=True, ems=smooth_ems if with_ems else None,
-                order=order, predictor=predictor, corrector=corrector, lower_order_final=False,
+                mixture,
+                y_start,
+                refined_start(n, *ends),
+                disable=True,
+                ems=smooth_ems if with_ems else None,
+                order=order,
+                predictor=predictor,
+                corrector=corrector,
+                lower_order_final=False,
             )
             - solution
-        ).norm().item()
+        )
+        .norm()
+        .item()
         for n in counts
-    ]  # fmt: skip
+    ]
     slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
     assert slope == pytest.approx(claim, abs=0.2), errors
 
@@ -89,7 +98,7 @@ def test_two_independent_solutions_agree(mixture, y_start, ends, solution):
 
 @pytest.mark.parametrize("steps", [5, 20])
 @pytest.mark.parametrize("with_ems", [False, True], ids=["data", "ems"])
-@pytest.mark.parametrize("name", ["CompVisDenoiser", "CompVisVDenoiser", "DiscreteEpsDDPMDenoiser", "DiscreteVDDPMDenoiser", "Denoiser", "flow"])
+@pytest.mark.parametrize("name", FORMS)
 def test_all_forms_of_one_model_give_one_trajectory(name, with_ems, steps, form, mixture, y_start, sigmas, smooth_ems):
     """EPS, v, EDM and flow, each through its real wrapper with tables in float64."""
     options = dict(ems=smooth_ems if with_ems else None, order=3, corrector="raised")
@@ -120,11 +129,16 @@ def test_the_limit_of_many_steps_does_not_depend_on_the_statistics(order, mixtur
         ems = EMS(torch.linspace(-1.5, 1.2, 9, dtype=torch.float64), l, s, b)
         near, nearer = (
             (
-                sample_dpm_solver_v3(mixture, y_start, refined_start(n, *ends), disable=True, ems=ems, order=order, corrector="none")
+                sample_dpm_solver_v3(
+                    mixture, y_start, refined_start(n, *ends), disable=True, ems=ems, order=order, corrector="none"
+                )
                 - solution
-            ).abs().max().item()
+            )
+            .abs()
+            .max()
+            .item()
             for n in (200, 800)
-        )  # fmt: skip
+        )
         assert nearer < near / 3
         assert nearer < 2e-2 if order == 1 else nearer < 1e-4
 
@@ -149,13 +163,13 @@ class LinearModel:
 
         stops = sorted({*lambdas, *(g for g in grid.tolist() if lambdas[0] < g < lambdas[-1])})
         states = [np.stack([y0.numpy(), f0.numpy()]).ravel()]
-        for low, high in zip(stops, stops[1:]):
+        for low, high in itertools.pairwise(stops):
             states.append(solve_ivp(slope, (low, high), states[-1], method="DOP853", rtol=1e-13, atol=1e-13).y[:, -1])
         self.solution = torch.from_numpy(states[-1].reshape(2, *shape)[0])
         self.table = [(lam, at(ems.l, lam), states[stops.index(lam)].reshape(2, *shape)[1]) for lam in lambdas]
 
     def __call__(self, y: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        lam, l, f = min(self.table, key=lambda row: abs(row[0] + math.log(sigma[0].item())))
+        _, l, f = min(self.table, key=lambda row: abs(row[0] + math.log(sigma[0].item())))
         return torch.from_numpy(1 - l) * y - torch.from_numpy(f)
 
 

@@ -1,12 +1,13 @@
 """The solver against a second implementation of the same formulas, and against closed forms.
 
-The second one follows the published formulas (arXiv 2310.13268, in y = x0 + sigma n) with numpy alone and shares no code with
-sampler/: l and s are integrated in closed form between the knots, the rest by composite Simpson on a fine grid, from
-the step's start to each node directly; derivatives come from a plain linear solve or a divided-difference table.
+The second one follows the published formulas (arXiv 2310.13268, in y = x0 + sigma n) with numpy alone and shares no
+code with sampler/. Integrals are taken by composite Simpson on a fine grid between the knots, from the step's start to
+each node directly; derivatives come from a plain linear solve or a divided-difference table.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +42,7 @@ class Statistics:
         """L, S, B at `end`, C and J_0 .. J_{orders-1}, all from `start`; the direction is free."""
         low, high = min(start, end), max(start, end)
         knots = [low, *self.lambdas[(self.lambdas > low) & (self.lambdas < high)], high]
-        pieces = [np.linspace(a, z, 2 + int((z - a) / 0.002))[:-1] for a, z in zip(knots, knots[1:])]
+        pieces = [np.linspace(a, z, 2 + int((z - a) / 0.002))[:-1] for a, z in itertools.pairwise(knots)]
         edges = np.append(np.concatenate(pieces), high)
         if end < start:
             edges = edges[::-1]
@@ -223,7 +224,7 @@ def constant(l: float, s: float) -> EMS:
 def test_order_1_of_data_and_of_noise_prediction_is_ddim(ems, mixture, y_start, sigmas):
     """DDIM: x_t = D + (sigma_t / sigma_s) (x_s - D)."""
     expected, levels = y_start, sigmas(6)
-    for a, b in zip(levels, levels[1:]):
+    for a, b in itertools.pairwise(levels):
         d = mixture(expected, a.expand(2))
         expected = d + b / a * (expected - d)
     found = sample_dpm_solver_v3(mixture, y_start, levels, disable=True, ems=ems, order=1, corrector="none")

@@ -168,18 +168,14 @@ def test_2m_is_the_same_in_both_libraries(n: int, noise: Tensor) -> None:
     torch.testing.assert_close(RIVALS["dpmpp_2m_diffusers"](mixture, noise, sigmas), ours, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("n", "to_zero", "lower"), [(6, True, True), (20, True, False), (20, False, False), (12, False, True)]
-)
+@pytest.mark.parametrize(("n", "to_zero", "lower"), [(6, True, True), (20, True, False), (20, False, False), (12, False, True)])
 def test_ours_without_statistics_is_2m(n: int, to_zero: bool, lower: bool, noise: Tensor) -> None:
     """DPM-Solver++ 2M with the exact second-order weight, which diffusers calls the "heun" type.
 
     k-diffusion's 2M halves the first-order weight instead ("midpoint"), which differs by O(h^3) a step.
     """
     sigmas = steps(n, to_zero)
-    ours = sample_dpm_solver_v3(
-        mixture, noise, sigmas, disable=True, order=2, corrector="none", lower_order_final=lower
-    )
+    ours = sample_dpm_solver_v3(mixture, noise, sigmas, disable=True, order=2, corrector="none", lower_order_final=lower)
     theirs = RIVALS["dpmpp_2m_heun_diffusers"](mixture, noise, sigmas)
     torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)
 

@@ -134,7 +134,16 @@ def test_linear_betas_without_the_root_are_ddpms():
     torch.testing.assert_close(betas.diff(), torch.full_like(betas[1:], 0.0199 / 999), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("bad", [torch.tensor([0.5]), torch.ones(2, 2) / 2, torch.tensor([0.5, 0.9]), torch.tensor([1.0, 0.5]), torch.tensor([0.5, 0.0])])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        torch.tensor([0.5]),
+        torch.ones(2, 2) / 2,
+        torch.tensor([0.5, 0.9]),
+        torch.tensor([1.0, 0.5]),
+        torch.tensor([0.5, 0.0]),
+    ],
+)
 def test_a_table_that_is_no_alpha_bar_is_refused(bad):
     with pytest.raises(ValueError, match=r"alphas_cumprod must be a decreasing tensor \[N\] of values in \(0, 1\)"):
         VPDiscrete(bad)

@@ -142,7 +142,11 @@ def test_sigmas_are_followed_as_given(mixture, y_start):
         (levels(3, math.nan, 1), "sigma", r"sigmas\[1\] is not finite"),
         (levels(math.inf, 1), "sigma", r"sigmas\[0\] is not finite"),
         (levels(0, 1, 2), "sigma", "start at 0, where there is no noise"),
-        (levels(1.5, 0.5), "flow", r"sigmas\[0\] = 1.5, but noise levels must be in \[0, 1\] for a rectified-flow model"),
+        (
+            levels(1.5, 0.5),
+            "flow",
+            r"sigmas\[0\] = 1.5, but noise levels must be in \[0, 1\] for a rectified-flow model",
+        ),
         (levels(0.5, 0.8, 1.0), "flow", "end at t = 1, pure noise"),
         (torch.ones(2, 2), "sigma", r"must be a tensor \[n \+ 1\], not torch.Size\(\[2, 2\]\)"),
         ([3.0, 1.0], "sigma", r"must be a tensor \[n \+ 1\], not list"),
@@ -341,7 +345,7 @@ def test_strength_scales_the_statistics(mixture, y_start, sigmas, smooth_ems):
 
 
 def test_corrector_below_restricts_the_corrector_to_low_noise(mixture, y_start, sigmas):
-    """Nodes above it go uncorrected: 0 is no corrector, infinity is all nodes, and the trajectory parts at the level."""
+    """Nodes above it go uncorrected: 0 is no corrector, infinity is all nodes, trajectories part at the level."""
     schedule = sigmas(8)
 
     def states(**options):
@@ -385,7 +389,13 @@ def test_a_plan_is_made_once_a_schedule(mixture, y_start, sigmas, smooth_ems):
 
 def recommending(ems, *entries):
     """`ems` with these (lambdas, settings) recommended."""
-    return EMS(ems.lambdas, ems.l, ems.s, ems.b, recommendation=Recommendation(tuple(RecommendationEntry(tuple(a), b) for a, b in entries)))
+    return EMS(
+        ems.lambdas,
+        ems.l,
+        ems.s,
+        ems.b,
+        recommendation=Recommendation(tuple(RecommendationEntry(tuple(a), b) for a, b in entries)),
+    )
 
 
 def lambdas_of(schedule):
@@ -403,7 +413,9 @@ def test_auto_with_statistics_is_their_default(mixture, y_start, sigmas, smooth_
 
 @pytest.mark.parametrize("last", [0.0, 0.15])
 def test_auto_follows_the_recommendation(last, mixture, y_start, sigmas, smooth_ems):
-    advised = Settings(order=3, predictor="pseudo", corrector="true", corrector_below=2.0, lower_order_final=False, strength=0.4)
+    advised = Settings(
+        order=3, predictor="pseudo", corrector="true", corrector_below=2.0, lower_order_final=False, strength=0.4
+    )
     schedule = torch.cat([sigmas(6)[:-1], levels(last)])
     ems = recommending(smooth_ems, (lambdas_of(sigmas(6)), advised))
     expected = run(mixture, y_start, schedule, ems=smooth_ems, **advised.__dict__)
@@ -419,11 +431,13 @@ def test_an_explicit_option_wins_over_the_recommendation(mixture, y_start, sigma
 @pytest.mark.parametrize(("steps", "high", "expected"), [(5, 6.0, 1), (6, 6.0, 1), (12, 6.0, 2), (30, 6.0, 2), (10, 1.0, 3)])
 def test_the_nearest_schedule_is_recommended(steps, high, expected, sigmas):
     """By the number of steps first, then by where the nodes lie."""
-    advice = Recommendation((
-        RecommendationEntry(tuple(lambdas_of(sigmas(5))), Settings(order=1)),
-        RecommendationEntry(tuple(lambdas_of(sigmas(10))), Settings(order=2)),
-        RecommendationEntry(tuple(lambdas_of(sigmas(10, 1.0))), Settings(order=3)),
-    ))  # fmt: skip
+    advice = Recommendation(
+        (
+            RecommendationEntry(tuple(lambdas_of(sigmas(5))), Settings(order=1)),
+            RecommendationEntry(tuple(lambdas_of(sigmas(10))), Settings(order=2)),
+            RecommendationEntry(tuple(lambdas_of(sigmas(10, 1.0))), Settings(order=3)),
+        )
+    )
     assert advice.best_for(lambdas_of(sigmas(steps, high))).order == expected
 
 

@@ -60,7 +60,7 @@ def load_network(path: Path | None = None, device: str | torch.device = "cpu", d
         raise ValueError(f"{path} does not hold the embedded model's weights: {error}") from error
     network = network.to(device, dtype).eval().requires_grad_(False)
     if torch.device(device).type == "cpu":
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = network.to(memory_format=torch.channels_last)
     return network
 
 

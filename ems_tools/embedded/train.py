@@ -1,7 +1,7 @@
 """Train the embedded model on the Noto emoji of the npm package `emoji-datasource-google`.
 
     npm pack emoji-datasource-google@16.0.0
-    python -m dpm_solver_v3.ems_tools.embedded.train --data emoji-datasource-google-16.0.0.tgz --out out/train --steps 16000 --compile
+    python -m dpm_solver_v3.ems_tools.embedded.train --data emoji-datasource-google-16.0.0.tgz --out out/train --compile
 
 Resumes from `--out` when it holds a checkpoint; writes `emoji.safetensors` (EMA weights in float16) and
 `loss.csv` there. Data and licence: see MODEL_CARD.md beside this file.
@@ -29,20 +29,26 @@ SKIN_TONE_WEIGHT = 0.1
 """Sampling weight of a skin-tone variant; half of the images are such variants of one tenth of the emoji."""
 
 
+def _member(tar: tarfile.TarFile, name: str) -> bytes:
+    file = tar.extractfile(f"package/{name}")
+    if file is None:
+        raise ValueError(f"{name} is missing from the archive")
+    return file.read()
+
+
 def load_emoji(archive: Path) -> tuple[Tensor, Tensor, Tensor]:
     """Images [N, 3, 32, 32] in [-1, 1] on white, class indices [N], sampling weights [N]."""
     from PIL import Image
 
     images, labels, weights = [], [], []
     with tarfile.open(archive) as tar:
-        read = lambda name: tar.extractfile(f"package/{name}").read()  # type: ignore[union-attr]  # noqa: E731
-        for emoji in json.loads(read("emoji.json")):
+        for emoji in json.loads(_member(tar, "emoji.json")):
             if emoji["category"] not in CLASSES:
                 continue
             files = [(emoji["image"], 1.0)]
             files += [(v["image"], SKIN_TONE_WEIGHT) for v in emoji.get("skin_variations", {}).values()]
             for name, weight in files:
-                image = Image.open(io.BytesIO(read(f"img/google/64/{name}"))).convert("RGBA")
+                image = Image.open(io.BytesIO(_member(tar, f"img/google/64/{name}"))).convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
                 images.append(np.asarray(image.resize((32, 32), Image.Resampling.BOX)))
                 labels.append(CLASSES.index(emoji["category"]))
@@ -81,7 +87,7 @@ def train(archive: Path, out: Path, steps: int, batch: int, lr: float, bf16: boo
     images, labels, weights = load_emoji(archive)
     torch.manual_seed(seed)
     model = UNet(UNetConfig(sigma_data=round(images.std().item(), 3)))
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(memory_format=torch.channels_last)
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
     parameters = sum(p.numel() for p in model.parameters())
@@ -93,7 +99,6 @@ def train(archive: Path, out: Path, steps: int, batch: int, lr: float, bf16: boo
         optimizer.load_state_dict(state["optimizer"])
         ema, start = state["ema"], state["step"]
         print(f"resumed at step {start}", flush=True)
-    log = csv.writer(open(out / "loss.csv", "a", buffering=1))
     if compiled:
         model.network = torch.compile(model.network)  # type: ignore[method-assign]
     running, since = 0.0, time.monotonic()
@@ -117,11 +122,14 @@ def train(archive: Path, out: Path, steps: int, batch: int, lr: float, bf16: boo
         if (step + 1) % 100 == 0:
             speed = 100 * batch / (time.monotonic() - since)
             print(f"step {step + 1}/{steps} loss {running / 100:.4f} {speed:.0f} images/s", flush=True)
-            log.writerow([step + 1, f"{running / 100:.5f}"])
+            with open(out / "loss.csv", "a", newline="") as log:
+                csv.writer(log).writerow([step + 1, f"{running / 100:.5f}"])
             running, since = 0.0, time.monotonic()
         if (step + 1) % 250 == 0 or step + 1 == steps:
             temporary = checkpoint.with_suffix(".tmp")
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step + 1}, temporary)
+            torch.save(
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema, "step": step + 1}, temporary
+            )
             os.replace(temporary, checkpoint)
             save_weights(ema, model.config, out / "emoji.safetensors")
 
@@ -131,11 +139,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="emoji-datasource-google-16.0.0.tgz from npm")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, the weights and the loss curve")
-    parser.add_argument("--steps", type=int, default=16000)
+    parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--no-bf16", action="store_true", help="train in float32 throughout")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network: 1.6 times as fast on a CPU with bf16")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the network: 1.6 times as fast on a CPU with bf16"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     train(args.data, args.out, args.steps, args.batch, args.lr, not args.no_bf16, args.compile, args.seed)

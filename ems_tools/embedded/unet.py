@@ -102,7 +102,7 @@ class UNet(nn.Module):
             if level + 1 < len(widths):
                 kept.append(n)
         self.middle = _Block(n, n, n_emb, attention=True)
-        for level, width in reversed(list(enumerate(widths))):
+        for width in reversed(widths):
             for _ in range(config.blocks + 1):
                 self.up.append(_Block(n + kept.pop(), width, n_emb, attention=False))
                 n = width

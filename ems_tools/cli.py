@@ -1,0 +1,302 @@
+"""The command line `ems`. Exit status: 0 done, 1 refused or failed (one line on stderr says why), 2 wrong usage."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..sampler import EMSError, SamplingError, Settings
+from .compute_cli import add_compute, add_merge
+from .convert import PRESETS, convert_npz, lambda_range
+from .estimate import EstimateError
+from .file import (
+    SUFFIX,
+    EMSFile,
+    EMSFileError,
+    RecommendedSetting,
+    advice_by_case,
+    evidence_problems,
+    load_ems_file,
+)
+from .moments import MergeError
+from .plot import PlotError, plot_ems
+
+__all__ = ["main"]
+
+REFUSALS = (EMSError, EstimateError, MergeError, PlotError, SamplingError, OSError)
+"""Errors whose message is for the user; others are bugs and keep their traceback."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `ems` with these arguments (default: the process's). Returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a model's name may not be in the terminal's character set
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has printed help or usage
+        return stop.code if isinstance(stop.code, int) else 2
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `ems inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except REFUSALS as error:
+        print(f"ems {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"ems {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .. import __version__
+
+    parser = argparse.ArgumentParser(prog="ems", description="Compute and handle EMS, the statistics of DPM-Solver-v3.")
+    parser.add_argument("--version", action="version", version=f"ems {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in COMMANDS:
+        add(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, summary: str, text: str, run: Callable[..., int]) -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=text, formatter_class=raw)
+    parser.set_defaults(run=run)
+    return parser
+
+
+# --- inspect
+
+
+def _add_inspect(commands: Any) -> None:
+    text = f"Print what a statistics file holds.\n\n    ems inspect model{SUFFIX}\n    ems inspect model{SUFFIX} --json"
+    parser = _add(commands, "inspect", "print what a file holds", text, _inspect)
+    parser.add_argument("file", type=Path, help=f"a *{SUFFIX} file")
+    parser.add_argument("--json", action="store_true", help="for programs: one JSON object")
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    file = load_ems_file(args.file)
+    facts = _facts_of(file)
+    if args.json:
+        print(json.dumps({"path": str(args.file), "bytes": args.file.stat().st_size, **facts}, indent=1))
+        return 0
+    print(f"{args.file}: {args.file.stat().st_size / 1024:.1f} KiB, format checked, checksum right")
+    for name in ("model", "noise", "grid", "statistics", "estimate", "made"):
+        print(f"\n{name}")
+        for key, value in facts[name].items():
+            print(f"  {key:<18} {_shown(value)}")
+    print("\nranges, smallest to largest over the grid (root mean square of the standard errors)")
+    for line in _ranges(file):
+        print(f"  {line}")
+    print("\nevidence: error with the recommended settings against the best without EMS")
+    for line in _evidence_table(file) or ["none in this file: its statistics have not been tried"]:
+        print(f"  {line}")
+    return 0
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_shown(v) for v in value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _facts_of(file: EMSFile) -> dict[str, Any]:
+    """What a file says, JSON-serialisable."""
+    meta = file.meta
+    return {
+        "model": dict(meta.model),
+        "noise": {n: getattr(meta, n) for n in ("space", "sigma_min", "sigma_max", "schedule")},
+        "grid": {
+            "points": len(file.lambdas),
+            "lambda": [file.lambdas[0].item(), file.lambdas[-1].item()],
+            **{k: v for k, v in meta.grid.items() if k not in ("points", "lambda")},
+        },
+        "statistics": {
+            "guidance": file.guidance.tolist(),
+            "channels": file.channels,
+            "per element": "x".join(str(n) for n in file.l.shape[3:]) if file.per_element else "no",
+            "type": str(file.l.dtype).removeprefix("torch."),
+            "standard errors": _errors_kept(file),
+            "moments": sorted(file.moments),
+        },
+        "estimate": dict(meta.estimate),
+        "made": {"program": meta.program, "date": meta.date, **meta.foreign},
+        "evidence": [asdict(row) for row in meta.evidence],
+        "recommendation": [_plain(entry) for entry in meta.recommendation],
+    }
+
+
+def _errors_kept(file: EMSFile) -> str:
+    if file.errors is None:
+        return "none"
+    return "at every point" if file.errors["l"].shape[1] == file.l.shape[1] else "root mean square over the grid"
+
+
+def _plain(entry: RecommendedSetting) -> dict[str, Any]:
+    plain = asdict(entry)
+    if math.isinf(entry.settings.corrector_below):
+        plain["settings"]["corrector_below"] = None
+    return plain
+
+
+def _ranges(file: EMSFile) -> list[str]:
+    lines = []
+    for g, guidance in enumerate(file.guidance.tolist()):
+        for c in range(min(file.channels, 16)):
+            parts = []
+            for name in ("l", "s", "b"):
+                values = getattr(file, name)[g, :, c]
+                error = f" ({file.errors[name][g, :, c].double().square().mean().sqrt():.1e})" if file.errors else ""
+                parts.append(f"{name} {values.min().item():7.3f} to {values.max().item():7.3f}{error}")
+            lines.append(f"guidance {guidance:<5g} channel {c:<2} {'   '.join(parts)}")
+    return lines
+
+
+def _evidence_table(file: EMSFile) -> list[str]:
+    if not file.meta.evidence:
+        return []
+    titles = f"{'without':>9}  {'with':>9}  {'ratio':>6}  recommended"
+    lines = [f"{'guidance':>8}  {'schedule':<20} {'steps':>5}  {'noise':<11}  {titles}"]
+    advice = advice_by_case(file.meta)
+    for r in sorted(file.meta.evidence, key=lambda r: (r.guidance, r.schedule, r.steps, r.split)):
+        ratio = f"{r.ems / r.data_prediction:6.3f}" if r.data_prediction else "     -"
+        errors = f"{r.data_prediction:9.2e}  {r.ems:9.2e}  {ratio}"
+        case = f"{r.guidance:8g}  {r.schedule:<20.20} {r.steps:5}  {r.split:<11}"
+        entry = advice.get((r.guidance, r.schedule, r.steps))
+        lines.append(f"{case}  {errors}  {_in_words(entry.settings) if entry else '-'}")
+    return lines
+
+
+def _in_words(s: Settings) -> str:
+    predictor = " pseudo" if s.predictor == "pseudo" else ""
+    limit = "" if math.isinf(s.corrector_below) else f" below sigma {s.corrector_below:g}"
+    return f"order {s.order}{predictor}, corrector {s.corrector}{limit}, strength {s.strength:g}"
+
+
+# --- verify
+
+
+def _add_verify(commands: Any) -> None:
+    text = (
+        "Check files: format, checksum, shapes and ranges, and that the evidence supports the recommendation (never\n"
+        f"worse than data prediction on calibration noise).\n\n    ems verify stats/*{SUFFIX}"
+    )
+    parser = _add(commands, "verify", "check files", text, _verify)
+    parser.add_argument("files", type=Path, nargs="+", metavar="file", help=f"*{SUFFIX} files")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    bad = 0
+    for path in args.files:
+        try:
+            file = load_ems_file(path)
+        except EMSFileError as error:
+            problems, notes = [error.what], []
+        else:
+            problems, notes = evidence_problems(file), _notes(file)
+        for problem in problems:
+            print(f"ems verify: {path}: {problem}", file=sys.stderr)
+        if not problems:
+            print(f"{path}: ok{''.join(f'; {note}' for note in notes)}")
+        bad += bool(problems)
+    return 1 if bad else 0
+
+
+def _notes(file: EMSFile) -> list[str]:
+    """What is allowed and still good to know."""
+    reports = [r for r in file.meta.evidence if r.split == "report"]
+    lost = sum(r.ems > r.data_prediction for r in reports)
+    if not file.meta.evidence:
+        return ["no evidence: these statistics have not been tried"]
+    return [f"on report noise no worse than data prediction in {len(reports) - lost} of {len(reports)} cases"]
+
+
+# --- convert
+
+
+def _add_convert(commands: Any) -> None:
+    width = max(map(len, PRESETS))
+    presets = "\n".join(
+        f"  {name:<{width}}  {lambda_range(name)[0]:6.3f} .. {lambda_range(name)[1]:5.3f}  {what}"
+        for name, (what, _) in PRESETS.items()
+    )
+    text = (
+        "Convert the l.npz and sb.npz of the paper's authors. The files do not say which range of lambda they cover:\n"
+        "give a preset, or the range from the noisy to the clean end.\n\n"
+        f"    ems convert l.npz sb.npz --preset sd-v1 --guidance 7.5 --out sd{SUFFIX}\n\npresets:\n{presets}"
+    )
+    parser = _add(commands, "convert", "import the authors' files", text, _convert)
+    parser.add_argument("l", type=Path, help="l.npz")
+    parser.add_argument("sb", type=Path, help="sb.npz")
+    parser.add_argument("--out", type=Path, required=True, help=f"file to write, *{SUFFIX}")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--preset", choices=sorted(PRESETS), metavar="NAME", help="range of lambda by name, see above")
+    where.add_argument("--range", type=float, nargs=2, metavar=("FIRST", "LAST"), help="of lambda: -2.682 3.535, say")
+    parser.add_argument("--guidance", type=float, default=1.0, help="scale that the statistics were computed for (1)")
+    kind = "keep every position (fits one latent size only); default: mean over positions, fits all sizes"
+    parser.add_argument("--per-element", action="store_true", help=kind)
+    parser.add_argument("--name", default="", help="the model's name, kept in the file")
+    parser.add_argument("--date", default="", help="date to note in the file")
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from .. import __version__
+
+    _check_output(args.out)
+    span = lambda_range(args.preset) if args.preset else tuple(args.range)
+    model = {"name": args.name or args.preset or args.l.resolve().parent.name}
+    kept = {"per_element": args.per_element, "program": __version__, "date": args.date}
+    file = convert_npz(args.l, args.sb, span, guidance=args.guidance, model=model, **kept)
+    file.save(args.out)
+    size = f"{args.out.stat().st_size / 1024:.1f} KiB"
+    print(f"Wrote {args.out}, {size}. It has no evidence: nothing tells whether it helps.")
+    return 0
+
+
+def _check_output(path: Path) -> None:
+    if not path.name.endswith(SUFFIX):
+        raise EMSError(f"{path}: the name of a statistics file ends in {SUFFIX}")
+
+
+# --- plot
+
+
+def _add_plot(commands: Any) -> None:
+    text = f"Draw l, s, b and the evidence.\n\n    ems plot model{SUFFIX} --out model.svg\n\nA .png needs matplotlib."
+    parser = _add(commands, "plot", "draw l, s, b and the evidence", text, _plot)
+    parser.add_argument("file", type=Path, help=f"a *{SUFFIX} file")
+    parser.add_argument("--out", type=Path, help="picture to write, .svg or .png (default: beside the file, .svg)")
+
+
+def _plot(args: argparse.Namespace) -> int:
+    out = args.out or args.file.with_name(args.file.name.removesuffix(SUFFIX) + ".svg")
+    plot_ems(load_ems_file(args.file), out)
+    print(f"Wrote {out}")
+    return 0
+
+
+COMMANDS: tuple[Callable[[Any], None], ...] = (
+    add_compute,
+    _add_inspect,
+    _add_verify,
+    add_merge,
+    _add_convert,
+    _add_plot,
+)
+"""Each registers one command and sets `run`, a function from the parsed arguments to the exit status."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
