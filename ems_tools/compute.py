@@ -14,7 +14,17 @@ from torch import Tensor
 
 from ..sampler import EDM, EMS, Flow, NoiseSchedule, Settings, Space, half_corrector_sigma, karras, uniform_lambda, uniform_time
 from .calibrate import CalibrationPlan, Row, calibrate, evaluations_of_calibration
-from .estimate import Job, JobState, Model, Progress, estimate_moments, evaluations_of, snapped_grid, uniform_grid
+from .estimate import (
+    EstimateError,
+    Job,
+    JobState,
+    Model,
+    Progress,
+    estimate_moments,
+    evaluations_of,
+    snapped_grid,
+    uniform_grid,
+)
 from .file import EMSFile, EMSMeta, EvidenceRow, RecommendedSetting
 from .moments import Moments
 
@@ -159,6 +169,7 @@ def compute_ems(
     state = JobState.open(path.with_name(path.name + ".partial"), job)
     if extend is not None and not state.tensors:
         state.tensors.update({name: v.clone() for name, v in extend.moments.items()})
+    _check_same(state, source, plan)
     state.facts.setdefault("date", datetime.date.today().isoformat())
     moments = estimate_moments(
         source.models, job, state, batch=batch, device=device, dtype=dtype, until=until, progress=progress
@@ -182,6 +193,17 @@ def compute_ems(
     file.save(path)
     state.delete()
     return file
+
+
+def _check_same(state: JobState, source: Source, plan: CalibrationPlan | None) -> None:
+    """Raise EstimateError if the state was begun with another model or another calibration."""
+    sizes = [plan.calibration, plan.report, plan.reference_steps] if plan else None
+    for what, mine in (("another model", dict(source.identity)), ("another effort or evidence", sizes)):
+        if state.facts.setdefault(what, mine) != mine:
+            raise EstimateError(
+                f"{state.path} holds an unfinished job begun with {what} ({state.facts[what]}): finish it so, "
+                f"give another output name, or delete it"
+            )
 
 
 def _ems(moments: Moments) -> EMS:
