@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..sampler import EMSError, SamplingError, Settings
+from ..sampler import EMSError, SamplingError
 from .compute_cli import add_compute, add_merge
 from .convert import PRESETS, convert_npz, lambda_range
+from .describe import facts_of, lines_of
 from .estimate import EstimateError
 from .file import (
     SUFFIX,
     EMSFile,
     EMSFileError,
-    RecommendedSetting,
-    advice_by_case,
     evidence_problems,
     load_ems_file,
 )
@@ -88,101 +85,13 @@ def _add_inspect(commands: Any) -> None:
 
 def _inspect(args: argparse.Namespace) -> int:
     file = load_ems_file(args.file)
-    facts = _facts_of(file)
+    facts = facts_of(file)
     if args.json:
         print(json.dumps({"path": str(args.file), "bytes": args.file.stat().st_size, **facts}, indent=1))
         return 0
     print(f"{args.file}: {args.file.stat().st_size / 1024:.1f} KiB, format checked, checksum right")
-    for name in ("model", "noise", "grid", "statistics", "estimate", "made"):
-        print(f"\n{name}")
-        for key, value in facts[name].items():
-            print(f"  {key:<18} {_shown(value)}")
-    print("\nranges, smallest to largest over the grid (root mean square of the standard errors)")
-    for line in _ranges(file):
-        print(f"  {line}")
-    print("\nevidence: error with the recommended settings against the best without EMS")
-    for line in _evidence_table(file) or ["none in this file: its statistics have not been tried"]:
-        print(f"  {line}")
+    print("\n".join(lines_of(file)))
     return 0
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_shown(v) for v in value)
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _facts_of(file: EMSFile) -> dict[str, Any]:
-    """What a file says, JSON-serialisable."""
-    meta = file.meta
-    return {
-        "model": dict(meta.model),
-        "noise": {n: getattr(meta, n) for n in ("space", "sigma_min", "sigma_max", "schedule")},
-        "grid": {
-            "points": len(file.lambdas),
-            "lambda": [file.lambdas[0].item(), file.lambdas[-1].item()],
-            **{k: v for k, v in meta.grid.items() if k not in ("points", "lambda")},
-        },
-        "statistics": {
-            "guidance": file.guidance.tolist(),
-            "channels": file.channels,
-            "per element": "x".join(str(n) for n in file.l.shape[3:]) if file.per_element else "no",
-            "type": str(file.l.dtype).removeprefix("torch."),
-            "standard errors": _errors_kept(file),
-            "moments": sorted(file.moments),
-        },
-        "estimate": dict(meta.estimate),
-        "made": {"program": meta.program, "date": meta.date, **meta.foreign},
-        "evidence": [asdict(row) for row in meta.evidence],
-        "recommendation": [_plain(entry) for entry in meta.recommendation],
-    }
-
-
-def _errors_kept(file: EMSFile) -> str:
-    if file.errors is None:
-        return "none"
-    return "at every point" if file.errors["l"].shape[1] == file.l.shape[1] else "root mean square over the grid"
-
-
-def _plain(entry: RecommendedSetting) -> dict[str, Any]:
-    plain = asdict(entry)
-    if math.isinf(entry.settings.corrector_below):
-        plain["settings"]["corrector_below"] = None
-    return plain
-
-
-def _ranges(file: EMSFile) -> list[str]:
-    lines = []
-    for g, guidance in enumerate(file.guidance.tolist()):
-        for c in range(min(file.channels, 16)):
-            parts = []
-            for name in ("l", "s", "b"):
-                values = getattr(file, name)[g, :, c]
-                error = f" ({file.errors[name][g, :, c].double().square().mean().sqrt():.1e})" if file.errors else ""
-                parts.append(f"{name} {values.min().item():7.3f} to {values.max().item():7.3f}{error}")
-            lines.append(f"guidance {guidance:<5g} channel {c:<2} {'   '.join(parts)}")
-    return lines
-
-
-def _evidence_table(file: EMSFile) -> list[str]:
-    if not file.meta.evidence:
-        return []
-    titles = f"{'without':>9}  {'with':>9}  {'ratio':>6}  recommended"
-    lines = [f"{'guidance':>8}  {'schedule':<20} {'steps':>5}  {'noise':<11}  {titles}"]
-    advice = advice_by_case(file.meta)
-    for r in sorted(file.meta.evidence, key=lambda r: (r.guidance, r.schedule, r.steps, r.split)):
-        ratio = f"{r.ems / r.data_prediction:6.3f}" if r.data_prediction else "     -"
-        errors = f"{r.data_prediction:9.2e}  {r.ems:9.2e}  {ratio}"
-        case = f"{r.guidance:8g}  {r.schedule:<20.20} {r.steps:5}  {r.split:<11}"
-        entry = advice.get((r.guidance, r.schedule, r.steps))
-        lines.append(f"{case}  {errors}  {_in_words(entry.settings) if entry else '-'}")
-    return lines
-
-
-def _in_words(s: Settings) -> str:
-    predictor = " pseudo" if s.predictor == "pseudo" else ""
-    limit = "" if math.isinf(s.corrector_below) else f" below sigma {s.corrector_below:g}"
-    return f"order {s.order}{predictor}, corrector {s.corrector}{limit}, strength {s.strength:g}"
 
 
 # --- verify
@@ -274,7 +183,7 @@ def _check_output(path: Path) -> None:
 
 
 def _add_plot(commands: Any) -> None:
-    text = f"Draw l, s, b and the evidence.\n\n    ems plot model{SUFFIX} --out model.svg\n\nA .png needs matplotlib."
+    text = f"Draw l, s, b and the evidence.\n\n    ems plot model{SUFFIX} --out model.svg\n\nA .png needs Pillow."
     parser = _add(commands, "plot", "draw l, s, b and the evidence", text, _plot)
     parser.add_argument("file", type=Path, help=f"a *{SUFFIX} file")
     parser.add_argument("--out", type=Path, help="picture to write, .svg or .png (default: beside the file, .svg)")

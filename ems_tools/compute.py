@@ -54,7 +54,7 @@ class Effort:
 EFFORTS = {
     "quick": Effort(16, 40, 1, 4, (5, 8), 1, _FEW, (0.5,), 60),
     "standard": Effort(32, 60, 1, 8, (5, 6, 8, 10, 15, 20), 2, _FEW, (0.5,), 80),
-    "thorough": Effort(64, 60, 1, 9, (5, 6, 8, 10, 15, 20), 4, None, (0.5, 0.75), 120),
+    "thorough": Effort(64, 60, 1, 18, (5, 6, 8, 10, 15, 20), 5, None, (0.5, 0.75), 120),
 }
 
 
@@ -68,7 +68,7 @@ class Source:
         schedule: its noise schedule; gives space and noise range.
         identity: what is known of the model: name, hashes, prediction; strings.
         levels: the host's own noise levels, if it rounds to them.
-        host_schedules: the host's step schedules to judge on, beside the paper's, by name.
+        host_schedules: the host's step schedules to judge on, before the paper's, by name.
     """
 
     models: Mapping[float, Model]
@@ -107,17 +107,17 @@ def job_for(subject: Source, effort: Effort, seed: int = 0, **changes: Any) -> J
 
 
 def plan_for(source: Source, effort: Effort) -> CalibrationPlan:
-    """The calibration: the paper's schedules to sigma_min, and those that end at 0 as hosts do."""
+    """The calibration: the host's own schedules, then those that end at 0 as hosts do and the paper's to sigma_min."""
     s = source.schedule
     schedules: dict[str, Callable[[int], Tensor]] = {
+        **(source.host_schedules or {}),
         "uniform_lambda": lambda n: uniform_lambda(s, n),
         "uniform_time_zero": lambda n: uniform_time(s, n, to_zero=True),
         "karras_zero": lambda n: karras(_in_sigma_or_flow(s), n, to_zero=True),
+        "karras": lambda n: karras(_in_sigma_or_flow(s), n),
         "uniform_time": lambda n: uniform_time(s, n),
-        **(source.host_schedules or {}),
     }
     kept = dict(list(schedules.items())[: effort.schedules])
-    kept.update(source.host_schedules or {})
     plan = CalibrationPlan(
         kept,
         effort.steps,

@@ -16,11 +16,11 @@ from ..sampler import EDM, Flow, NoiseSchedule, SamplingError, Space, VPDiscrete
 from .calibrate import CalibrationPlan
 from .compute import EFFORTS, Source, compute_ems, evaluations, job_for, plan_for
 from .estimate import EstimateError, Job, Model, Progress, forward_mode_works
-from .file import SUFFIX, EMSFile, EMSFileError, load_ems_file
-from .moments import MergeError
+from .file import SUFFIX, EMSFile, load_ems_file
+from .merge import merge_files
 from .points import DivergedError
 
-__all__ = ["add_compute", "add_merge", "merge_files"]
+__all__ = ["add_compute", "add_merge"]
 
 _COMPUTE = """\
 Compute the statistics of a model: estimate l, s, b, try them on noise held out of the estimate, write a file.
@@ -291,53 +291,3 @@ def run_merge(args: argparse.Namespace) -> int:
     merged.save(args.out)
     print(f"Wrote {args.out}: {len(args.files)} files, {merged.meta.estimate['samples']} samples. It has no evidence yet.")
     return 0
-
-
-def merge_files(files: list[tuple[Path, EMSFile]]) -> EMSFile:
-    """The file of all samples together. Raises EMSFileError that names the file which does not fit."""
-    if len(files) < 2:
-        raise EstimateError("merging needs at least two files")
-    first_path, first = files[0]
-    totals = _moments(first_path, first)
-    seeds = list(first.meta.estimate.get("seeds", ()))  # type: ignore[arg-type]
-    for path, file in files[1:]:
-        for what, mine, theirs in (
-            ("model", dict(first.meta.model), dict(file.meta.model)),
-            ("guidance scales", first.guidance.tolist(), file.guidance.tolist()),
-            ("source of points", first.meta.estimate.get("points"), file.meta.estimate.get("points")),
-        ):
-            if mine != theirs:
-                raise EMSFileError(path, f"its {what} ({theirs}) differs from {first_path}'s ({mine}): these cannot be merged")
-        repeated = set(seeds) & set(file.meta.estimate.get("seeds", ()))  # type: ignore[arg-type]
-        if repeated:
-            raise EMSFileError(
-                path, f"holds samples of seed {sorted(map(str, repeated))[0]}, counted already: compute it with another --seed"
-            )
-        seeds += list(file.meta.estimate.get("seeds", ()))  # type: ignore[arg-type]
-        try:
-            totals = [a.merged(b) for a, b in zip(totals, _moments(path, file), strict=True)]
-        except MergeError as error:
-            raise EMSFileError(path, str(error)) from error
-    return _with_moments(first, totals, tuple(seeds))
-
-
-def _moments(path: Path, file: EMSFile) -> list[Any]:
-    from .moments import Moments
-
-    names = [(f"sums.{g}", f"count.{g}") for g in range(len(file.guidance))]
-    if not all(name in file.moments for pair in names for name in pair):
-        raise EMSFileError(path, "has no moments: compute it with --keep-moments to merge or extend it")
-    return [Moments(file.lambdas, file.moments[count], file.moments[sums]) for sums, count in names]
-
-
-def _with_moments(file: EMSFile, moments: list[Any], seeds: tuple[Any, ...]) -> EMSFile:
-    statistics = [m.statistics() for m in moments]
-    stacked = {name: torch.stack([getattr(st, name) for st in statistics]) for name in "lsb"}
-    errors = {name: torch.stack([getattr(st, f"{name}_se") for st in statistics]) for name in "lsb"}
-    kept = {}
-    for g, m in enumerate(moments):
-        kept[f"sums.{g}"], kept[f"count.{g}"] = m.sums, m.count
-    estimate = {**file.meta.estimate, "samples": tuple(m.samples for m in moments), "seeds": seeds}
-    meta = replace(file.meta, estimate=estimate, evidence=(), recommendation=())
-    merged = replace(file, meta=meta, errors=errors, moments={}, **stacked)
-    return replace(merged.compacted(), moments=kept)

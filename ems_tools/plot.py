@@ -1,11 +1,11 @@
 """Draw a statistics file: l, s, b over lambda per channel, and what its evidence says, one row per guidance scale.
 
-`panels_of` says what is drawn; two renderers draw it: SVG by hand, which needs nothing, and matplotlib for .png.
+`panels_of` says what is drawn; two renderers draw it: SVG by hand, which needs nothing, and `raster` with Pillow, which every
+host brings, for .png.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from torch import Tensor
 from .atomic import write_atomic
 from .file import EMSFile
 
-__all__ = ["Curve", "Panel", "PlotError", "panels_of", "plot_ems"]
+__all__ = ["Curve", "Panel", "PlotError", "limits_of", "panels_of", "plot_ems", "png_of", "ticks_between"]
 
 MAX_ROWS, MAX_CURVES = 6, 16
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
@@ -53,11 +53,21 @@ class Panel:
     curves: tuple[Curve, ...]
     level: float
     note: str = ""
+    log: bool = False  # y values are logarithms to base 10
+
+    def y_tick(self, value: float) -> str:
+        """The text at a tick of the y axis."""
+        return f"{10**value:.1g}" if self.log else f"{value:g}"
 
     @property
     def legend(self) -> bool:
         """Whether curves are named; the panels of s and b share their colours with that of l."""
-        return 1 < len(self.curves) <= 8 and self.title[:2] not in ("s,", "b,")
+        return 1 <= len(self.named) <= 8 and self.title[:2] not in ("s,", "b,")
+
+    @property
+    def named(self) -> list[Curve]:
+        """The curves that a legend names."""
+        return [c for c in self.curves if c.name]
 
 
 def panels_of(file: EMSFile) -> list[list[Panel]]:
@@ -103,21 +113,21 @@ def _evidence(file: EMSFile, guidance: float) -> Panel:
             points = [(float(r.steps), r.ems / r.data_prediction) for r in mine]
             if points:
                 xs, ys = zip(*points, strict=True)
-                name = f"{schedule.replace('$', '')[:32]}{'' if split == 'report' else ' (calibration)'}"
+                name = schedule[:32] if split == "report" else ""  # told by its colour
                 curves.append(Curve(name, xs, ys, colour=COLOURS[k % len(COLOURS)], dash=dash))
     title = f"error with EMS / without, guidance {guidance:g}"
-    return Panel(title, "steps", tuple(curves), 1.0, "" if curves else "no evidence in this file")
+    return Panel(title, "steps (dotted: calibration noise)", tuple(curves), 1.0, "" if curves else "no evidence in this file")
 
 
 def plot_ems(file: EMSFile, path: str | os.PathLike[str], title: str = "") -> None:
     """Draw `file` to `path`, an .svg or .png.
 
     Raises:
-        PlotError: another ending, or .png without matplotlib.
+        PlotError: another ending, or .png without Pillow.
         OSError: as the system reports it.
     """
     ending = Path(path).suffix.lower()
-    draw: dict[str, Callable[[list[list[Panel]], str], bytes]] = {".svg": _svg, ".png": _png}
+    draw: dict[str, Callable[[list[list[Panel]], str], bytes]] = {".svg": _svg, ".png": png_of}
     if ending not in draw:
         raise PlotError(f"{path}: a plot is an .svg or a .png file; choose such a name")
     name = title or str(file.meta.model.get("name") or "") or "EMS"
@@ -134,36 +144,20 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _y_limits(panel: Panel) -> tuple[float, float]:
-    return _limits([panel.level, *(v for c in panel.curves for v in (*c.y, *c.low, *c.high))])
+def limits_of(panel: Panel) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Ends of the x and of the y axis."""
+    ys = [panel.level, *(v for c in panel.curves for v in (*c.y, *c.low, *c.high))]
+    return _limits([v for c in panel.curves for v in c.x]), _limits(ys)
 
 
-def _png(rows: list[list[Panel]], title: str) -> bytes:
+def png_of(rows: list[list[Panel]], title: str, zoom: float = 1.0) -> bytes:
+    """The panels as a PNG, 420 x 320 pixels each at zoom 1. Raises PlotError without Pillow."""
+    from . import raster
+
     try:
-        from matplotlib.figure import Figure
+        return raster.render(rows, title, zoom)
     except ImportError:
-        raise PlotError("a .png needs matplotlib, which is not installed: give a name that ends in .svg") from None
-    figure = Figure(figsize=(17, 3.2 * len(rows) + 0.5), layout="constrained")
-    for axes_row, panels in zip(figure.subplots(len(rows), 4, squeeze=False), rows, strict=True):
-        for axes, panel in zip(axes_row, panels, strict=True):
-            for curve in panel.curves:
-                style = {"color": curve.colour, "linestyle": curve.dash, "marker": "." if len(curve.x) < 12 else ""}
-                axes.plot(curve.x, curve.y, **style, label=curve.name, lw=1.3)
-                if curve.low:
-                    axes.fill_between(curve.x, curve.low, curve.high, color=curve.colour, alpha=0.2, lw=0)
-            axes.axhline(panel.level, color="#888888", lw=0.7, zorder=0)
-            axes.set_title(panel.title, fontsize=10)
-            axes.set_xlabel(panel.x_label)
-            axes.set_ylim(*_y_limits(panel))
-            axes.grid(alpha=0.25)
-            if panel.note:
-                axes.text(0.5, 0.95, panel.note, ha="center", va="top", transform=axes.transAxes)
-            if panel.legend:
-                axes.legend(fontsize=7)
-    figure.suptitle(title, parse_math=False)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=100, metadata={"Software": None})
-    return data.getvalue()
+        raise PlotError("a .png needs Pillow, which is not installed: give a name that ends in .svg") from None
 
 
 _WIDTH, _HEIGHT = 340, 260
@@ -182,8 +176,7 @@ def _svg(rows: list[list[Panel]], title: str) -> bytes:
 
 
 def _svg_panel(panel: Panel) -> str:
-    x_low, x_high = _limits([v for c in panel.curves for v in c.x])
-    y_low, y_high = _y_limits(panel)
+    (x_low, x_high), (y_low, y_high) = limits_of(panel)
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
 
     def x(v: float) -> str:
@@ -199,28 +192,28 @@ def _svg_panel(panel: Panel) -> str:
     parts = [f'<rect {box} fill="none" stroke="#444"/>']
     for text, at in ((panel.title, 18), (panel.x_label, _HEIGHT - 6), (panel.note, _TOP + 20)):
         parts.append(f'<text x="{(_LEFT + right) / 2}" y="{at}" text-anchor="middle">{escape(text)}</text>')
-    for v in _ticks(x_low, x_high):
+    for v in ticks_between(x_low, x_high):
         parts.append(f'<path d="M{x(v)} {_TOP}V{bottom}" stroke="#ddd"/>')
         parts.append(f'<text x="{x(v)}" y="{bottom + 14}" text-anchor="middle">{v:g}</text>')
-    for v in _ticks(y_low, y_high):
+    for v in ticks_between(y_low, y_high):
         parts.append(f'<path d="M{_LEFT} {y(v)}H{right}" stroke="#ddd"/>')
-        parts.append(f'<text x="{_LEFT - 4}" y="{float(y(v)) + 4:.1f}" text-anchor="end">{v:g}</text>')
+        parts.append(f'<text x="{_LEFT - 4}" y="{float(y(v)) + 4:.1f}" text-anchor="end">{panel.y_tick(v)}</text>')
     parts.append(f'<path d="M{_LEFT} {y(panel.level)}H{right}" stroke="#888"/>')
-    for k, curve in enumerate(panel.curves):
+    for curve in panel.curves:
         if curve.low:
             outline = points((*curve.x, *curve.x[::-1]), (*curve.low, *curve.high[::-1]))
             parts.append(f'<polygon points="{outline}" fill="{curve.colour}" fill-opacity="0.2"/>')
         line = f'fill="none" stroke="{curve.colour}" stroke-width="1.4" stroke-dasharray="{DASHES[curve.dash]}"'
         parts.append(f'<polyline points="{points(curve.x, curve.y)}" {line}/>')
-        if panel.legend:
-            at = bottom - 8 - 12 * (len(panel.curves) - 1 - k)
+        if panel.legend and curve.name:
+            at = bottom - 8 - 12 * (len(panel.named) - 1 - panel.named.index(curve))
             parts.append(f'<path d="M{right - 18} {at - 3}H{right - 4}" {line}/>')
             halo = 'text-anchor="end" font-size="9" stroke="white" stroke-width="3" paint-order="stroke"'
             parts.append(f'<text x="{right - 22}" y="{at}" {halo}>{escape(curve.name)}</text>')
     return "".join(parts)
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks_between(low: float, high: float) -> list[float]:
     """About five round numbers between `low` and `high`."""
     rough = (high - low) / 5
     unit = 10.0 ** math.floor(math.log10(rough))

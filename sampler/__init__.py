@@ -8,6 +8,7 @@ from .ems import EMS, EMSError
 from .schedules import (
     EDM,
     Flow,
+    LevelTable,
     NoiseSchedule,
     VPContinuous,
     VPDiscrete,
@@ -31,6 +32,7 @@ __all__ = [
     "EMSError",
     "Flow",
     "LambdaDenoiser",
+    "LevelTable",
     "NoiseSchedule",
     "Recommendation",
     "RecommendationEntry",

@@ -20,6 +20,7 @@ from .space import Space
 __all__ = [
     "EDM",
     "Flow",
+    "LevelTable",
     "NoiseSchedule",
     "VPContinuous",
     "VPDiscrete",
@@ -135,6 +136,39 @@ class Flow:
         """t at unshifted `time`."""
         u = time.to(torch.float64)
         return self.shift * u / (1 + (self.shift - 1) * u)
+
+
+@dataclass(frozen=True, eq=False)
+class LevelTable:
+    """A host's own table of levels [N], increasing, for models that only the host knows (shifted, rescaled, ...).
+
+    Entry k is the level at time (k + 1) / N. Between entries log sigma (in sigma space) or t (flow) is linear in time.
+    """
+
+    levels: Tensor
+    space: Space = Space.SIGMA
+    time_max = 1.0
+
+    def __post_init__(self) -> None:
+        v = self.levels
+        if v.ndim != 1 or len(v) < 2 or not (v > 0).all() or not v.isfinite().all() or not (v.diff() > 0).all():
+            raise ValueError("levels must be an increasing tensor [N] of finite values above 0")
+        if self.space is Space.FLOW and v[-1] > 1:
+            raise ValueError("a flow's levels are times t, at most 1")
+
+    @property
+    def time_min(self) -> float:
+        """Time of the first entry."""
+        return 1 / len(self.levels)
+
+    def level_at(self, time: Tensor) -> Tensor:
+        """Level at `time` in [1 / N, 1]."""
+        table = self.levels.to("cpu", torch.float64)
+        table = table if self.space is Space.FLOW else table.log()
+        position = (time.to(torch.float64) * len(table) - 1).clamp(0, len(table) - 1)
+        low = position.floor().long().clamp(max=len(table) - 2)
+        value = torch.lerp(table[low], table[low + 1], position - low)
+        return value if self.space is Space.FLOW else value.exp()
 
 
 def half_corrector_sigma(schedule: NoiseSchedule) -> float:

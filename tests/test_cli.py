@@ -151,8 +151,8 @@ def test_plot_draws_every_panel_as_svg(capsys, path):
 
 
 @pytest.mark.parametrize("file", [statistics(), statistics(20, evidence=False), statistics(2, (4, 5))])
-def test_plot_draws_png_with_matplotlib(tmp_path, file):
-    pytest.importorskip("matplotlib")
+def test_plot_draws_png_with_pillow(tmp_path, file):
+    pytest.importorskip("PIL")
     plot.plot_ems(file, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -169,8 +169,8 @@ def test_plot_panels_hold_the_files_numbers():
 
 def test_plot_says_what_it_needs(capsys, path, monkeypatch):
     assert ".svg or a .png" in refused(capsys, "plot", path, "--out", path.with_suffix(".jpg"))
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "needs matplotlib" in refused(capsys, "plot", path, "--out", path.with_suffix(".png"))
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert "needs Pillow" in refused(capsys, "plot", path, "--out", path.with_suffix(".png"))
 
 
 def test_it_runs_as_a_program_and_survives_a_closed_pipe(path):

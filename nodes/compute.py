@@ -1,0 +1,167 @@
+"""The node "Compute EMS"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import host
+
+__all__ = ["ComputeNode"]
+
+PROMPTS = (
+    "a photograph of an old fisherman mending a net in a harbour at dawn",
+    "a watercolour painting of a fox in a snowy birch forest",
+    "a bowl of ramen with a soft egg on a wooden table, top view",
+    "an isometric drawing of a small workshop full of tools",
+    "a red sports car on a wet street at night, neon lights",
+    "portrait of a young woman with freckles, soft window light",
+    "a mountain lake with reflections, autumn, wide angle",
+    "a simple logo of a blue whale, flat colours, white background",
+    "macro photograph of a bee on a sunflower",
+    "an astronaut riding a horse on a beach, oil on canvas",
+    "the interior of a gothic cathedral, light through stained glass",
+    "anime girl with a yellow umbrella in the rain",
+    "a black and white photograph of a busy street market",
+    "a crystal chess set, studio lighting, shallow depth of field",
+    "a cosy cottage kitchen, children's book illustration",
+)
+"""Beside the user's own, where a CLIP is connected: statistics of one prompt are that prompt's."""
+
+_SKIPPED = ("pooled_output", "area", "mask", "strength", "start_percent", "end_percent", "hooks", "attention_mask")
+
+
+class ComputeNode:
+    """Measure a model's statistics."""
+
+    CATEGORY = "DPM-Solver-v3"
+    FUNCTION = "compute"
+    RETURN_TYPES = ("EMS", "STRING", "IMAGE", "STRING")
+    RETURN_NAMES = ("ems", "path", "plot", "report")
+    OUTPUT_NODE = True
+    DESCRIPTION = (
+        "Compute the statistics (EMS) of this model once; dpm_solver_v3 then finds them by the checkpoint. Cancel at any time: "
+        "queueing the same again goes on where it stopped."
+    )
+    SEARCH_ALIASES = ("compute ems", "dpm_solver_v3", "statistics", "calibrate")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        from ..ems_tools.compute import EFFORTS
+        from .session import effort_in_words
+
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "positive": ("CONDITIONING", {"tooltip": "Your prompt, with ControlNet and the like if you always use it."}),
+                "negative": ("CONDITIONING",),
+                "latent_size": (
+                    "LATENT",
+                    {"tooltip": "An empty latent of the usual size; smaller is faster; the EMS fit every size."},
+                ),
+                "guidance_scales": ("STRING", {"default": "1, 4, 7.5", "tooltip": "CFG scales, in between is interpolated."}),
+                "effort": (list(EFFORTS), {"default": "quick", "tooltip": effort_in_words()}),
+                "name": ("STRING", {"default": "", "tooltip": "File name in output/ems. Empty: the checkpoint's name."}),
+                "batch_size": (
+                    "INT",
+                    {"default": 4, "min": 1, "max": 64, "tooltip": "Samples at once. Halved when memory runs out."},
+                ),
+                "seed": ("INT", {"default": 0, "min": 0, "max": 2**31 - 1, "tooltip": "Another seed to merge with Merge EMS."}),
+                "keep_moments": (
+                    "BOOLEAN",
+                    {"default": False, "tooltip": "Keep what Merge EMS needs. Makes the file much larger."},
+                ),
+            },
+            "optional": {
+                "clip": (
+                    "CLIP",
+                    {"tooltip": f"Adds {len(PROMPTS)} built-in prompts: the EMS are not your prompt's alone."},
+                ),
+                "schedulers": (
+                    "STRING",
+                    {
+                        "default": "auto",
+                        "tooltip": "Schedulers on which settings are chosen and judged, comma-separated. auto: normal and "
+                        "karras, or simple and beta for flow models.",
+                    },
+                ),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID", "prompt": "PROMPT"},
+        }
+
+    def compute(
+        self,
+        model: Any,
+        positive: Any,
+        negative: Any,
+        latent_size: dict[str, Any],
+        guidance_scales: str,
+        effort: str,
+        name: str,
+        batch_size: int,
+        seed: int,
+        keep_moments: bool,
+        clip: Any = None,
+        schedulers: str = "auto",
+        unique_id: str = "",
+        prompt: Any = None,
+    ) -> dict[str, Any]:
+        """EMS, path, plot IMAGE and report. Raises HostError with what to do."""
+        from ..ems_tools.describe import lines_of
+        from .find import Handle, identity_of
+        from .pictures import ems_picture
+        from .session import Request, measure
+
+        latent = host.latent_of(model, latent_size)
+        if getattr(latent, "is_nested", False):
+            raise host.HostError("several latents in one (video with sound, say) cannot be measured: no EMS for this model")
+        identity = identity_of(model, host.Place(prompt or {}, str(unique_id)))
+        prompts = [positive, *_built_in(clip, positive)]
+        facts = {**identity.facts(), "prompts": f"{len(prompts)}: the user's and {len(prompts) - 1} built in"}
+        given = tuple(part.strip() for part in schedulers.split(",") if part.strip())
+        request = Request(
+            patcher=model,
+            prompts=prompts,
+            negative=negative,
+            shape=tuple(latent.shape[1:]),
+            identity=facts,
+            scales=_scales(guidance_scales),
+            effort=effort,
+            name=name or identity.name or "model",
+            batch=batch_size,
+            seed=seed,
+            keep_moments=keep_moments,
+            schedulers=() if given == ("auto",) else given,
+            node=str(unique_id),
+        )
+        file, path = measure(request)
+        text = "\n".join([str(path), *lines_of(file)])
+        result = (Handle(file, path.name, path), str(path), ems_picture(file, path.name), text)
+        return {"ui": {"text": [text]}, "result": result}
+
+
+def _scales(text: str) -> tuple[float, ...]:
+    try:
+        scales = tuple(sorted({float(part) for part in text.replace(";", ",").split(",") if part.strip()}))
+    except ValueError:
+        scales = ()
+    if not scales or not all(0 < g <= 1000 for g in scales):
+        raise host.HostError(f"guidance scales must be numbers above 0, such as '1, 4, 7.5', not {text!r}")
+    return scales
+
+
+def _built_in(clip: Any, positive: Any) -> list[Any]:
+    """Conditionings of the built-in prompts, with whatever else (ControlNet, sizes, ...) the user's has."""
+    if clip is None:
+        return []
+    extra = {k: v for k, v in (positive[0][1] if positive else {}).items() if not k.startswith(_SKIPPED)}
+    found = []
+    for text in PROMPTS:
+        tokens = clip.tokenize(text)
+        encode = getattr(clip, "encode_from_tokens_scheduled", None)
+        if callable(encode):
+            conds = encode(tokens)
+        else:
+            cond, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
+            conds = [[cond, {"pooled_output": pooled}]]
+        found.append([[cond, {**extra, **facts}] for cond, facts in conds])
+    return found

@@ -1,0 +1,167 @@
+"""Statistics files in the graph: load, apply to a MODEL, save, inspect, merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from . import host
+from .find import Attached, Handle, attach, library
+
+__all__ = ["ApplyNode", "InspectNode", "LoadNode", "MergeNode", "SaveNode"]
+
+CATEGORY = "DPM-Solver-v3"
+NOTHING = "(no EMS file found)"
+_STRENGTHS = ["auto", "0", "0.25", "0.5", "0.75", "1"]
+
+
+class LoadNode:
+    """A statistics file by name."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "load"
+    RETURN_TYPES = ("EMS",)
+    DESCRIPTION = "Load a statistics file (*.ems.safetensors) from models/ems, output/ems or the pack's own stats."
+    SEARCH_ALIASES = ("load ems", "dpm_solver_v3", "statistics")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        names = [name for name, _ in library().paths()] or [NOTHING]
+        return {"required": {"ems_name": (names, {"tooltip": "Files in models/ems, output/ems and the pack's stats folder."})}}
+
+    @classmethod
+    def IS_CHANGED(cls, ems_name: str) -> str:
+        path = dict(library().paths()).get(ems_name)
+        try:
+            status = path.stat() if path else None
+        except OSError:
+            status = None
+        return f"{ems_name} {status.st_size} {status.st_mtime_ns}" if status else ems_name
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, ems_name: str) -> bool | str:
+        if ems_name in dict(library().paths()):
+            return True
+        return f"There is no EMS file {ems_name!r}. Compute one with 'Compute EMS', or put one into models/ems."
+
+    def load(self, ems_name: str) -> tuple[Handle]:
+        """Raises EMSFileError, whose message says what is wrong with the file."""
+        entry = library().get(ems_name)
+        assert entry.file is not None
+        return (Handle(entry.file, entry.name, entry.path),)
+
+
+class ApplyNode:
+    """Statistics attached to a MODEL: used by dpm_solver_v3 whatever sampler node follows."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "apply"
+    RETURN_TYPES = ("MODEL",)
+    DESCRIPTION = "Attach EMS to a model; the sampler dpm_solver_v3 then uses them. Without an EMS: data prediction."
+    SEARCH_ALIASES = ("apply ems", "dpm_solver_v3")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        strength = {"default": "auto", "tooltip": "How much of the statistics to use; auto: what was measured best."}
+        return {
+            "required": {"model": ("MODEL",), "strength": (_STRENGTHS, strength)},
+            "optional": {"ems": ("EMS", {"tooltip": "Left open: no EMS, even if a file for this checkpoint exists."})},
+        }
+
+    def apply(self, model: Any, strength: str, ems: Handle | None = None) -> tuple[Any]:
+        """A clone of the MODEL."""
+        return (attach(model, Attached(ems, strength if strength == "auto" else float(strength))),)
+
+
+class SaveNode:
+    """Write an EMS into output/ems."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "save"
+    RETURN_TYPES = ("STRING",)
+    RETURN_NAMES = ("path",)
+    OUTPUT_NODE = True
+    DESCRIPTION = "Write an EMS (loaded, merged, ...) into output/ems. A different file of that name stays: a number is added."
+    SEARCH_ALIASES = ("save ems", "dpm_solver_v3")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        name = {"default": "my-model", "tooltip": "File name without ending."}
+        moments = {
+            "default": False,
+            "tooltip": "Keep the sums that Merge EMS needs, if the EMS has them. Makes the file much larger.",
+        }
+        return {"required": {"ems": ("EMS",), "name": ("STRING", name), "keep_moments": ("BOOLEAN", moments)}}
+
+    def save(self, ems: Handle, name: str, keep_moments: bool = False) -> dict[str, Any]:
+        """The path as STRING."""
+        file = ems.file if keep_moments or not ems.file.moments else ems.file.compacted()
+        path = free_path(name, file.encode())
+        if not path.exists():
+            file.save(path)
+        host.LOG.info("wrote %s", path)
+        return {"ui": {"text": [str(path)]}, "result": (str(path),)}
+
+
+def free_path(name: str, data: bytes) -> Path:
+    """The first of name, name_2, name_3, ... in output/ems that does not exist or holds these very bytes."""
+    from ..ems_tools.file import SUFFIX
+    from ..ems_tools.library import safe_name
+
+    folder = host.output_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = safe_name(name).removesuffix(SUFFIX)
+    for k in range(1, 1000):
+        path = folder / f"{stem if k == 1 else f'{stem}_{k}'}{SUFFIX}"
+        if not path.exists() or (path.stat().st_size == len(data) and path.read_bytes() == data):
+            return path
+    raise host.HostError(f"{folder} holds 999 files called {stem}: choose another name")
+
+
+class InspectNode:
+    """What a statistics file says, as a plot and as text."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "inspect"
+    RETURN_TYPES = ("IMAGE", "STRING")
+    RETURN_NAMES = ("plot", "text")
+    OUTPUT_NODE = True
+    DESCRIPTION = "Draw l, s, b and the evidence of an EMS, and print what it holds. Lists refused files of the folders."
+    SEARCH_ALIASES = ("inspect ems", "dpm_solver_v3", "plot ems")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"ems": ("EMS",)}}
+
+    def inspect(self, ems: Handle) -> dict[str, Any]:
+        """IMAGE [1, H, W, 3] and STRING."""
+        from ..ems_tools.describe import lines_of
+        from .pictures import ems_picture
+
+        bad = [f"refused: {e.name}: {e.problem}" for e in library().entries() if e.file is None]
+        text = "\n".join([ems.name, *lines_of(ems.file), *(["", *bad] if bad else [])])
+        return {"ui": {"text": [text]}, "result": (ems_picture(ems.file, ems.name), text)}
+
+
+class MergeNode:
+    """Add up estimates of one model made with different seeds."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "merge"
+    RETURN_TYPES = ("EMS",)
+    DESCRIPTION = "Add up EMS of one model computed with different seeds and keep_moments. The result has no evidence yet."
+    SEARCH_ALIASES = ("merge ems", "dpm_solver_v3")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {"ems_1": ("EMS",), "ems_2": ("EMS",)},
+            "optional": {"ems_3": ("EMS",), "ems_4": ("EMS",)},
+        }
+
+    def merge(self, **parts: Handle) -> tuple[Handle]:
+        """Raises EMSFileError that names the EMS which does not fit."""
+        from ..ems_tools.merge import merge_files
+
+        files = [(handle.name, handle.file) for _, handle in sorted(parts.items()) if handle is not None]
+        return (Handle(merge_files(list(files)), " + ".join(name for name, _ in files)),)

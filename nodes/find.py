@@ -1,0 +1,196 @@
+"""Which statistics a run uses: attached to the MODEL, made for this very checkpoint, for its name, for its kind, or none."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..sampler import EMS, EMSError
+from . import host
+
+if TYPE_CHECKING:
+    from ..ems_tools.file import EMSFile
+    from ..ems_tools.identity import FingerprintCache, ModelIdentity
+    from ..ems_tools.library import Library
+
+__all__ = ["ATTACHMENT", "Attached", "Found", "Handle", "attach", "find", "identity_of", "library"]
+
+ATTACHMENT = "dpm_solver_v3"
+"""Key in `model_options`: it reaches the sampler function, even that of the plain KSampler."""
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What flows along an EMS wire."""
+
+    file: EMSFile
+    name: str
+    path: Path | None = None
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What "Apply EMS" leaves on a MODEL: statistics (None: sample without), and their factor if not "auto"."""
+
+    handle: Handle | None
+    strength: float | str = "auto"
+
+    def __deepcopy__(self, memo: object) -> Attached:
+        """The host copies model_options deeply; this is immutable."""
+        return self
+
+
+@dataclass(frozen=True)
+class Found:
+    """Statistics for a run, or None, and in `message` what was found and what to do."""
+
+    ems: EMS | None
+    message: str
+    strength: float | str = "auto"
+    warn: bool = False
+
+
+@lru_cache(maxsize=1)
+def _cache() -> FingerprintCache:
+    from ..ems_tools.identity import FingerprintCache
+
+    return FingerprintCache(host.user_file("fingerprints.json"))
+
+
+@lru_cache(maxsize=1)
+def _library() -> Library:
+    from ..ems_tools.library import Library
+
+    return Library()
+
+
+def library() -> Library:
+    """All statistics files of the host's folders."""
+    found = _library()
+    found.folders = host.ems_folders()
+    return found
+
+
+def attach(model: Any, attached: Attached) -> Any:
+    """A clone of the MODEL that carries `attached`."""
+    clone = model.clone()
+    clone.model_options = {**clone.model_options, ATTACHMENT: attached}
+    return clone
+
+
+def identity_of(patcher: Any, place: host.Place) -> ModelIdentity:
+    """Identity of a MODEL: its file's fingerprint where the file is known, else its weights'."""
+    from ..ems_tools.identity import ModelIdentity, weights_fingerprint
+
+    model = getattr(patcher, "model", None)
+    kind = getattr(model, "model_config", None)
+    identity = ModelIdentity(
+        architecture=type(kind).__name__ if kind is not None else type(model).__name__,
+        prediction=str(getattr(getattr(model, "model_type", None), "name", "")),
+        patches=_patches(patcher, place),
+    )
+    path = _checkpoint(patcher, place)
+    if path is not None:
+        try:
+            return replace(identity, name=_stem(path), content=_cache().fingerprint(path))
+        except OSError as error:
+            host.LOG.warning("%s cannot be read: %s", path, error)
+    try:
+        return replace(identity, weights=weights_fingerprint(_weights(patcher)))
+    except Exception as error:  # quantised or absent weights refuse in many ways; then there is no exact match
+        host.LOG.debug("no fingerprint of the weights: %s", error)
+        return identity
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def _checkpoint(patcher: Any, place: host.Place) -> str | None:
+    """The one file that the MODEL was loaded from; None if there are several (a merge) or none is known."""
+    init = getattr(patcher, "cached_patcher_init", None)
+    arguments = init[1] if isinstance(init, (tuple, list)) and len(init) > 1 else ()
+    if arguments and isinstance(arguments[0], str) and os.path.isfile(arguments[0]):
+        return str(arguments[0])
+    values = (value for inputs in host.all_links(place) for value in inputs.values())
+    found = {path for path in map(host.input_path, values) if path}
+    return found.pop() if len(found) == 1 else None
+
+
+def _patches(patcher: Any, place: host.Place) -> str:
+    """LoRAs on the way from the loader, and how many weights are patched."""
+    count = len(getattr(patcher, "patches", None) or ())
+    if not count:
+        return ""
+    loras = []
+    for inputs in host.all_links(place):
+        name = inputs.get("lora_name")
+        if isinstance(name, str):
+            loras.append(f"{_stem(name)} {inputs.get('strength_model', 1)}")
+    return ", ".join([*loras[:8], f"{count} patched weights"])
+
+
+def _weights(patcher: Any) -> dict[str, Tensor]:
+    """The network's own weights; where a patch is applied at the moment, what was there before."""
+    state = dict(patcher.model.diffusion_model.state_dict())
+    for key, kept in (getattr(patcher, "backup", None) or {}).items():
+        name = key.removeprefix("diffusion_model.")
+        if name in state:
+            state[name] = getattr(kept, "weight", kept)
+    return {name: value for name, value in state.items() if type(value) in (Tensor, _parameter())}
+
+
+def _parameter() -> type:
+    from torch.nn import Parameter
+
+    return Parameter
+
+
+def find(run: host.Running, x: Tensor, options: dict[str, Any], same_architecture: bool = False) -> Found:
+    """Statistics for latents like x [B, C, ...]; `options` are the run's model_options. Never raises for a bad file."""
+    if x.ndim == 3 and x.shape[1] == 1:
+        return Found(None, "several latents packed into one: sampling without EMS (data prediction)", warn=True)
+    attached = options.get(ATTACHMENT)
+    if isinstance(attached, Attached):
+        if attached.handle is None:
+            return Found(None, "sampling without EMS, as asked for by Apply EMS")
+        found = _fitted(attached.handle, run.guidance, x, "attached to the model")
+        return replace(found, strength=attached.strength)
+    identity = identity_of(run.patcher, host.executing())
+    match = library().find(identity, channels=x.shape[1], same_architecture=same_architecture)
+    if match is None or match.entry.file is None:
+        return Found(None, _none(identity, x.shape[1]))
+    handle = Handle(match.entry.file, match.entry.name, match.entry.path)
+    if match.how == "exact":
+        return _fitted(handle, run.guidance, x, "made for this checkpoint")
+    reason = "of a checkpoint with the same name" if match.how == "name" else "of another checkpoint of the same architecture"
+    return replace(_fitted(handle, run.guidance, x, f"{reason}; for its own, run Compute EMS"), warn=True)
+
+
+def _none(identity: ModelIdentity, channels: int) -> str:
+    name = identity.name or "this model"
+    bad = [e.name for e in library().entries() if e.file is None]
+    refused = f" ({len(bad)} unusable files, see Inspect EMS: {', '.join(bad[:3])})" if bad else ""
+    return (
+        f"no EMS for {name} ({identity.architecture or 'unknown kind'}, {channels} channels){refused}: sampling with data "
+        "prediction. Run 'Compute EMS' once for this checkpoint, or put its file into models/ems"
+    )
+
+
+def _fitted(handle: Handle, guidance: float, x: Tensor, reason: str) -> Found:
+    import warnings
+
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ems = handle.file.at(guidance)
+        ems.check_fits(x.shape)
+    except EMSError as error:
+        return Found(None, f"{handle.name} does not fit: {error}. Sampling with data prediction", warn=True)
+    notes = "".join(f"; {w.message}" for w in caught)
+    return Found(ems, f"EMS {handle.name}, {reason}, guidance {guidance:g}{notes}", warn=bool(caught))
