@@ -187,7 +187,8 @@ def _mypy_path() -> Path:
 def test(arguments: list[str]) -> int:
     """Runs every check, then prints how each ended. Returns the status of the first that failed."""
     prepare(test=True)
-    mypy = ["mypy", "-p", "dpm_solver_v3.sampler", "-p", "dpm_solver_v3.ems_tools", "-m", "dpm_solver_v3.install"]
+    mypy = ["mypy", "-p", "dpm_solver_v3.sampler", "-p", "dpm_solver_v3.ems_tools", "-p", "dpm_solver_v3.nodes"]
+    mypy += ["-m", "dpm_solver_v3.install"]
     coverage = ["--cov=sampler", "--cov-report=term-missing:skip-covered", f"--cov-fail-under={COVERAGE}"]
     parts = {
         "ruff check": ["ruff", "check", "."],

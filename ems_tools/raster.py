@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -66,10 +67,10 @@ class _Axes:
     def text(self, u: float, v: float, text: str, size: int, anchor: str, colour: Any = "black") -> None:
         self.pen.text((u * _SCALE, v * _SCALE), text, fill=colour, font=font(size * _SCALE), anchor=anchor)
 
-    def line(self, points: list[tuple[float, float]], colour: Any, width: float = 1.0, dash: str = "solid") -> None:
+    def line(self, points: Sequence[tuple[float, float]], colour: Any, width: float = 1.0, dash: str = "solid") -> None:
         thickness = max(1, round(width * _SCALE))
         if dash == "solid":
-            self.pen.line(points, fill=colour, width=thickness, joint="curve")
+            self.pen.line(list(points), fill=colour, width=thickness, joint="curve")
             return
         on, period = (6 * _SCALE, 10 * _SCALE) if dash == "dashed" else (2 * _SCALE, 5 * _SCALE)
         for piece in _dashes(points, on, period):
@@ -125,7 +126,7 @@ class _Axes:
                 self.pen.ellipse([u - 5, v - 5, u + 5, v + 5], fill=curve.colour)
 
 
-def _dashes(points: list[tuple[float, float]], on: float, period: float) -> list[list[tuple[float, float]]]:
+def _dashes(points: Sequence[tuple[float, float]], on: float, period: float) -> list[list[tuple[float, float]]]:
     pieces, travelled = [], 0.0
     for (u, v), (p, q) in pairwise(points):
         length = math.hypot(p - u, q - v)
