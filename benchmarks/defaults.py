@@ -1,4 +1,4 @@
-"""Which order and corrector to use when nothing is known: the measurement behind DEFAULTS and DEFAULTS_WITH_EMS.
+"""Which order and corrector to use when nothing is known: the measurement behind DEFAULTS and STRONG_GUIDANCE.
 
     python benchmarks/defaults.py [--noises 9] [--guidance 1,4,7.5] [--steps 5,6,8,10] [--threads 2]
 
@@ -34,7 +34,7 @@ def main() -> None:
     """Print a table for each guidance scale, without and with statistics."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--noises", type=int, default=9)
-    parser.add_argument("--guidance", default="1,4,7.5")
+    parser.add_argument("--guidance", default="1,4,5.5,7.5")
     parser.add_argument("--steps", default="5,6,8,10")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..sampler import EMS, Settings, sample_dpm_solver_v3
+from ..sampler import EMS, SamplingError, Settings, sample_dpm_solver_v3
 from .estimate import Job, JobState, Model, Progress, denoiser_for, in_batches, sample_noise
 
 __all__ = ["HELD_OUT", "CalibrationPlan", "Row", "calibrate", "endpoint_errors", "evaluations_of_calibration", "reference"]
@@ -34,6 +34,9 @@ _COMBINATIONS = (
     Settings(order=3, corrector="none"),
     Settings(order=3, corrector="pseudo"),
 )
+
+UNUSABLE = 1e30
+"""The error of statistics with which the latent overflows: worse than anything, and a number that the file can hold."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,12 @@ def _row(
     reported_on: list[int],
 ) -> Row:
     def error(samples: list[int], settings: Settings) -> float:
-        return _geometric(endpoint_errors(bench, samples, levels, ems if settings.strength else None, settings))
+        try:
+            return _geometric(endpoint_errors(bench, samples, levels, ems if settings.strength else None, settings))
+        except SamplingError:
+            if not settings.strength:
+                raise
+            return UNUSABLE
 
     data = {replace(c, strength=0.0): 0.0 for c in plan.combinations}
     full = {replace(c, strength=1.0): 0.0 for c in plan.combinations}

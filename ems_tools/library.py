@@ -72,10 +72,15 @@ class Library:
     def find(self, model: ModelIdentity, *, channels: int | None = None, same_architecture: bool = False) -> Match | None:
         """The file that fits best: by fingerprint, by checkpoint name, or (if allowed) by architecture.
 
-        Files of another number of latent channels never fit. Among equals the newest date wins, then the name.
+        Files of another number of latent channels never fit. Among equals those of the same prediction come first (one
+        network can be run as another kind), then the newest date, then the name.
         """
         usable = [e for e in self.entries() if e.file and (channels is None or e.file.channels == channels)]
-        usable.sort(key=lambda e: (e.file.meta.date if e.file else "", e.name), reverse=True)
+
+        def rank(e: Entry) -> tuple[bool, str, str]:
+            return e.identity.prediction == model.prediction, e.file.meta.date if e.file else "", e.name
+
+        usable.sort(key=rank, reverse=True)
         tests: list[tuple[How, list[Entry]]] = [
             ("exact", [e for e in usable if model.same_as(e.identity)]),
             ("name", [e for e in usable if model.name and e.identity.name.casefold() == model.name.casefold()]),

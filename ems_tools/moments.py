@@ -23,6 +23,9 @@ __all__ = ["MOMENTS", "MergeError", "Moments", "Statistics", "smoothed_slope"]
 MOMENTS = ("y", "D", "D'", "yy", "yD", "DD", "yD'", "DD'", "vJv")
 SMOOTHING = 0.4
 """Half width in lambda of the local cubic fit that gives the slope l' (the paper: an 11-point moving average)."""
+S_LIMIT = 10.0
+"""|s| is held to this. f grows or decays by e^(s h) over a step h: more means that f hardly varies, and s is a ratio of two
+rounding errors. (The largest |s| of the embedded model is 1.1.)"""
 
 
 class MergeError(ValueError):
@@ -127,7 +130,7 @@ def _solve(lambdas: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     cov = q * (p * c_yy + q * c_yD - c_yDp) - (p * c_yD + q * c_DD - c_DDp)
     # Where f does not vary beyond rounding (a constant border, or D linear in y), s is free: take none.
     floor = 1e-10 * c_DD + 1e-30
-    s = torch.where(var_f > floor, cov / var_f.clamp(min=floor), torch.zeros_like(cov))
+    s = torch.where(var_f > floor, cov / var_f.clamp(min=floor), torch.zeros_like(cov)).clamp(-S_LIMIT, S_LIMIT)
     b = (p * y + q * D - Dp) - s * (q * y - D)
     return l, s, b
 

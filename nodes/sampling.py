@@ -44,7 +44,9 @@ def sample_host(
     below = options.pop("corrector_region", AUTO)
     if below != AUTO:
         options["corrector_below"] = _half(run) if below == HALF else float("inf")
-    return sample_dpm_solver_v3(model, x, sigmas, extra_args, callback, disable, ems=ems, space=run.space, **options)
+    return sample_dpm_solver_v3(
+        model, x, sigmas, extra_args, callback, disable, ems=ems, space=run.space, guidance=run.guidance, **options
+    )
 
 
 def _statistics(run: host.Running, x: Tensor, model_options: dict[str, Any], same_architecture: bool) -> tuple[Any, Any]:

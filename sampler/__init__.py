@@ -18,7 +18,7 @@ from .schedules import (
     uniform_lambda,
     uniform_time,
 )
-from .settings import AUTO, DEFAULTS, DEFAULTS_WITH_EMS, Recommendation, RecommendationEntry, Settings
+from .settings import AUTO, DEFAULTS, DEFAULTS_STRONG_GUIDANCE, Recommendation, RecommendationEntry, Settings
 from .solver import SamplingError, sample_dpm_solver_v3, settings_for
 from .space import Space
 from .wrapper import LambdaDenoiser
@@ -26,7 +26,7 @@ from .wrapper import LambdaDenoiser
 __all__ = [
     "AUTO",
     "DEFAULTS",
-    "DEFAULTS_WITH_EMS",
+    "DEFAULTS_STRONG_GUIDANCE",
     "EDM",
     "EMS",
     "EMSError",

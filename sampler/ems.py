@@ -81,6 +81,20 @@ class EMS:
             return self
         return replace(self, l=1 + (self.l - 1) * factor, s=self.s * factor, b=self.b * factor)
 
+    def growth(self, lambdas: Tensor) -> float:
+        """The largest |integral of s| over a step between these lambdas, over all channels.
+
+        Within a step f grows or decays by e to this power (paper, eq. 12); where it is far above 1, statistics of
+        infinitesimal steps say nothing about so large a one. Trapezoidal over the grid's points and the steps' ends.
+        """
+        grid = self.lambdas.to(torch.float64)
+        ends = lambdas.to(torch.float64).clamp(grid[0], grid[-1])  # s = 0 outside
+        points = torch.cat([grid, ends]).sort().values
+        s = self.at(points)[1].flatten(1)
+        total = torch.cat([torch.zeros_like(s[:1]), torch.cumulative_trapezoid(s, points, dim=0)])
+        at_ends = total[torch.searchsorted(points, ends)]
+        return float(at_ends.diff(dim=0).abs().max()) if len(ends) > 1 else 0.0
+
     def check_fits(self, shape: torch.Size | tuple[int, ...]) -> None:
         """Raise EMSError unless the statistics apply to latents of `shape` [B, C, ...]."""
         if len(shape) < 2:

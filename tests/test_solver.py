@@ -9,16 +9,18 @@ import torch
 
 from dpm_solver_v3.sampler import (
     DEFAULTS,
-    DEFAULTS_WITH_EMS,
     EMS,
     EMSError,
     Recommendation,
     RecommendationEntry,
     SamplingError,
     Settings,
+    Space,
     sample_dpm_solver_v3,
+    settings_for,
 )
 from dpm_solver_v3.sampler.plan import make_plan
+from dpm_solver_v3.sampler.solver import GROWTH_LIMIT
 
 FULL = dict(order=3, corrector="raised")
 
@@ -407,7 +409,7 @@ def test_auto_without_statistics_is_the_default(mixture, y_start, sigmas):
 
 
 def test_auto_with_statistics_is_their_default(mixture, y_start, sigmas, smooth_ems):
-    expected = run(mixture, y_start, sigmas(6), ems=smooth_ems, **DEFAULTS_WITH_EMS.__dict__)
+    expected = run(mixture, y_start, sigmas(6), ems=smooth_ems, **DEFAULTS.__dict__)
     assert torch.equal(run(mixture, y_start, sigmas(6), ems=smooth_ems), expected)
 
 
@@ -446,3 +448,48 @@ def test_no_recommendation_where_there_is_nothing_to_compare(sigmas):
     entry = RecommendationEntry(tuple(lambdas_of(sigmas(5))), Settings())
     assert Recommendation((entry,)).best_for([0.0]) is None
     assert Recommendation((RecommendationEntry((0.0,), Settings(order=1)),)).best_for([0.0, 1.0]).order == 1
+
+
+def wild_statistics(recommendation: Recommendation | None = None) -> EMS:
+    """s of 6 everywhere: f grows by e^6 for each unit of lambda."""
+    lambdas = torch.linspace(-5, 5, 41, dtype=torch.float64)
+    ones = torch.ones(41, 3, dtype=torch.float64)
+    return EMS(lambdas, ones, 6 * ones, 0 * ones, recommendation=recommendation)
+
+
+def test_growth_is_the_largest_integral_of_s_over_a_step() -> None:
+    assert wild_statistics().growth(torch.tensor([-4.0, -3.0, -1.5])) == pytest.approx(9.0)
+    assert wild_statistics().growth(torch.tensor([-9.0, -4.5])) == pytest.approx(3.0)  # s = 0 outside the grid
+    assert EMS.degenerate().growth(torch.tensor([-1.0, 1.0])) == 0
+    assert wild_statistics().growth(torch.tensor([1.0])) == 0
+
+
+def test_statistics_are_held_back_on_schedules_that_they_were_not_measured_on() -> None:
+    sigmas = torch.tensor([10.0, 2.0, 0.5, 0.1, 0.0])
+    auto = dict.fromkeys(("order", "predictor", "corrector", "corrector_below", "lower_order_final", "strength"), "auto")
+    assert wild_statistics().growth(-sigmas[:-1].log()) > GROWTH_LIMIT
+    assert settings_for(sigmas, Space.SIGMA, wild_statistics(), auto).strength == 0
+    assert settings_for(sigmas, Space.SIGMA, replaced(wild_statistics(), 0.5), auto).strength == 1
+    assert settings_for(sigmas, Space.SIGMA, wild_statistics(), {**auto, "strength": 1.0}).strength == 1.0
+    measured = Recommendation((RecommendationEntry(tuple((-sigmas[:-1].log()).tolist()), Settings()),))
+    assert settings_for(sigmas, Space.SIGMA, wild_statistics(measured), auto).strength == 1.0
+    other = torch.tensor([10.0, 3.0, 0.5, 0.1, 0.0])
+    assert settings_for(other, Space.SIGMA, wild_statistics(measured), auto).strength == 0
+
+
+def test_the_defaults_without_statistics_depend_on_the_guidance() -> None:
+    auto = dict.fromkeys(("order", "predictor", "corrector", "corrector_below", "lower_order_final", "strength"), "auto")
+    found = [settings_for(torch.tensor([10.0, 1.0, 0.0]), Space.SIGMA, None, auto, g) for g in (None, 1.0, 4.0, 7.5)]
+    assert [s.corrector for s in found] == ["pseudo", "pseudo", "pseudo", "none"]
+
+
+def test_statistics_that_blow_up_are_named_as_the_cause() -> None:
+    sigmas = torch.tensor([80.0, 20.0, 5.0, 1.0, 0.2, 0.05, 0.01])
+    with pytest.raises(SamplingError, match="the statistics \\(EMS\\) do not suit this model"):
+        sample_dpm_solver_v3(
+            lambda x, sigma: x * 0.9, torch.ones(1, 3, 4, 4) * 80, sigmas, ems=replaced(wild_statistics(), 200.0), strength=2.0
+        )
+
+
+def replaced(ems: EMS, s: float) -> EMS:
+    return EMS(ems.lambdas, ems.l, torch.full_like(ems.s, s), ems.b)
