@@ -1,0 +1,113 @@
+"""Which statistics a picture uses: the file that the user names, the checkpoint's own, or none; and files by their title."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from torch import Tensor
+
+from ..ems_tools.library import Entry, Library
+from ..sampler import EMS, EMSError
+from . import host
+
+__all__ = ["AUTOMATIC", "NONE", "Found", "find", "fingerprint", "library", "named", "title_of", "titles"]
+
+AUTOMATIC, NONE = "automatic", "none"
+_SUFFIX = ".ems.safetensors"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Statistics for a run, or None; `title` for the picture's record; `message` says what was found and what to do."""
+
+    ems: EMS | None
+    message: str
+    title: str = NONE
+
+
+@lru_cache(maxsize=1)
+def _library() -> Library:
+    return Library()
+
+
+def library() -> Library:
+    """All statistics files of the host's folders."""
+    found = _library()
+    found.folders = host.ems_folders()
+    return found
+
+
+def fingerprint(path: Path) -> str:
+    """First ten hex digits of the file's SHA-256, as hosts show checkpoints'. Raises OSError."""
+    status = path.stat()
+    return _digest(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1000)
+def _digest(path: Path, size: int, changed: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:10]
+
+
+def title_of(entry: Entry) -> str:
+    """As "name [fingerprint]": what menus and pictures' records show."""
+    return f"{entry.name.removesuffix(_SUFFIX)} [{fingerprint(entry.path)}]"
+
+
+def titles() -> list[str]:
+    """Titles of all usable files."""
+    return [title_of(e) for e in library().entries() if e.file is not None]
+
+
+def named(text: str) -> Entry:
+    """The usable file that `text` means: its title, else its fingerprint alone, else its name. Raises HostError."""
+    name, _, mark = text.strip().removesuffix("]").rpartition("[")
+    entries = [e for e in library().entries() if e.file is not None]
+    by_mark = [e for e in entries if mark and fingerprint(e.path) == mark.strip()]
+    by_name = [e for e in entries if e.name.removesuffix(_SUFFIX) == (name or mark).strip().removesuffix(_SUFFIX)]
+    if found := [e for e in by_mark if e in by_name] or by_mark or by_name:
+        return found[0]
+    raise host.HostError(f"there is no EMS file {text!r} in {' or '.join(map(str, library().folders))}")
+
+
+def find(run: host.Running, x: Tensor, guidance: float, wanted: str = AUTOMATIC, same_architecture: bool = False) -> Found:
+    """Statistics for latents like x [B, C, ...]. A file that is missing or does not fit never stops a run."""
+    if wanted == NONE:
+        return Found(None, "sampling without EMS, as asked for")
+    if wanted != AUTOMATIC:
+        try:
+            entry = named(wanted)
+        except host.HostError as error:
+            return Found(None, f"{error}: sampling with data prediction")
+        note = "" if wanted.strip() in (title_of(entry), entry.name, entry.name.removesuffix(_SUFFIX)) else f", for {wanted}"
+        return _fitted(entry, guidance, x, f"as asked for{note}")
+    identity = host.identity_of(run)
+    match = library().find(identity, channels=x.shape[1], same_architecture=same_architecture)
+    if match is None:
+        bad = [e.name for e in library().entries() if e.file is None]
+        refused = f" ({len(bad)} unusable files, see the tab EMS: {', '.join(bad[:3])})" if bad else ""
+        what = f"{identity.name or 'this model'} ({identity.architecture}, {x.shape[1]} channels)"
+        todo = "Compute them once in the tab EMS, or put their file into models/ems"
+        return Found(None, f"no EMS for {what}{refused}: sampling with data prediction. {todo}")
+    reasons = {
+        "exact": "made for this checkpoint",
+        "name": "of a checkpoint with the same name; for its own, compute them in the tab EMS",
+        "architecture": "of another checkpoint of the same architecture; for its own, compute them in the tab EMS",
+    }
+    return _fitted(match.entry, guidance, x, reasons[match.how])
+
+
+def _fitted(entry: Entry, guidance: float, x: Tensor, reason: str) -> Found:
+    assert entry.file is not None
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ems = entry.file.at(guidance)
+        ems.check_fits(x.shape)
+    except EMSError as error:
+        return Found(None, f"{entry.name} does not fit: {error}. Sampling with data prediction")
+    notes = "".join(f"; {w.message}" for w in caught)
+    return Found(ems, f"EMS {entry.name}, {reason}, guidance {guidance:g}{notes}", title_of(entry))

@@ -1,0 +1,110 @@
+"""The sampler in the dropdown: finds the statistics, samples, and records what it used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..sampler import EMS, sample_dpm_solver_v3, settings_for
+from . import host
+from .find import NONE, Found, find
+from .options import Choice, chosen, record
+
+__all__ = ["ALIASES", "MEASURE", "NAME", "sample_host"]
+
+NAME, ALIASES = "DPM-Solver-v3", ["dpm_solver_v3", "k_dpm_solver_v3"]
+MEASURE = "dpm_solver_v3_measure"
+"""Attribute of the processing object: what to do instead of sampling, `(denoiser, x, extra_args) -> x`."""
+_SAID: set[str] = set()
+
+
+class _SwitchedError(Exception):
+    """The host has changed the checkpoint within a call of its denoiser (refiner)."""
+
+    def __init__(self, call: int, x: Tensor, denoised: Tensor) -> None:
+        super().__init__("the checkpoint has changed")
+        self.call, self.x, self.denoised = call, x, denoised
+
+
+class _Watched:
+    """The host's denoiser; raises _SwitchedError where its checkpoint is no longer the one that the EMS are for.
+
+    `known` is the answer to the first call, where it was given before the switch was noticed.
+    """
+
+    def __init__(self, denoiser: Any, known: Tensor | None) -> None:
+        self.denoiser, self.known, self.calls = denoiser, known, 0
+        self.checkpoint = _checkpoint(denoiser)
+
+    def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        self.calls += 1
+        if self.known is not None:
+            known, self.known = self.known, None
+            return known
+        denoised: Tensor = self.denoiser(x, sigma, **extra_args)
+        if _checkpoint(self.denoiser) != self.checkpoint:
+            raise _SwitchedError(self.calls - 1, x, denoised)
+        return denoised
+
+
+def _checkpoint(denoiser: Any) -> Any:
+    return host.checkpoint_of(host.running(denoiser).model)
+
+
+def sample_host(
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    disable: bool | None = None,
+) -> Tensor:
+    """What the host calls for "DPM-Solver-v3"; hosts give arguments by these names.
+
+    Where the refiner takes over, sampling starts anew from there with the refiner's statistics: what was evaluated before is
+    another model's and must not be extrapolated. No evaluation is lost.
+    """
+    run = host.running(model)
+    measure = getattr(run.p, MEASURE, None)
+    if measure is not None:
+        return measure(model, x, extra_args or {})
+    if len(sigmas) < 2:
+        return x
+    choice = chosen(run.p)
+    options = choice.solver()
+    sigmas = torch.unique_consecutive(sigmas)
+    part = "hires" if getattr(run.p, "is_hr_pass", False) else ""
+    start, known = 0, None
+    while True:
+        run, watched = host.running(model), _Watched(model, known)
+        ems = _statistics(run, x, sigmas[start:], extra_args or {}, choice, options, part)
+        told = _told(callback, start)
+        arguments = {"ems": ems, "space": run.space, "guidance": run.guidance(extra_args or {}), **options}
+        try:
+            return sample_dpm_solver_v3(watched, x, sigmas[start:], extra_args, told, disable, **arguments)
+        except _SwitchedError as switch:
+            start, x, known, part = start + switch.call, switch.x, switch.denoised, "refiner"
+
+
+def _told(callback: Callable[[dict[str, Any]], None] | None, start: int) -> Callable[[dict[str, Any]], None] | None:
+    """`callback` for a run that begins at step `start`."""
+    return callback and (lambda state: callback({**state, "i": state["i"] + start}))
+
+
+def _statistics(
+    run: host.Running, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any], choice: Choice, options: dict[str, Any], part: str
+) -> EMS | None:
+    guidance = run.guidance(extra_args)
+    try:
+        found = find(run, x, guidance, choice.ems, choice.same_architecture)
+    except Exception as error:  # the picture comes first
+        found = Found(None, f"looking for EMS failed ({type(error).__name__}: {error}): sampling with data prediction", NONE)
+    if found.message not in _SAID:
+        _SAID.add(found.message)
+        host.log(found.message)
+    levels = sigmas.detach().to("cpu", torch.float64)
+    record(run.p, found.title, settings_for(levels, run.space, found.ems, options, guidance), part)
+    return found.ems
