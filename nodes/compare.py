@@ -119,6 +119,7 @@ class CompareNode:
                 found[run, n] = sample(model, comfy.samplers.sampler_object(run.sampler), sigmas)
         errors = {key: _error(x, reference) for key, x in found.items()}
         table = _table(runs, counts, errors)
+        host.say("Compare samplers: done", str(unique_id))
         plot = panels_picture([[_panel(runs, counts, errors)]], f"error over steps, cfg {cfg:g}", zoom=1.6)
         grid = _grid(vae, runs, counts, found, reference)
         return {"ui": {"text": [table]}, "result": (plot, grid, table)}
@@ -171,10 +172,10 @@ def _error(x: Tensor, reference: Tensor) -> float:
 
 def _table(runs: list[_Run], counts: list[int], errors: dict[tuple[_Run, int], float]) -> str:
     width = max(len(str(run)) for run in runs)
-    lines = [f"{'':{width}}" + "".join(f"{n:>7} steps" for n in counts)]
-    lines += [f"{run!s:{width}}" + "".join(f"{errors[run, n]:13.3e}" for n in counts) for run in runs]
+    lines = [f"{'':{width}}" + "".join(f"{n:>8} steps" for n in counts)]
+    lines += [f"{run!s:{width}}" + "".join(f"{errors[run, n]:14.3e}" for n in counts) for run in runs]
     best = [min(runs, key=lambda run: errors[run, n]) for n in counts]
-    lines.append(f"{'best':{width}}" + "".join(f"{run.sampler[:12]:>13}" for run in best))
+    lines.append(f"{'best':{width}}" + "".join(f"{run.sampler[:13]:>14}" for run in best))
     return "\n".join(lines)
 
 

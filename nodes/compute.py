@@ -8,25 +8,6 @@ from . import host
 
 __all__ = ["ComputeNode"]
 
-PROMPTS = (
-    "a photograph of an old fisherman mending a net in a harbour at dawn",
-    "a watercolour painting of a fox in a snowy birch forest",
-    "a bowl of ramen with a soft egg on a wooden table, top view",
-    "an isometric drawing of a small workshop full of tools",
-    "a red sports car on a wet street at night, neon lights",
-    "portrait of a young woman with freckles, soft window light",
-    "a mountain lake with reflections, autumn, wide angle",
-    "a simple logo of a blue whale, flat colours, white background",
-    "macro photograph of a bee on a sunflower",
-    "an astronaut riding a horse on a beach, oil on canvas",
-    "the interior of a gothic cathedral, light through stained glass",
-    "anime girl with a yellow umbrella in the rain",
-    "a black and white photograph of a busy street market",
-    "a crystal chess set, studio lighting, shallow depth of field",
-    "a cosy cottage kitchen, children's book illustration",
-)
-"""Beside the user's own, where a CLIP is connected: statistics of one prompt are that prompt's."""
-
 _SKIPPED = ("pooled_output", "area", "mask", "strength", "start_percent", "end_percent", "hooks", "attention_mask")
 
 
@@ -47,7 +28,7 @@ class ComputeNode:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         from ..ems_tools.compute import EFFORTS
-        from .session import effort_in_words
+        from ..ems_tools.hosting import PROMPTS, effort_in_words
 
         return {
             "required": {
@@ -65,7 +46,11 @@ class ComputeNode:
                     "INT",
                     {"default": 4, "min": 1, "max": 64, "tooltip": "Samples at once. Halved when memory runs out."},
                 ),
-                "seed": ("INT", {"default": 0, "min": 0, "max": 2**31 - 1, "tooltip": "Another seed to merge with Merge EMS."}),
+                # Not called "seed": the front end would change that after every run, and the same job goes on by its seed.
+                "start_seed": (
+                    "INT",
+                    {"default": 0, "min": 0, "max": 2**31 - 1, "tooltip": "Another seed to merge with Merge EMS."},
+                ),
                 "keep_moments": (
                     "BOOLEAN",
                     {"default": False, "tooltip": "Keep what Merge EMS needs. Makes the file much larger."},
@@ -98,15 +83,16 @@ class ComputeNode:
         effort: str,
         name: str,
         batch_size: int,
-        seed: int,
+        start_seed: int,
         keep_moments: bool,
         clip: Any = None,
         schedulers: str = "auto",
         unique_id: str = "",
         prompt: Any = None,
     ) -> dict[str, Any]:
-        """EMS, path, plot IMAGE and report. Raises HostError with what to do."""
+        """EMS, path, plot IMAGE and report. Raises HostError or EstimateError with what to do."""
         from ..ems_tools.describe import lines_of
+        from ..ems_tools.hosting import scales_of
         from .find import Handle, identity_of
         from .pictures import ems_picture
         from .session import Request, measure
@@ -124,35 +110,28 @@ class ComputeNode:
             negative=negative,
             shape=tuple(latent.shape[1:]),
             identity=facts,
-            scales=_scales(guidance_scales),
+            scales=scales_of(guidance_scales),
             effort=effort,
             name=name or identity.name or "model",
             batch=batch_size,
-            seed=seed,
+            seed=start_seed,
             keep_moments=keep_moments,
             schedulers=() if given == ("auto",) else given,
             node=str(unique_id),
         )
         file, path = measure(request)
+        host.say(f"Compute EMS: done, {path.name}", str(unique_id))
         text = "\n".join([str(path), *lines_of(file)])
         result = (Handle(file, path.name, path), str(path), ems_picture(file, path.name), text)
         return {"ui": {"text": [text]}, "result": result}
-
-
-def _scales(text: str) -> tuple[float, ...]:
-    try:
-        scales = tuple(sorted({float(part) for part in text.replace(";", ",").split(",") if part.strip()}))
-    except ValueError:
-        scales = ()
-    if not scales or not all(0 < g <= 1000 for g in scales):
-        raise host.HostError(f"guidance scales must be numbers above 0, such as '1, 4, 7.5', not {text!r}")
-    return scales
 
 
 def _built_in(clip: Any, positive: Any) -> list[Any]:
     """Conditionings of the built-in prompts, with whatever else (ControlNet, sizes, ...) the user's has."""
     if clip is None:
         return []
+    from ..ems_tools.hosting import PROMPTS
+
     extra = {k: v for k, v in (positive[0][1] if positive else {}).items() if not k.startswith(_SKIPPED)}
     found = []
     for text in PROMPTS:

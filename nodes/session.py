@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ems_tools.calibrate import CalibrationPlan, evaluations_of_calibration
-from ..ems_tools.compute import EFFORTS, Source, compute_ems, evaluations, job_for, plan_for
-from ..ems_tools.estimate import EstimateError, Job, Progress, evaluations_of
-from ..ems_tools.file import SUFFIX, EMSFile, EMSFileError, load_ems_file
-from ..ems_tools.library import safe_name
+from ..ems_tools.calibrate import CalibrationPlan
+from ..ems_tools.compute import EFFORTS, Source, compute_ems, job_for, plan_for
+from ..ems_tools.estimate import EstimateError, Job, Progress
+from ..ems_tools.file import EMSFile
+from ..ems_tools.hosting import Watch, place_for
 from ..ems_tools.points import DivergedError
 from ..sampler import SamplingError, Space
 from . import host
 
-__all__ = ["Request", "effort_in_words", "measure"]
+__all__ = ["Request", "measure"]
 
 _PREVIEW_SECONDS = 1.0
 _SCHEDULERS = {Space.SIGMA: ("normal", "karras"), Space.FLOW: ("simple", "beta")}
@@ -73,7 +73,7 @@ def measure(r: Request) -> tuple[EMSFile, Path]:
         host_schedules=_host_schedules(r.schedulers, sampling, table.space),
     )
     job, plan = job_for(source, EFFORTS[r.effort], r.seed), plan_for(source, EFFORTS[r.effort])
-    path, done = _path(r.name, source, job, plan)
+    path, done = place_for(host.output_folder(), r.name, source, job, plan, host.LOG.info)
     if done is None:
         watch = _Watch(job, plan, session, r.node, r.patcher)
         work = partial(compute_ems, source, job, plan, path, batch=r.batch, keep_moments=r.keep_moments, progress=watch)
@@ -170,19 +170,6 @@ def _run(session: _Session, levels: Tensor, r: Request, path: Path, work: Callab
         raise
 
 
-def effort_in_words() -> str:
-    """What each effort costs."""
-    lines = []
-    for name, e in EFFORTS.items():
-        job = Job((1, 1, 1), tuple(float(k) for k in range(e.intervals + 1)), samples=e.samples, probes=e.probes)
-        plan = CalibrationPlan({str(k): torch.zeros for k in range(e.schedules)}, e.steps, e.noises, e.noises)
-        if e.combinations is not None:
-            plan = CalibrationPlan(plan.schedules, e.steps, e.noises, e.noises, e.combinations, e.strengths, e.reference_steps)
-        total = evaluations_of(job) + evaluations_of_calibration(plan, 1)
-        lines.append(f"{name}: about {total} model evaluations for each guidance scale")
-    return "; ".join(lines) + ". The time is shown once it runs."
-
-
 def _rounds(sampling: Any) -> bool:
     """Whether the host rounds sigma to its table of time steps."""
     return any(c.__name__ == "ModelSamplingDiscrete" for c in type(sampling).__mro__)
@@ -203,73 +190,24 @@ def _levels_of(calculate: Callable[..., Tensor], sampling: Any, name: str, steps
     return calculate(sampling, name, steps).to("cpu", torch.float64)
 
 
-def _path(name: str, source: Source, job: Job, plan: CalibrationPlan) -> tuple[Path, EMSFile | None]:
-    """The file to write, and the finished file if this very job was done before. Other files are never written over."""
-    stem = safe_name(name).removesuffix(SUFFIX)
-    for k in range(1, 1000):
-        path = host.output_folder() / f"{stem if k == 1 else f'{stem}_{k}'}{SUFFIX}"
-        if not path.exists():
-            return path, None
-        try:
-            file = load_ems_file(path)
-        except EMSFileError as error:
-            host.LOG.warning("%s", error)
-            continue
-        if _same(file, source, job, plan):
-            host.LOG.info("%s was computed before with the same settings: used as it is", path)
-            return path, file
-    raise host.HostError(f"{host.output_folder()} holds 999 files called {stem}: choose another name")
-
-
-def _same(file: EMSFile, source: Source, job: Job, plan: CalibrationPlan) -> bool:
-    facts = file.meta.estimate
-    mine = {
-        "samples": tuple(job.samples for _ in job.guidance),
-        "seed": job.seed,
-        "resolution": job.shape,
-        "calibration_noises": plan.calibration,
-    }
-    same = all(facts.get(key) == value for key, value in mine.items())
-    return same and dict(file.meta.model) == dict(source.identity) and tuple(file.guidance.tolist()) == job.guidance
-
-
 class _Watch:
     """Progress bar, time left on the node, preview, and the host's cancel."""
 
     def __init__(self, job: Job, plan: CalibrationPlan, session: _Session, node: str, patcher: Any) -> None:
-        self.session, self.node = session, node
-        self.estimate, self.evidence = evaluations_of(job), evaluations_of_calibration(plan, 1)
-        self.total = evaluations(job, plan)
-        self.bar = host.progress_bar(self.total, node)
+        self.session, self.node, self.watch = session, node, Watch(job, plan)
+        self.bar = host.progress_bar(self.watch.total, node)
         self.preview = _previewer(patcher)
-        self.stages: list[str] = []
-        self.began, self.start, self.shown = time.monotonic(), -1, 0.0
-        host.say(f"Compute EMS: {self.total} evaluations", node)
-        host.LOG.info("Compute EMS: %d evaluations", self.total)
+        self.shown = 0.0
+        host.say(f"Compute EMS: {self.watch.total} evaluations", node)
+        host.LOG.info("Compute EMS: %d evaluations", self.watch.total)
 
     def __call__(self, p: Progress) -> None:
-        if p.stage == "evidence" and p.note not in self.stages:
-            self.stages.append(p.note)
-        done = p.done if p.stage == "estimate" else self.estimate + (len(self.stages) - 1) * self.evidence + p.done
-        now = time.monotonic()
-        if self.start < 0:
-            self.start, self.began = done, now
-        preview = None
+        text, preview, now = self.watch.update(p), None, time.monotonic()
         if now - self.shown >= _PREVIEW_SECONDS:
             self.shown = now
             preview = self.preview(self.session.denoised)
-            host.say(self._text(p, done, now), self.node)
-        self.bar(min(done, self.total), preview)
-
-    def _text(self, p: Progress, done: int, now: float) -> str:
-        new = done - self.start
-        left = f", {_duration((now - self.began) / new * (self.total - done))} left" if new > 0 else ""
-        return f"Compute EMS: {100 * done // self.total} % of {self.total} evaluations{left}\n{p.note}"
-
-
-def _duration(seconds: float) -> str:
-    minutes = max(seconds, 0) / 60
-    return f"{60 * minutes:.0f} s" if minutes < 1.5 else f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+            host.say(f"Compute EMS: {text}", self.node)
+        self.bar(self.watch.done, preview)
 
 
 def _previewer(patcher: Any) -> Callable[[Tensor | None], Any]:

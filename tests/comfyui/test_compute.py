@@ -34,7 +34,7 @@ def compute(name: str, scales: str = "1", seed: int = 0, **changed: Any) -> Part
         "effort": "quick",
         "name": name,
         "batch_size": 8,
-        "seed": seed,
+        "start_seed": seed,
         "keep_moments": False,
     }
     return ("compute", "DPMSolverV3_ComputeEMS", {**inputs, **changed})

@@ -1,0 +1,200 @@
+"""The pack in ComfyUI's real front end, in headless Chromium. Screenshots go to out/screenshots; the README shows some."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHOTS = ROOT / "out" / "screenshots"
+# The background services of Chromium look for the network, and there may be none.
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
+TITLES = [
+    "DPM-Solver-v3",
+    "DPM-Solver-v3 Scheduler",
+    "Compute EMS",
+    "Load EMS",
+    "Apply EMS",
+    "Save EMS",
+    "Inspect EMS",
+    "Merge EMS",
+    "Compare samplers",
+]
+PLACE = """async ({prompt, places}) => {
+  await app.loadApiJson(prompt, 'test')
+  for (const node of app.graph.nodes) {
+    const [pos, size] = places[node.id]
+    node.pos = pos; node.setSize(size)
+  }
+  app.graph.setDirtyCanvas(true, true)
+}"""
+
+
+def chromium() -> str | None:
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def page(plain_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if importlib.util.find_spec("playwright") is None or chromium() is None:
+        pytest.skip("no playwright or no Chromium on PATH")
+    from playwright.sync_api import sync_playwright
+
+    for name, value in {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Locale": "en"}.items():
+        plain_server.post(f"/settings/{name}", value)
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            str(tmp_path_factory.mktemp("profile")),
+            executable_path=chromium(),
+            headless=True,
+            args=FLAGS.split(),
+            viewport={"width": 1500, "height": 900},
+        )
+        found = context.pages[0]
+        found.set_default_timeout(60_000)
+        found.goto(plain_server.url)
+        found.wait_for_function("window.app && window.app.graph && window.app.extensionManager", timeout=120_000)
+        found.wait_for_timeout(2000)
+        banner = found.locator("div.bg-gradient-to-r button").last  # an announcement
+        if banner.is_visible():
+            banner.click()
+        yield found
+        context.close()
+
+
+def shot(page: Any, name: str) -> None:
+    page.screenshot(path=str(SHOTS / f"{name}.png"))
+
+
+def fit_view(page: Any) -> None:
+    page.evaluate("window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.wait_for_timeout(800)
+
+
+def run_and_wait(page: Any, server: Any, while_running: Any = None) -> dict[str, Any]:
+    """Press Run; the history entry of what ran."""
+    known = set(server.get("/history"))
+    page.get_by_test_id("queue-button").or_(page.get_by_role("button", name="Run", exact=True)).first.click()
+    if while_running is not None:
+        while_running()
+    server.wait_for(lambda: set(server.get("/history")) - known, "the end of the prompt", 300)
+    entry = server.get("/history")[(set(server.get("/history")) - known).pop()]
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    page.wait_for_timeout(1500)
+    return dict(entry)
+
+
+def load(page: Any, parts: dict[str, tuple[str, dict[str, Any], tuple[int, int], tuple[int, int]]]) -> None:
+    prompt = {k: {"class_type": kind, "inputs": inputs, "_meta": {}} for k, (kind, inputs, _, _) in parts.items()}
+    places = {k: [pos, size] for k, (_, _, pos, size) in parts.items()}
+    page.evaluate(PLACE, {"prompt": prompt, "places": places})
+    fit_view(page)
+
+
+def emoji(label: int, batch: int) -> dict[str, Any]:
+    return {
+        "1": ("Test_EmojiModel", {"prediction": "EPS"}, (0, 0), (280, 60)),
+        "2": ("Test_Label", {"label": label}, (0, 110), (280, 60)),
+        "3": ("Test_Label", {"label": 9}, (0, 220), (280, 60)),
+        "4": ("Test_Latent", {"shape": f"{batch},3,32,32", "value": 0.0}, (0, 330), (280, 90)),
+    }
+
+
+def test_the_help_pages_are_served(page: Any, plain_server: Any) -> None:
+    for folder in sorted((ROOT / "web" / "docs").iterdir()):
+        for language in ("en", "zh"):
+            answer = page.request.get(f"{plain_server.url}/extensions/comfyui-dpm-solver-v3/docs/{folder.name}/{language}.md")
+            assert answer.ok and answer.text().startswith("# ")
+
+
+def test_every_node_is_found_by_search(page: Any) -> None:
+    for title in TITLES:
+        page.evaluate("window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+        box = page.locator(".p-autocomplete-input, .comfy-vue-node-search-container input").first
+        box.fill(title)
+        option = page.locator(".p-autocomplete-option, .option-container").filter(has_text=title).first
+        option.wait_for()
+        if title == "Compute EMS":
+            page.wait_for_timeout(500)
+            shot(page, "search")
+        page.keyboard.press("Escape")
+        page.wait_for_timeout(200)
+
+
+def test_an_example_from_the_template_browser_makes_an_image(page: Any, plain_server: Any) -> None:
+    server = plain_server
+    page.evaluate("window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.get_by_text("comfyui-dpm-solver-v3").click()
+    page.wait_for_timeout(1000)
+    shot(page, "templates")
+    page.get_by_test_id("template-workflow-Text to image").click()
+    page.wait_for_function("window.app.graph.nodes.some(n => n.type == 'SaveImage') && window.app.graph.nodes.length == 8")
+    page.wait_for_timeout(1000)
+    sampler = page.evaluate("app.graph.nodes.find(n => n.type == 'KSampler').widgets.map(w => w.value)")
+    assert "dpm_solver_v3" in sampler and 8 in sampler
+    page.evaluate(
+        """() => {
+          const set = (type, name, value) => {
+            app.graph.nodes.find(n => n.type == type).widgets.find(w => w.name == name).value = value }
+          set('CheckpointLoaderSimple', 'ckpt_name', 'tiny_sd15.safetensors')
+          set('EmptyLatentImage', 'width', 64); set('EmptyLatentImage', 'height', 64)
+        }"""
+    )
+    fit_view(page)
+    entry = run_and_wait(page, server)
+    assert any(server.image({"7": out}, "7").is_file() for node, out in entry["outputs"].items() if node == "7")
+    shot(page, "text-to-image")
+
+
+def test_compute_ems_shows_progress_and_then_the_plot(page: Any, plain_server: Any) -> None:
+    server = plain_server
+    settings = {"guidance_scales": "1, 4", "effort": "quick", "name": "emoji in the browser", "batch_size": 8, "start_seed": 0}
+    wires = {"model": ["1", 0], "positive": ["2", 0], "negative": ["3", 0], "latent_size": ["4", 0]}
+    compute = {**wires, **settings, "keep_moments": False, "schedulers": "auto"}
+    load(
+        page,
+        {
+            **emoji(3, 1),
+            "5": ("DPMSolverV3_ComputeEMS", compute, (340, 0), (340, 430)),
+            "6": ("PreviewImage", {"images": ["5", 2]}, (740, 0), (760, 430)),
+        },
+    )
+
+    def progress() -> None:
+        page.wait_for_function("document.body.innerText.includes(' left') || document.title.match(/\\\\d+%/)", timeout=120_000)
+        page.wait_for_timeout(4000)
+        shot(page, "compute-progress")
+
+    entry = run_and_wait(page, server, progress)
+    assert "evidence" in entry["outputs"]["5"]["text"][0]
+    shot(page, "compute-plot")
+
+
+def test_compare_samplers_shows_plot_and_pictures(page: Any, plain_server: Any) -> None:
+    server = plain_server
+    wires = {"model": ["1", 0], "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0], "vae": ["15", 0]}
+    settings = {"seed": 3, "cfg": 4.0, "samplers": "dpm_solver_v3, dpmpp_2m, uni_pc_bh2, euler", "scheduler": "karras"}
+    load(
+        page,
+        {
+            **emoji(3, 8),
+            "15": ("Test_PixelVAE", {}, (0, 470), (280, 40)),
+            "16": (
+                "DPMSolverV3_CompareSamplers",
+                {**wires, **settings, "steps": "5, 6, 8, 10", "reference_steps": 60},
+                (340, 0),
+                (340, 320),
+            ),
+            "17": ("PreviewImage", {"images": ["16", 0]}, (740, 0), (520, 380)),
+            "18": ("PreviewImage", {"images": ["16", 1]}, (740, 440), (520, 420)),
+            "19": ("PreviewAny", {"source": ["16", 2]}, (340, 440), (340, 260)),
+        },
+    )
+    entry = run_and_wait(page, server)
+    assert entry["outputs"]["16"]["text"][0].splitlines()[1].startswith("dpm_solver_v3")
+    shot(page, "compare")
