@@ -61,7 +61,15 @@ class ComfyServer:
         self.log_path = base / "server.log"
         self.process: subprocess.Popen[bytes] | None = None
         self.client, self.events, self.socket = uuid.uuid4().hex, [], None
-        for folder in ("custom_nodes", "models/ems", "models/diffusion_models", "models/checkpoints", "output", "input", "user"):
+        for folder in (
+            "custom_nodes",
+            "models/ems",
+            "models/diffusion_models",
+            "models/checkpoints",
+            "output",
+            "input",
+            "user",
+        ):
             (base / folder).mkdir(parents=True, exist_ok=True)
         # Early 2025 cannot import a pack with a dot in its name, whatever the pack.
         dots = "_x_" in (tree / "nodes.py").read_text(encoding="utf-8")
@@ -173,7 +181,9 @@ class ComfyServer:
     def run(self, workflow: dict[str, Any]) -> dict[str, Any]:
         """Outputs by node id. Fails with the server's log."""
         entry = self.wait(self.queue(workflow))
-        assert entry["status"]["status_str"] == "success", json.dumps(entry["status"], indent=1)[-4000:]
+        said = [m[1] for m in entry["status"]["messages"] if "exception_message" in m[1]]
+        told = "\n".join([m["exception_type"] + ": " + m["exception_message"] + "".join(m["traceback"][-4:]) for m in said])
+        assert entry["status"]["status_str"] == "success", told
         return dict(entry["outputs"])
 
     def run_refused(self, workflow: dict[str, Any]) -> str:
