@@ -110,4 +110,4 @@ def _fitted(entry: Entry, guidance: float, x: Tensor, reason: str) -> Found:
     except EMSError as error:
         return Found(None, f"{entry.name} does not fit: {error}. Sampling with data prediction")
     notes = "".join(f"; {w.message}" for w in caught)
-    return Found(ems, f"EMS {entry.name}, {reason}, guidance {guidance:g}{notes}", title_of(entry))
+    return Found(ems, f"EMS {entry.name} at guidance {guidance:g}, {reason}{notes}", title_of(entry))

@@ -349,6 +349,9 @@ def generate(
         do_not_save_samples=True,
         do_not_save_grid=True,
     )
+    runner = getattr(module("modules.scripts"), "ScriptRunner", None)
+    if callable(runner):  # without scripts; reForge fails where there is no runner at all
+        p.scripts = runner()
     for name, value in mark.items():
         setattr(p, name, value)
     try:

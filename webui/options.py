@@ -65,17 +65,20 @@ def chosen(p: Any) -> Choice:
     return replace(base, **cast(Any, {name: str(value) for name, value in {**own, **axes}.items()}))
 
 
-def record(p: Any, title: str, settings: Settings, part: str = "") -> None:
-    """Write what was used into the picture's parameters; of a later part ("hires", "refiner") only what differs."""
+def record(p: Any, title: str, settings: Settings | None, part: str = "") -> None:
+    """Write what was used into the picture's parameters; of a later part ("hires", "refiner") only what differs.
+
+    `settings` None: steps fitted to this very schedule, which are used where all options are "auto".
+    """
     parameters = getattr(p, "extra_generation_params", None)
     if not isinstance(parameters, dict):
         return
-    used: dict[str, Any] = {"EMS": title, "order": settings.order, "corrector": settings.corrector}
-    if title != NONE:
-        used["strength"] = f"{settings.strength:g}"
+    names = ("order", "corrector", *(("strength",) if title != NONE else ()))
+    used = {"EMS": title, **{name: AUTO if settings is None else getattr(settings, name) for name in names}}
     for name, value in used.items():
-        if not part or parameters.get(f"{_RECORD} {name}") != value:
-            parameters[f"{_RECORD} {part} {name}" if part else f"{_RECORD} {name}"] = value
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        if not part or parameters.get(f"{_RECORD} {name}") != text:
+            parameters[f"{_RECORD} {part} {name}" if part else f"{_RECORD} {name}"] = text
 
 
 def add_settings() -> None:

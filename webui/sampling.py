@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sampler import EMS, sample_dpm_solver_v3, settings_for
+from ..sampler import AUTO, EMS, sample_dpm_solver_v3, settings_for
 from . import host
 from .find import NONE, Found, find
 from .options import Choice, chosen, record
@@ -106,5 +106,7 @@ def _statistics(
         _SAID.add(found.message)
         host.log(found.message)
     levels = sigmas.detach().to("cpu", torch.float64)
-    record(run.p, found.title, settings_for(levels, run.space, found.ems, options, guidance), part)
+    advice = found.ems and found.ems.recommendation
+    fitted = advice and all(v == AUTO for v in options.values()) and advice.fitted_for(run.space.lambda_of(levels).tolist())
+    record(run.p, found.title, None if fitted else settings_for(levels, run.space, found.ems, options, guidance), part)
     return found.ems

@@ -50,6 +50,7 @@ class Work:
     path: Path | None = None
     file: EMSFile | None = None
     stopped: bool = False
+    begun: bool = False
     over: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
@@ -60,8 +61,9 @@ class Work:
             if self.file is not None:
                 self.share, self.message = 1.0, f"Done: {self.path}"
             elif self.stopped:
-                where = f" What was measured is kept in {self.path}.partial:" if self.path else ""
-                self.message = f"Stopped.{where} compute with the same settings again to go on."
+                partial = self.path and self.path.with_name(self.path.name + ".partial")
+                kept = f"What was measured is kept in {partial}" if partial and partial.exists() else "Nothing was measured yet"
+                self.message = f"Stopped. {kept}: compute with the same settings again to go on."
             else:
                 self.message = "The host ended the pass before anything was measured; its console says why."
         except Exception as error:
@@ -74,12 +76,17 @@ class Work:
             self.over.set()
 
     def interrupt(self) -> None:
-        """The next call of the denoiser ends it."""
-        if not self.over.is_set():
-            self.message = "Stopping"
+        """The next call of the denoiser ends it; while another job has its turn, that one is left alone."""
+        if self.over.is_set():
+            return
+        self.stopped, self.message = True, "Stopping"
+        if self.begun:
             host.interrupt()
 
     def _generate(self) -> None:
+        self.begun = True
+        if self.stopped:
+            return
         r = self.request
         mark = {MEASURE: self._measure}
         host.generate(list(r.prompts), r.negative, r.width, r.height, NAME, mark, lambda: self.file is not None or self.stopped)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import io
+import base64
 from collections.abc import Iterator
 from html import escape
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..ems_tools.compute import EFFORTS
@@ -12,6 +14,7 @@ from ..ems_tools.describe import lines_of
 from ..ems_tools.estimate import EstimateError
 from ..ems_tools.file import EMSFile, EMSFileError, evidence_problems, load_ems_file
 from ..ems_tools.hosting import PROMPTS, effort_in_words, scales_of
+from ..ems_tools.plot import plot_ems
 from . import host
 from .find import fingerprint, library
 from .session import Request, Work, begin, current
@@ -37,9 +40,9 @@ def make_tab() -> list[tuple[Any, str, str]]:
                     stop = gr.Button("Interrupt", elem_id="dpm_solver_v3_interrupt")
                 status = gr.HTML(_status(current()), elem_id="dpm_solver_v3_status")
                 evidence = gr.Dataframe(
-                    headers=_EVIDENCE, label="Evidence: errors against many steps, at few", interactive=False
+                    headers=_EVIDENCE, label="Evidence: distance from what many steps give", interactive=False
                 )
-        plot = gr.Image(label="l, s, b and evidence", type="pil", interactive=False, elem_id="dpm_solver_v3_plot")
+        plot = gr.HTML(elem_id="dpm_solver_v3_plot")
         with gr.Accordion("Installed EMS files", open=True):
             files = gr.Dataframe(_file_rows(), headers=_FILES, label="Files", interactive=False)
             with gr.Row():
@@ -137,12 +140,13 @@ def _status(work: Work | None, message: str = "") -> str:
     return f"{bar}<p>{escape(text)}</p>"
 
 
-def _picture(file: EMSFile, title: str) -> Any:
-    from PIL import Image
-
-    from ..ems_tools.plot import panels_of, png_of
-
-    return Image.open(io.BytesIO(png_of(panels_of(file), title)))
+def _picture(file: EMSFile, title: str) -> str:
+    """As SVG: the text of a PNG would be tiny with the Pillow 9 that hosts pin."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "plot.svg"
+        plot_ems(file, path, title)
+        data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{escape(title)}" style="width: 100%" src="data:image/svg+xml;base64,{data}">'
 
 
 def _evidence_rows(file: EMSFile) -> list[list[Any]]:

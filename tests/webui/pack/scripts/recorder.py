@@ -3,22 +3,26 @@
 The record of the latest run lies at <data>/record.pt: what the denoiser was called with and returned, the latents, the images.
 """
 
+import dataclasses
+
 import gradio
 import torch
 from modules import script_callbacks, scripts, sd_samplers, sd_samplers_common, sd_samplers_kdiffusion
 from modules.paths import data_path
 
-from dpm_solver_v3.ems_tools.compute import EFFORTS, Effort
+from dpm_solver_v3.ems_tools.compute import EFFORTS
 from dpm_solver_v3.sampler import Settings, sample_dpm_solver_v3
 from dpm_solver_v3.webui.find import library
 
-EFFORTS["tiny"] = Effort(4, 10, 1, 2, (5,), 1, (Settings(order=2, corrector="pseudo"),), (0.5,), 12)
+FEW = {"samples": 4, "intervals": 10, "noises": 2, "steps": (5,), "schedules": 1, "strengths": (0.5,), "reference_steps": 12}
+FIT = dataclasses.replace(EFFORTS["quick"].fit, steps=(5,), noises=2, held_out=2, search=0)
+EFFORTS["tiny"] = dataclasses.replace(EFFORTS["quick"], combinations=(Settings(order=2, corrector="pseudo"),), fit=FIT, **FEW)
 RECORD = {"calls": []}
 
 
 def plain(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """The first file of the folder, at the pass's scale: no host layer of ours between."""
-    file = library().entries()[0].file
+    """With the computed file, at the pass's scale: no host layer of ours between."""
+    file = library().get("tiny.ems.safetensors").file
     scale = extra_args["cond_scale"]
     return sample_dpm_solver_v3(model, x, sigmas, extra_args, callback, disable, ems=file.at(scale), guidance=scale)
 

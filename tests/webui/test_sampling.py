@@ -1,0 +1,279 @@
+"""The sampler inside the hosts: the library's result under their k-diffusion denoisers, statistics, options, records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpm_solver_v3.ems_tools.file import EMSFile, EMSMeta
+from dpm_solver_v3.ems_tools.identity import content_fingerprint
+from dpm_solver_v3.sampler import EMS, FittedSteps, Recommendation, sample_dpm_solver_v3
+from dpm_solver_v3.webui import find, options, sampling
+from dpm_solver_v3.webui.host import HostError
+
+NAME = "DPM-Solver-v3"
+
+
+def library_result(host: Any, p: Any, ems: EMS | None = None, **settings: Any) -> Tensor:
+    """The library alone, under a new denoiser of the host's."""
+    sampler = type(p.sampler)(None, host)
+    denoiser = sampler.model_wrap_cfg
+    denoiser.p, denoiser.step, denoiser.total_steps, sampler.sampler_extra_args = p, 0, p.steps, p.sampler.sampler_extra_args
+    scale = p.hr_cfg if p.is_hr_pass and host.kind != "A1111" else p.cfg_scale
+    arguments = {"ems": ems, "guidance": scale, **settings}
+    return sample_dpm_solver_v3(denoiser, p.noise, p.used_sigmas, sampler.sampler_extra_args, disable=True, **arguments)
+
+
+def write(host: Any, name: str, model: dict[str, str], channels: int = 4, shift: float = 0.0, folder: str = "ems") -> EMSFile:
+    """Smooth statistics at guidance 2 and 4, into the host's folder."""
+    lam = torch.linspace(-2.8, 3.6, 30, dtype=torch.float64)
+    wave = torch.stack([torch.sin(lam + c + shift) for c in range(channels)], 1)
+    curves = [torch.stack([f(wave), f(1.1 * wave)]) for f in (lambda w: 0.6 + 0.3 * w, lambda w: 0.2 * w, lambda w: 0.1 * w)]
+    meta = EMSMeta("sigma", 0.0292, 14.61, "LevelTable", model=model, date="2026-01-01")
+    file = EMSFile(lam, torch.tensor([2.0, 4.0], dtype=torch.float64), *curves, meta)
+    path = host.data / "models" / folder / f"{name}.ems.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file.save(path)
+    return file
+
+
+def recorded(p: Any) -> dict[str, Any]:
+    return {k.removeprefix(f"{NAME} "): v for k, v in p.extra_generation_params.items() if k.startswith(NAME)}
+
+
+@pytest.fixture(autouse=True)
+def quiet(forget: Callable[[], None]) -> None:
+    forget()
+
+
+def test_equals_the_library_without_ems(host: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    host.start()
+    p = host.make(prompt=["a fox", "a boat"])
+    assert torch.equal(p.latents, library_result(host, p))
+    assert p.sampler.steps_seen == [0, 1, 2, 3, 4, 5] and len(p.sampler.model_wrap_cfg.seen) == 6
+    assert recorded(p) == {"EMS": "none", "order": "2", "corrector": "pseudo"}
+    said = capsys.readouterr().out
+    assert said.count("no EMS for pretty") == 1 and "sampling with data prediction" in said and "tab EMS" in said
+    host.make()
+    assert "no EMS" not in capsys.readouterr().out  # said once
+
+
+@pytest.mark.parametrize("by", ["sha256", "content", "name"])
+def test_statistics_by_checkpoint(host: Any, by: str, capsys: pytest.CaptureFixture[str]) -> None:
+    host.start()
+    info = host.make_checkpoint("renamed" if by != "name" else "pretty", 1, hashed=by == "sha256")
+    host.load(info)
+    facts = {"sha256": {"sha256": str(info.sha256)}, "content": {"content": content_fingerprint(info.filename)}}
+    write(host, "other", {"name": "other", "sha256": "0" * 64}, shift=1.0)
+    mine = write(host, "mine", {"name": "pretty", **facts.get(by, {})})
+    p = host.make()
+    assert torch.equal(p.latents, library_result(host, p, mine.at(4.0)))
+    assert not torch.equal(p.latents, library_result(host, p))
+    mark = find.fingerprint(host.data / "models" / "ems" / "mine.ems.safetensors")
+    assert recorded(p)["EMS"] == f"mine [{mark}]" and recorded(p)["strength"] != ""
+    reason = "of a checkpoint with the same name" if by == "name" else "made for this checkpoint"
+    assert f"EMS mine.ems.safetensors at guidance 4, {reason}" in capsys.readouterr().out
+
+
+def test_same_architecture_only_if_allowed(host: Any) -> None:
+    host.start()
+    identity = find.host.identity_of(find.host.running(type("D", (), {"inner_model": None, "p": None})))
+    write(host, "kin", {"name": "kin", "architecture": identity.architecture, "prediction": "EPS"})
+    assert recorded(host.make())["EMS"] == "none"
+    host.modules["modules.shared"].opts.data["dpm_solver_v3_same_architecture"] = True
+    assert recorded(host.make())["EMS"].startswith("kin [")
+
+
+def test_file_of_another_size_or_a_broken_one(host: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    host.start()
+    write(host, "wide", {"name": "pretty"}, channels=16)
+    folder = host.data / "models" / "ems"
+    (folder / "broken.ems.safetensors").write_bytes(b"no statistics")
+    p = host.make()
+    assert torch.equal(p.latents, library_result(host, p))
+    assert "1 unusable files, see the tab EMS: broken.ems.safetensors" in capsys.readouterr().out
+    p = host.make(dpm_solver_v3_chosen={"ems": "wide"})
+    assert torch.equal(p.latents, library_result(host, p)) and recorded(p)["EMS"] == "none"
+    assert "wide.ems.safetensors does not fit" in capsys.readouterr().out
+
+
+def test_img2img_and_hires(host: Any) -> None:
+    host.start()
+    mine = write(host, "mine", {"name": "pretty"})
+    sigmas = host.make().used_sigmas
+    p = host.make(sigmas=sigmas[3:])
+    assert torch.equal(p.latents, library_result(host, p, mine.at(4.0))) and len(p.sampler.steps_seen) == 3
+    scale = 4.0 if host.kind == "A1111" else 2.0  # A1111 has no scale of its own for the second pass
+    p = host.make(is_hr_pass=True, sigmas=sigmas[2:], **({} if host.kind == "A1111" else {"hr_cfg": scale}))
+    assert torch.equal(p.latents, library_result(host, p, mine.at(scale)))
+    assert set(recorded(p)) == {f"hires {name}" for name in ("EMS", "order", "corrector", "strength")}
+    p = host.make(sigmas=sigmas[:1])  # no step at all
+    assert torch.equal(p.latents, p.noise)
+
+
+def test_rectified_flow(host: Any) -> None:
+    """Told by the predictor (Forge), the class of the model's sampling (reForge), a flag of the model (AUTOMATIC1111)."""
+    host.start()
+    if host.kind == "A1111":
+        host.model.is_sd3 = True
+    elif host.kind == "Forge":
+        host.model.forge_objects.unet.model.predictor.prediction_type = "const"
+    else:
+        sampling_of = host.model.forge_objects.unet.model
+        kind = type(sampling_of.model_sampling)
+        sampling_of.model_sampling = type("ModelSampling", (kind, type("CONST", (), {})), {})(host.model.sigmas)
+    p = host.make(sigmas=torch.tensor([1.0, 0.85, 0.6, 0.3, 0.0]))
+    assert torch.equal(p.latents, library_result(host, p, space="flow"))
+    assert not torch.equal(p.latents, library_result(host, p))
+
+
+def test_settings_then_accordion_then_plot(host: Any) -> None:
+    host.start()
+    mine = write(host, "mine", {"name": "pretty"})
+    stored = host.modules["modules.shared"].opts.data
+    stored.update(dpm_solver_v3_order="3", dpm_solver_v3_corrector="none", dpm_solver_v3_strength="0.5")
+    p = host.make()
+    assert torch.equal(p.latents, library_result(host, p, mine.at(4.0), order=3, corrector="none", strength=0.5))
+    assert recorded(p)["order"] == "3" and recorded(p)["strength"] == "0.5"
+    page = host.accordion()
+    p = host.make(script_values=[(page, ["automatic", "1", "as in Settings", "1"])])
+    assert torch.equal(p.latents, library_result(host, p, mine.at(4.0), order=1, corrector="none", strength=1.0))
+    axes = {o.label: o for o in host.grid.axis_options}
+    q = axes[f"[{NAME}] Strength"].applied(p, 0.25)
+    q = axes[f"[{NAME}] EMS"].applied(q, "mine")
+    host.process_images(q)
+    assert torch.equal(q.latents, library_result(host, q, mine.at(4.0), order=1, corrector="none", strength=0.25))
+    assert not hasattr(p, "dpm_solver_v3_axes")
+    host.process_images(axes[f"[{NAME}] EMS"].applied(p, "none"))
+    stored.clear()
+
+
+def test_picture_restores_its_options(host: Any) -> None:
+    host.start()
+    write(host, "mine", {"name": "pretty"})
+    page = host.accordion()
+    p = host.make(script_values=[(page, ["mine", "3", "raised", "0.3"])])
+    infotext = {key: str(value) for key, value in p.extra_generation_params.items()}
+    assert set(page.paste_field_names) == set(infotext)
+    restored = [read(infotext) for _, read in page.infotext_fields]
+    assert restored == [infotext[f"{NAME} EMS"], "3", "raised", "0.3"]
+    again = host.make(script_values=[(page, restored)])
+    assert torch.equal(again.latents, p.latents)
+    assert [read({"Sampler": "Euler"}) for _, read in page.infotext_fields] == [None] * 4
+    assert page.infotext_fields[0][1]({f"{NAME} EMS": "none"}) == "none"
+
+
+def test_fitted_steps(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coefficients fitted to the very schedule hold only while all options are "auto"; the record brings that back."""
+    host.start()
+    file, sigmas = write(host, "mine", {"name": "pretty"}), host.make().used_sigmas
+    lambdas = tuple((-sigmas[:-1].double().log()).tolist())
+    rows = tuple(tuple(0.1 / (i + 1) for _ in range(i + 1)) for i in range(6))
+    advice = Recommendation(fitted=(FittedSteps(lambdas, (0.5,) * 6, rows),))
+    ems = replace(file.at(4.0), recommendation=advice)
+    monkeypatch.setattr(sampling, "find", lambda *_: find.Found(ems, "", "mine [0]"))
+    p = host.make()
+    assert torch.equal(p.latents, library_result(host, p, ems))
+    assert recorded(p) == {"EMS": "mine [0]", "order": "auto", "corrector": "auto", "strength": "auto"}
+    q = host.make(dpm_solver_v3_chosen={"order": "2"})
+    assert torch.equal(q.latents, library_result(host, q, ems, order=2)) and recorded(q)["order"] == "2"
+    assert not torch.allclose(p.latents, q.latents)
+
+
+def title_of_mine() -> str:
+    return next(title for title in find.titles() if title.startswith("mine ["))
+
+
+def test_restoring_a_file_that_moved_or_changed(host: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    host.start()
+    write(host, "mine", {"name": "pretty"})
+    page, folder = host.accordion(), host.data / "models" / "ems"
+    title = title_of_mine()
+    read = page.infotext_fields[0][1]
+    (folder / "mine.ems.safetensors").rename(folder / "moved.ems.safetensors")
+    assert read({f"{NAME} EMS": title}) == title.replace("mine", "moved")  # told by its fingerprint
+    (folder / "moved.ems.safetensors").unlink()
+    write(host, "mine", {"name": "pretty"}, shift=2.0)
+    assert read({f"{NAME} EMS": title}) == title_of_mine() != title
+    assert f"the picture was made with the EMS {title}" in capsys.readouterr().out
+    (folder / "mine.ems.safetensors").unlink()
+    assert read({f"{NAME} EMS": title}) == "automatic"
+    assert "cannot be restored" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("field", "value"), [("order", "4"), ("order", "two"), ("corrector", "best"), ("strength", "-1")])
+def test_bad_option_is_named(host: Any, field: str, value: str) -> None:
+    host.start()
+    with pytest.raises(HostError, match="DPM-Solver-v3 cannot use these options"):
+        host.make(dpm_solver_v3_chosen={field: value})
+
+
+def test_missing_file_samples_without(host: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    host.start()
+    write(host, "mine", {"name": "pretty"})
+    p = host.make(dpm_solver_v3_chosen={"ems": "gone"})
+    assert torch.equal(p.latents, library_result(host, p)) and recorded(p)["EMS"] == "none"
+    assert "there is no EMS file 'gone'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("switch_at", [0.0, 0.5, 5 / 6])
+def test_refiner_goes_on_with_its_own_statistics(host: Any, switch_at: float) -> None:
+    """From where it takes over, the library with the refiner's file gives the same; no evaluation is lost."""
+    host.start()
+    first = write(host, "mine", {"name": "pretty"})
+    refiner = host.make_checkpoint("refiner", 2)
+    second = write(host, "second", {"name": "refiner", "sha256": refiner.sha256}, shift=1.5)
+    p = host.make(refiner=(refiner, 0.7), refiner_switch_at=switch_at)
+    assert len(p.sampler.model_wrap_cfg.seen) == 6 and p.sampler.steps_seen == [0, 1, 2, 3, 4, 5]
+    k = round(6 * switch_at)
+    host.load(host.checkpoint)
+    states: list[Tensor] = []
+    library_result(host, p, first.at(4.0), callback=lambda state: states.append(state["x"].clone()))
+    host.load(refiner, 0.7)
+    p.noise, p.used_sigmas = states[k], p.used_sigmas[k:]
+    assert torch.equal(p.latents, library_result(host, p, second.at(4.0)))
+    assert recorded(p)["refiner EMS"].startswith("second [")
+    host.load(host.checkpoint)
+
+
+def test_plot_axes_check_their_values(host: Any) -> None:
+    host.start()
+    write(host, "mine", {"name": "pretty"})
+    axes = {o.label: o for o in host.grid.axis_options}
+    assert list(axes) == ["Nothing", "Steps", *(f"[{NAME}] {n}" for n in ("EMS", "Strength", "Order", "Corrector"))]
+    ems = axes[f"[{NAME}] EMS"]
+    assert ems.choices() == ["automatic", "none", *find.titles()]
+    ems.confirm(None, ems.choices())
+    with pytest.raises(HostError, match="no EMS file 'gone'"):
+        ems.confirm(None, ["gone"])
+    axes[f"[{NAME}] Strength"].confirm(None, [0.0, 0.3, 1.0])
+    with pytest.raises(HostError, match="strength must lie"):
+        axes[f"[{NAME}] Strength"].confirm(None, [3.0])
+
+
+def test_looking_for_statistics_never_costs_the_picture(
+    host: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("a new release")
+
+    host.start()
+    monkeypatch.setattr(sampling, "find", fails)
+    p = host.make()
+    assert torch.equal(p.latents, library_result(host, p))
+    assert "looking for EMS failed (RuntimeError: a new release)" in capsys.readouterr().out
+
+
+def test_folders(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.start()
+    models, own = find.host.ems_folders()
+    assert models == host.data / "models" / "ems" and own == Path(options.__file__).resolve().parents[1] / "stats"
+    assert find.host.output_folder() == models and models.is_dir()
+    monkeypatch.setattr(find.host.os, "access", lambda path, mode: Path(path) != models)
+    assert find.host.output_folder() == own
