@@ -55,7 +55,7 @@ DEMO = (
     # clip-anytorch imports pkg_resources, which setuptools 82 no longer has.
     "setuptools==80.10.2",
 )
-TEST = ("pytest==9.2.0", "pytest-cov==7.1.0", "hypothesis==6.168.5", "ruff==0.17.6", "mypy==2.4.1")
+TEST = ("huggingface_hub==1.33.0", "pytest==9.2.0", "pytest-cov==7.1.0", "hypothesis==6.168.5", "ruff==0.17.6", "mypy==2.4.1")
 # Installed without their dependencies. dctorch asks for numpy < 2, which has no wheel for Python 3.13, and works with
 # numpy 2; k-diffusion also asks for accelerate, kornia and wandb, which it never imports.
 BARE = ("dctorch==0.1.2", "k-diffusion==0.1.1.post1")

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from dpm_solver_v3.ems_tools.embedded import CLASSES, SHAPE, GuidedDenoiser, load_network
 from dpm_solver_v3.ems_tools.embedded.denoiser import WEIGHTS
 from dpm_solver_v3.sampler import (
+    NoiseSchedule,
+    Space,
     VPDiscrete,
     karras,
     quadratic_time,
@@ -35,11 +37,13 @@ __all__ = [
     "SCHEDULES",
     "SIGMA_MAX",
     "SIGMA_MIN",
+    "DigitsProblem",
     "Problem",
     "Reference",
     "bootstrap_ratio",
     "geometric_mean",
     "per_sample_error",
+    "schedules_on",
     "summary",
 ]
 
@@ -54,9 +58,18 @@ _KINDS = {
     "quadratic_time": quadratic_time,
     "karras": karras,
 }
-SCHEDULES: dict[str, Callable[[int], Tensor]] = {
-    name + ending: partial(kind, NOISE, to_zero=bool(ending)) for name, kind in _KINDS.items() for ending in ("", "_to_zero")
-}
+
+
+def schedules_on(noise: NoiseSchedule) -> dict[str, Callable[[int], Tensor]]:
+    """The step schedules on a noise range, by name."""
+    return {
+        name + ending: partial(kind, noise, to_zero=bool(ending))
+        for name, kind in _KINDS.items()
+        for ending in ("", "_to_zero")
+    }
+
+
+SCHEDULES = schedules_on(NOISE)
 """Name to function of the number of steps: sigmas that end at SIGMA_MIN, or at 0 after SIGMA_MIN."""
 
 _CLEAN_SIGMA = 0.002
@@ -84,6 +97,10 @@ class Problem:
         wrap: applied to every denoiser, e.g. to count calls.
     """
 
+    noise: NoiseSchedule = NOISE
+    shape: tuple[int, ...] = SHAPE
+    classes = len(CLASSES)
+
     def __init__(
         self,
         seed: int,
@@ -96,15 +113,21 @@ class Problem:
         self.weights_hash = hashlib.sha256(weights.read_bytes()).hexdigest()
         self.wrap = wrap or (lambda denoiser: denoiser)
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """sigma_max and sigma_min."""
+        high, low = self.noise.level_at(torch.tensor([self.noise.time_max, self.noise.time_min], dtype=torch.float64)).tolist()
+        return high, low
+
     def denoiser(self, samples: Sequence[int], guidance: float) -> nn.Module:
         """D(x, sigma) for a batch of these samples."""
-        labels = torch.tensor(samples) % len(CLASSES)
+        labels = torch.tensor(samples) % self.classes
         return self.wrap(GuidedDenoiser(self.network, labels, guidance))
 
     def start(self, samples: Sequence[int]) -> Tensor:
-        """Noise at SIGMA_MAX [n, 3, 32, 32]."""
+        """Noise at sigma_max [n, C, H, W]."""
         seeds = [int.from_bytes(hashlib.sha256(f"{self.seed} {k}".encode()).digest()[:7], "big") for k in samples]
-        return torch.stack([torch.randn(SHAPE, generator=torch.Generator().manual_seed(s)) for s in seeds]) * SIGMA_MAX
+        return torch.stack([torch.randn(self.shape, generator=torch.Generator().manual_seed(s)) for s in seeds]) * self.ends[0]
 
     def reference(self, samples: Sequence[int], guidance: float, steps: int | None = None) -> Reference:
         """The converged solution, from out/cache where it is known."""
@@ -128,7 +151,7 @@ class Problem:
             "samples": [chunk * _CHUNK, (chunk + 1) * _CHUNK],
             "guidance": guidance,
             "steps": steps,
-            "sigmas": [SIGMA_MAX, SIGMA_MIN, _CLEAN_SIGMA, 0],
+            "sigmas": [*self.ends, _CLEAN_SIGMA, 0],
             "sampler": "order 3, uniform lambda, no corrector",
         }
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -138,7 +161,7 @@ class Problem:
         path = self._path(chunk, guidance, steps)
         if not path.exists():
             samples = range(chunk * _CHUNK, (chunk + 1) * _CHUNK)
-            solved = _solve(self.denoiser(samples, guidance), self.start(samples), steps)
+            solved = _solve(self.denoiser(samples, guidance), self.start(samples), steps, *self.ends)
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp")
             save_file(solved, temporary)
@@ -146,12 +169,50 @@ class Problem:
         return load_file(path)
 
 
-def _solve(denoiser: nn.Module, x: Tensor, steps: int) -> dict[str, Tensor]:
-    """Order 3 on steps uniform in lambda: to SIGMA_MIN, on to 0.002, and the denoised picture there."""
-    share = math.log(SIGMA_MAX / SIGMA_MIN) / math.log(SIGMA_MAX / _CLEAN_SIGMA)
+class _FlowTime:
+    """Rectified flow's time t in sigma space, sigma = t / (1 - t), from sigma 80 to 0.02."""
+
+    space, time_min, time_max = Space.SIGMA, 0.02 / 1.02, 80 / 81
+
+    def level_at(self, time: Tensor) -> Tensor:
+        """sigma at `time`."""
+        t = time.to(torch.float64)
+        return t / (1 - t)
+
+
+class DigitsProblem(Problem):
+    """The same for the network of `mnist_train.py`: sample k of a seed is the digit k mod 10."""
+
+    noise = _FlowTime()
+
+    def __init__(
+        self,
+        seed: int,
+        reference_steps: int,
+        wrap: Callable[[nn.Module], nn.Module] | None = None,
+        weights: Path = OUT / "mnist.safetensors",
+    ) -> None:
+        import mnist_train
+
+        self.seed, self.reference_steps = seed, reference_steps
+        self.shape, self.classes = mnist_train.SHAPE, mnist_train.CLASSES
+        self.digits = mnist_train.load_network(weights)
+        self.weights_hash = hashlib.sha256(weights.read_bytes()).hexdigest()
+        self.wrap = wrap or (lambda denoiser: denoiser)
+
+    def denoiser(self, samples: Sequence[int], guidance: float) -> nn.Module:
+        """D(x, sigma) for a batch of these samples."""
+        from mnist_train import DigitsDenoiser
+
+        return self.wrap(DigitsDenoiser(self.digits, torch.tensor(samples) % self.classes, guidance))
+
+
+def _solve(denoiser: nn.Module, x: Tensor, steps: int, sigma_max: float, sigma_min: float) -> dict[str, Tensor]:
+    """Order 3 on steps uniform in lambda: to sigma_min, on to 0.002, and the denoised picture there."""
+    share = math.log(sigma_max / sigma_min) / math.log(sigma_max / _CLEAN_SIGMA)
     first = round(steps * share)
-    down = torch.linspace(math.log(SIGMA_MAX), math.log(SIGMA_MIN), first + 1, dtype=torch.float64).exp()
-    rest = torch.linspace(math.log(SIGMA_MIN), math.log(_CLEAN_SIGMA), steps - first, dtype=torch.float64).exp()
+    down = torch.linspace(math.log(sigma_max), math.log(sigma_min), first + 1, dtype=torch.float64).exp()
+    rest = torch.linspace(math.log(sigma_min), math.log(_CLEAN_SIGMA), steps - first, dtype=torch.float64).exp()
     options = {"order": 3, "corrector": "none", "disable": True}
     at_min = sample_dpm_solver_v3(denoiser, x, down, **options)
     clean = sample_dpm_solver_v3(denoiser, at_min, torch.cat([rest, rest.new_zeros(1)]), **options)

@@ -10,36 +10,48 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from common import OUT, SCHEDULES, Problem, geometric_mean, per_sample_error
-from quality import load_ems
 from rivals import RIVALS, Rival
 from torch import Tensor
 from tqdm import tqdm
 
 from dpm_solver_v3.ems_tools.embedded import CLASSES
+from dpm_solver_v3.ems_tools.file import EMSFile, load_ems_file
 from dpm_solver_v3.sampler import EMS, sample_dpm_solver_v3
 
 STEPS = (5, 6, 8, 10)
 GUIDANCES = (1.0, 4.0)
 SHOWN_STEPS = 6
 SEED = 7
-COLOURS = {"dpmpp_2m": "tab:gray", "UniPC": "tab:blue", "v3 without EMS": "tab:orange", "v3 with EMS": "tab:red"}
+SHIPPED = Path(__file__).resolve().parents[1] / "stats" / "embedded-emoji.ems.safetensors"
+COLOURS = {
+    "dpmpp_2m": "tab:gray",
+    "UniPC": "tab:blue",
+    "v3 without EMS": "tab:orange",
+    "v3 with EMS": "tab:red",
+    "v3 with EMS, fitted steps": "tab:green",
+}
 
 
-def samplers(ems: EMS | None) -> dict[str, Rival]:
-    """The samplers of the demo by the name they are shown under."""
+def samplers(ems: EMS | None, fitted: Tensor | None) -> dict[str, Rival]:
+    """The samplers of the demo by the name they are shown under; `fitted` is a schedule that replaces the common one."""
 
-    def v3(statistics: EMS | None) -> Rival:
-        return lambda denoiser, x, sigmas: sample_dpm_solver_v3(denoiser, x, sigmas, ems=statistics, disable=True)
+    def v3(statistics: EMS | None, own: Tensor | None = None) -> Rival:
+        return lambda denoiser, x, sigmas: sample_dpm_solver_v3(
+            denoiser, x, sigmas if own is None else own, ems=statistics, disable=True
+        )
 
     chosen = {"dpmpp_2m": RIVALS["dpmpp_2m"], "UniPC": RIVALS["unipc_bh2_2"], "v3 without EMS": v3(None)}
-    return chosen if ems is None else {**chosen, "v3 with EMS": v3(ems)}
+    if ems is not None:
+        chosen["v3 with EMS"] = v3(ems)
+        if fitted is not None:
+            chosen["v3 with EMS, fitted steps"] = v3(ems, fitted)
+    return chosen
 
 
-def run(problem: Problem, ems_at: Callable[[float], EMS | None], schedule: str, noises: int) -> dict[float, dict]:
+def run(problem: Problem, file: EMSFile | None, schedule: str, noises: int) -> dict[float, dict]:
     """guidance -> {"errors": {sampler: {steps: per-noise errors}}, "pictures": {sampler: [9, 3, 32, 32]}}."""
     samples, out = range(noises), {}
     total = len(GUIDANCES) * (1 + len(STEPS))
@@ -54,7 +66,9 @@ def run(problem: Problem, ems_at: Callable[[float], EMS | None], schedule: str, 
             for steps in STEPS:
                 sigmas = SCHEDULES[schedule](steps)
                 bar.set_description(f"guidance {guidance:g}: {steps} steps")
-                for name, sampler in samplers(ems_at(guidance)).items():
+                ems = file.at(guidance) if file else None
+                fitted = file.fitted_sigmas(steps, guidance).float() if file and file.meta.fitted else None
+                for name, sampler in samplers(ems, fitted).items():
                     x = sampler(denoiser, start, sigmas)
                     errors.setdefault(name, {})[steps] = per_sample_error(x, reference.end_of(sigmas, "clean"))
                     if steps == SHOWN_STEPS:
@@ -68,7 +82,7 @@ def run(problem: Problem, ems_at: Callable[[float], EMS | None], schedule: str, 
 def print_table(results: dict[float, dict], schedule: str, noises: int) -> None:
     """The errors, a row per sampler and guidance."""
     print(f"\nMean squared error against the converged solution from the same noise, geometric mean of {noises} noises,")
-    print(f"steps: {schedule}. One denoiser evaluation a step.\n")
+    print(f"steps: {schedule}, but for those fitted. One denoiser evaluation a step.\n")
     print("| guidance | sampler | " + " | ".join(f"{n} steps" for n in STEPS) + " |")
     print("| --- " * (2 + len(STEPS)) + "|")
     for guidance, result in results.items():
@@ -120,7 +134,7 @@ def main() -> None:
     if args.noises < len(CLASSES):
         parser.error(f"at least {len(CLASSES)} noises, one of each class")
     problem = Problem(SEED, args.reference_steps)
-    results = run(problem, load_ems(None), args.schedule, args.noises)
+    results = run(problem, load_ems_file(SHIPPED) if SHIPPED.is_file() else None, args.schedule, args.noises)
     OUT.mkdir(exist_ok=True)
     print_table(results, args.schedule, args.noises)
     draw_samples(results, OUT / "samples.png")

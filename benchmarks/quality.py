@@ -1,6 +1,11 @@
 """Few-step error of DPM-Solver-v3 against the samplers of published libraries, on the embedded model.
 
     python benchmarks/quality.py [--noises 64] [--quick] [--json out/quality.json]
+    python benchmarks/quality.py --contest --ems out/fitted.ems.safetensors --classes 1,3,5,7 --steps 4 5 6 8 10
+
+--contest adds every schedule of the hosts, GITS on the model's own trajectories, samplers with two calls a step, ComfyUI's
+samplers where COMFYUI_PATH names a checkout, and v3 on the schedule fitted to the model with its ablations; --network mnist
+takes the network of `mnist_train.py` instead. --classes judges on these only: those that the fit has not seen.
 
 Every run starts from the same noise and makes the same number of denoiser evaluations. Each method's schedule, the
 best rival and our best setting are chosen on selection noise; the errors are measured on evaluation noise that took no
@@ -20,12 +25,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import OUT, SCHEDULES, Problem, bootstrap_ratio, geometric_mean, per_sample_error, summary
+from common import (
+    OUT,
+    SCHEDULES,
+    DigitsProblem,
+    Problem,
+    bootstrap_ratio,
+    geometric_mean,
+    per_sample_error,
+    schedules_on,
+    summary,
+)
+from entrants import comfyui_rivals, gits, host_schedules, two_calls
 from rivals import RIVALS, Rival
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dpm_solver_v3.sampler import EMS, sample_dpm_solver_v3
+from dpm_solver_v3.sampler import EMS, SamplingError, sample_dpm_solver_v3
 
 OURS: dict[str, dict[str, Any]] = {
     "auto": {},
@@ -34,8 +50,11 @@ OURS: dict[str, dict[str, Any]] = {
 }
 """Our settings; "auto" follows the file's recommendation, or the defaults without a file."""
 WITH, WITHOUT = "v3 + EMS: ", "v3 without EMS: "
+FITTED = "v3 fitted: "
+SCREEN = ("karras", "karras_to_zero", "uniform_lambda", "uniform_time")
+"""Schedules of a contest's first heat; a rival that is hopeless on all of them runs on no other."""
 SELECTION_SEED, EVALUATION_SEED = 1, 2
-HOPELESS = 4.0
+HOPELESS, HOPELESS_IN_CONTEST = 4.0, 2.0
 """A rival this many times worse than the best one on the first selection noise goes no further."""
 FINALISTS = 3
 """Schedules of a method that stay for the rest of the selection noise."""
@@ -56,6 +75,15 @@ class Plan:
     batch: int = 32
     reference_steps: int = 200
     target: str = "clean"
+    network: str = "emoji"
+    classes: tuple[int, ...] = ()
+    contest: bool = False
+
+    def samples(self, count: int, start: int = 0) -> list[int]:
+        """The first samples of a seed whose class is judged, from the `start`-th on."""
+        total = 10 if self.network == "mnist" else 9
+        fits = [k for k in range(100 * count) if not self.classes or k % total in self.classes]
+        return fits[start:count]
 
 
 QUICK = Plan(
@@ -93,6 +121,8 @@ class Cell:
     selection: dict[tuple[str, str], Tensor] = field(default_factory=dict)  # (method, schedule) -> errors
     evaluation: dict[str, Tensor] = field(default_factory=dict)  # method -> errors, at its chosen schedule
     chosen: dict[str, str] = field(default_factory=dict)  # method -> schedule
+    schedules: dict[str, Callable[[int], Tensor]] = field(default_factory=lambda: dict(SCHEDULES))
+    own: dict[str, Callable[[int], Tensor]] = field(default_factory=dict)  # method -> its only schedule
 
     @property
     def cost(self) -> int:
@@ -110,7 +140,7 @@ class Cell:
 
     def surviving(self, prefix: str) -> list[str]:
         """Evaluated methods whose name starts so; with "" the rivals."""
-        return [m for m in self.evaluation if (m.startswith(prefix) if prefix else m in RIVALS)]
+        return [m for m in self.evaluation if (m.startswith(prefix) if prefix else not m.startswith("v3"))]
 
 
 def load_ems(path: Path | None) -> Callable[[float], EMS | None]:
@@ -133,37 +163,94 @@ def methods_at(plan: Plan, ems: EMS | None) -> dict[str, Rival]:
     return methods
 
 
+def add_contest(plan: Plan, cell: Cell, problem: Problem, file: Any) -> None:
+    """More rivals, more schedules, and v3 on its fitted schedule with its ablations."""
+    cell.methods.update({name: two_calls(name) for name in ("heun", "dpm_2")} if cell.steps % 2 == 0 else {})
+    cell.methods.update(comfyui_rivals())
+    cell.schedules = {
+        **schedules_on(problem.noise),
+        **host_schedules(problem.noise),
+        "gits": _gits(plan, problem, cell.guidance),
+    }
+    if file is None or not file.meta.fitted:
+        return
+    ems = file.at(cell.guidance)
+    fitted = lambda n: file.fitted_sigmas(n, cell.guidance)  # noqa: E731
+    cell.methods[FITTED + "auto"] = partial(_ours, ems, {})
+    cell.methods[FITTED + "its lambdas, EMS"] = partial(_ours, ems, {"corrector": "pseudo", "order": 2})
+    cell.methods[FITTED + "its lambdas, no EMS"] = partial(_ours, None, {})
+    cell.own = {name: fitted for name in cell.methods if name.startswith(FITTED)}
+
+
+_TRAJECTORIES: dict[float, Callable[[int], Tensor]] = {}
+
+
+def _gits(plan: Plan, problem: Problem, guidance: float) -> Callable[[int], Tensor]:
+    """GITS on 9 trajectories of selection noise, 61 points uniform in lambda."""
+    if guidance not in _TRAJECTORIES:
+        samples = plan.samples(9)
+        high, low = problem.ends
+        grid = torch.linspace(math.log(high), math.log(low), 61, dtype=torch.float64)
+        ys: list[Tensor] = []
+        Ds: list[Tensor] = []
+
+        def keep(info: dict[str, Any]) -> None:
+            ys.append(info["x"].flatten(1))
+            Ds.append(info["denoised"].flatten(1))
+
+        sigmas = torch.cat([grid.exp(), grid.new_zeros(1)])
+        denoiser, start = problem.denoiser(samples, guidance), problem.start(samples)
+        sample_dpm_solver_v3(denoiser, start, sigmas, callback=keep, disable=True, order=3, corrector="none")
+        _TRAJECTORIES[guidance] = partial(gits, tuple((-grid).tolist()), torch.stack(ys), torch.stack(Ds))
+    return _TRAJECTORIES[guidance]
+
+
 def _ours(ems: EMS | None, options: dict[str, Any], denoiser: nn.Module, x: Tensor, sigmas: Tensor) -> Tensor:
     return sample_dpm_solver_v3(denoiser, x, sigmas, disable=True, ems=ems, **options)
 
 
-def errors_of(plan: Plan, problem: Problem, cell: Cell, method: str, schedule: str, samples: range) -> Tensor:
-    """Per-sample errors [n] of one method on one schedule."""
-    sigmas = SCHEDULES[schedule](cell.steps)
+def errors_of(plan: Plan, problem: Problem, cell: Cell, method: str, schedule: str, samples: list[int]) -> Tensor:
+    """Per-sample errors [n] of one method on one schedule; infinite where the method cannot follow it."""
+    sigmas = (cell.own[method] if method in cell.own else cell.schedules[schedule])(cell.steps)
+    if len(sigmas) != cell.steps + 1 or not (sigmas.diff() < 0).all():
+        return torch.full((len(samples),), math.inf, dtype=torch.float64)
     parts = []
     for chunk in _chunks(samples, plan.batch):
-        x = cell.methods[method](problem.denoiser(chunk, cell.guidance), problem.start(chunk), sigmas)
+        try:
+            x = cell.methods[method](problem.denoiser(chunk, cell.guidance), problem.start(chunk), sigmas)
+        except (SamplingError, ArithmeticError, ValueError, RuntimeError, IndexError):
+            if not plan.contest:
+                raise
+            x = torch.full_like(problem.start(chunk), math.nan)  # a rival that fails on a schedule has lost there
         target = problem.reference(chunk, cell.guidance).end_of(sigmas, plan.target)
         parts.append(per_sample_error(x, target))
     return torch.cat(parts)
 
 
-def _chunks(samples: range, size: int) -> Iterator[range]:
+def _chunks(samples: list[int], size: int) -> Iterator[list[int]]:
     for i in range(0, len(samples), size):
         yield samples[i : i + size]
 
 
 def select(plan: Plan, problem: Problem, cell: Cell) -> None:
     """Choose a schedule for every method on selection noise."""
+    heats = [SCREEN, tuple(name for name in cell.schedules if name not in SCREEN)] if plan.contest else [plan.schedules]
+    score: dict[str, float] = {}
+    for heat in heats:
+        limit = HOPELESS_IN_CONTEST * min((v for m, v in score.items() if not m.startswith("v3")), default=math.inf)
+        for method in cell.methods:
+            if score.get(method, 0.0) > limit and not method.startswith("v3"):
+                continue
+            for schedule in ("fitted",) if method in cell.own else heat:
+                if (method, schedule) not in cell.selection:
+                    first = errors_of(plan, problem, cell, method, schedule, plan.samples(plan.first))
+                    cell.selection[method, schedule] = first
+        score = {m: geometric_mean(cell.selection[m, cell.ranked(m)[0]]).item() for m in cell.methods}
+    hopeless = HOPELESS_IN_CONTEST if plan.contest else HOPELESS
+    limit = hopeless * min(v for m, v in score.items() if not m.startswith("v3"))
+    rest = plan.samples(plan.selection, plan.first)
     for method in cell.methods:
-        for schedule in plan.schedules:
-            first = errors_of(plan, problem, cell, method, schedule, range(plan.first))
-            cell.selection[method, schedule] = first
-    score = {m: geometric_mean(cell.selection[m, cell.ranked(m)[0]]).item() for m in cell.methods}
-    limit = HOPELESS * min(score[m] for m in plan.rivals)
-    rest = range(plan.first, plan.selection)
-    for method in cell.methods:
-        if method in plan.rivals and not score[method] <= limit:
+        if not method.startswith("v3") and not score[method] <= limit:
             continue
         for schedule in cell.ranked(method)[:FINALISTS]:
             more = errors_of(plan, problem, cell, method, schedule, rest)
@@ -174,13 +261,13 @@ def select(plan: Plan, problem: Problem, cell: Cell) -> None:
 def evaluate(plan: Plan, problem: Problem, cell: Cell) -> None:
     """Errors on evaluation noise of every method that was not dropped."""
     for method, schedule in cell.chosen.items():
-        cell.evaluation[method] = errors_of(plan, problem, cell, method, schedule, range(plan.noises))
+        cell.evaluation[method] = errors_of(plan, problem, cell, method, schedule, plan.samples(plan.noises))
 
 
 def check_references(plan: Plan, problem: Problem) -> list[dict[str, float]]:
     """How far the solutions with `reference_steps` and with twice as many differ, on one chunk per guidance."""
     rows = []
-    samples = range(9)
+    samples = list(range(9))
     for guidance in plan.guidances:
         coarse, fine = (problem.reference(samples, guidance, plan.reference_steps * k) for k in (1, 2))
         error = per_sample_error(coarse.clean, fine.clean)
@@ -194,16 +281,20 @@ def report(cell: Cell) -> dict[str, Any]:
     best = cell.best(rivals)
     hindsight = min(rivals, key=lambda m: geometric_mean(cell.evaluation[m]).item())
     ours: dict[str, Any] = {}
-    for prefix in (WITH, WITHOUT):
+    for prefix in (FITTED, WITH, WITHOUT):
         mine = cell.surviving(prefix)
         for label, name in (("as recommended", prefix + "auto"), ("best setting", cell.best(mine) if mine else "")):
-            if name in mine:
+            if name in mine and not (prefix == FITTED and label == "best setting"):
                 ours[prefix + label] = {
                     "method": name,
                     "schedule": cell.chosen[name],
                     "ratio": bootstrap_ratio(cell.evaluation[name], cell.evaluation[best]),
                     "ratio_to_best_in_hindsight": bootstrap_ratio(cell.evaluation[name], cell.evaluation[hindsight]),
                 }
+    for name in cell.surviving(FITTED):
+        if name != FITTED + "auto":
+            ratio = bootstrap_ratio(cell.evaluation[name], cell.evaluation[best])
+            ours[name] = {"method": name, "schedule": "fitted", "ratio": ratio, "ratio_to_best_in_hindsight": ratio}
     methods = {m: {"schedule": cell.chosen[m], **summary(e)} for m, e in cell.evaluation.items()}
     return {
         "guidance": cell.guidance,
@@ -222,30 +313,50 @@ def print_cell(row: dict[str, Any]) -> None:
     rival = methods[best["method"]]
     print(
         f"\nguidance {row['guidance']:g}, {row['steps']} steps: best rival {best['method']} on {best['schedule']}, "
-        f"error {rival['geometric_mean']:.3g} (geometric mean), {rival['mean']:.3g} (mean)"
+        f"error {rival['geometric_mean']:.3g} (geometric mean), {rival['median']:.3g} (median), {rival['mean']:.3g} (mean)"
     )
     for name, our in row["ours"].items():
         mine, ratio = methods[our["method"]], our["ratio"]
         geometric, mean = ("{:.3f} [{:.3f}, {:.3f}]".format(*ratio[k]) for k in ("geometric_mean", "mean"))
         setting = our["method"].split(": ", 1)[1]
-        print(f"  {name:<31} {mine['geometric_mean']:.3g}, {mine['mean']:.3g}  ratio {geometric}, of means {mean}")
+        values = f"{mine['geometric_mean']:.3g}, {mine['median']:.3g}, {mine['mean']:.3g}"
+        print(f"  {name:<31} {values}  ratio {geometric}, of means {mean}")
         print(f"  {'':<31} {setting}; {our['schedule']}")
+
+
+def steps_to_reach(rows: list[dict[str, Any]]) -> list[str]:
+    """Per guidance scale: the fewest steps of the run at which the best rival's error is at most ours at 6."""
+    lines = []
+    for guidance in sorted({r["guidance"] for r in rows}):
+        mine = {r["steps"]: r for r in rows if r["guidance"] == guidance}
+        name = FITTED + "as recommended"
+        if 6 not in mine or name not in mine[6]["ours"]:
+            continue
+        ours = mine[6]["methods"][mine[6]["ours"][name]["method"]]["geometric_mean"]
+        errors = {n: r["methods"][r["best_rival"]["method"]]["geometric_mean"] for n, r in mine.items()}
+        enough = [n for n in sorted(errors) if errors[n] <= ours]
+        count = str(enough[0]) if enough else f"more than {max(errors)}"
+        lines.append(f"guidance {guidance:g}: our 6-step error takes the best rival {count} steps")
+    return lines
 
 
 def _expected(plan: Plan, cells: list[Cell], problems: list[Problem]) -> int:
     """Network evaluations that the run takes at most; solutions in the cache cost nothing."""
     total = 0
     for cell in cells:
-        runs = len(cell.methods) * (len(plan.schedules) * plan.first + plan.noises)
+        runs = len(cell.methods) * (len(cell.schedules) * plan.first + plan.noises)
         runs += len(cell.methods) * min(FINALISTS, len(plan.schedules)) * (plan.selection - plan.first)
         total += runs * cell.cost
     for guidance in plan.guidances:
         for problem, count in zip(problems, (plan.selection, plan.noises), strict=True):
-            if not problem.is_cached(range(count), guidance):
+            if not problem.is_cached(plan.samples(count), guidance):
                 total += math.ceil(count / 9) * 9 * plan.reference_steps * (1 if guidance == 1 else 2)
         if not problems[0].is_cached(range(9), guidance, 2 * plan.reference_steps):
             total += 9 * 2 * plan.reference_steps * (1 if guidance == 1 else 2)
     return total
+
+
+NUMBERS = ("noises", "selection", "first", "batch", "target")
 
 
 def _arguments() -> tuple[Plan, argparse.Namespace]:
@@ -259,11 +370,19 @@ def _arguments() -> tuple[Plan, argparse.Namespace]:
     target = "compare with the picture at sigma 0 (clean, default), or with the solution where the schedule ends (end)"
     parser.add_argument("--target", choices=("clean", "end"), help=target)
     parser.add_argument("--ems", type=Path, help="statistics (stats/*.ems.safetensors)")
+    parser.add_argument("--steps", type=int, nargs="+", help="step counts (5 6 8 10)")
+    parser.add_argument("--contest", action="store_true", help="every rival and schedule, and the fitted schedule")
+    parser.add_argument("--network", choices=("emoji", "mnist"), help="the model (emoji: the embedded one)")
+    parser.add_argument("--classes", type=lambda t: tuple(map(int, t.split(","))), help="judge on these only, such as 1,3,5,7")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--json", type=Path, default=OUT / "quality.json", help="where the numbers go")
     args = parser.parse_args()
     plan = QUICK if args.quick else Plan()
-    given = {k: getattr(args, k) for k in ("noises", "selection", "first", "batch", "target") if getattr(args, k) is not None}
+    given = {k: getattr(args, k) for k in (*NUMBERS, "contest", "network", "classes") if getattr(args, k) is not None}
+    if args.contest:
+        given["ours"] = ("auto",)
+    if args.steps:
+        given["steps"] = tuple(args.steps)
     if args.guidance:
         given["guidances"] = tuple(args.guidance)
     plan = Plan(**{**plan.__dict__, **given})
@@ -279,16 +398,23 @@ def main() -> None:
     ems_at = load_ems(args.ems)
     with tqdm(unit="image", unit_scale=True, file=sys.stderr, smoothing=0) as bar:
         wrap = partial(Counted, bar=bar)
-        choosing = Problem(SELECTION_SEED, plan.reference_steps, wrap)
-        judging = Problem(EVALUATION_SEED, plan.reference_steps, wrap)
-        cells = [Cell(g, n, methods_at(plan, ems_at(g))) for g in plan.guidances for n in plan.steps]
+        kind = DigitsProblem if plan.network == "mnist" else Problem
+        choosing = kind(SELECTION_SEED, plan.reference_steps, wrap)
+        judging = kind(EVALUATION_SEED, plan.reference_steps, wrap)
+        cells = [Cell(g, n, methods_at(plan, ems_at(g))) for n in plan.steps for g in plan.guidances]
+        for cell in cells if plan.contest else ():
+            add_contest(plan, cell, choosing, getattr(ems_at, "__self__", None))
         bar.total = _expected(plan, cells, [choosing, judging])
         convergence = check_references(plan, choosing)
+        rows: list[dict[str, Any]] = []
+        facts = {"weights": judging.weights_hash, "plan": plan.__dict__}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         for cell in cells:
             bar.set_description(f"guidance {cell.guidance:g}, {cell.steps} steps")
             select(plan, choosing, cell)
             evaluate(plan, judging, cell)
-    rows = [report(cell) for cell in cells]
+            rows.append(report(cell))
+            args.json.write_text(json.dumps({**facts, "convergence": convergence, "cells": rows}, indent=1))
     for check in convergence:
         print(
             f"guidance {check['guidance']:g}: solutions of {plan.reference_steps} and {2 * plan.reference_steps} steps "
@@ -296,9 +422,7 @@ def main() -> None:
         )
     for row in rows:
         print_cell(row)
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    result = {"weights": judging.weights_hash, "plan": plan.__dict__, "convergence": convergence, "cells": rows}
-    args.json.write_text(json.dumps(result, indent=1))
+    print("", *steps_to_reach(rows), sep="\n")
     print(f"\nwritten to {args.json}")
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..sampler import EMS, SamplingError, Settings, sample_dpm_solver_v3
 from .estimate import Job, JobState, Model, Progress, denoiser_for, in_batches, sample_noise
+from .fit import FitPlan
 
 __all__ = ["HELD_OUT", "CalibrationPlan", "Row", "calibrate", "endpoint_errors", "evaluations_of_calibration", "reference"]
 
@@ -50,6 +51,7 @@ class CalibrationPlan:
         combinations: orders and correctors to try, with and without EMS.
         strengths: factors tried on the best combination with EMS, beside 1.
         reference_steps: of the converged solution.
+        fit: of schedules and coefficients, after it; None leaves it out.
     """
 
     schedules: Mapping[str, Callable[[int], Tensor]]
@@ -59,6 +61,7 @@ class CalibrationPlan:
     combinations: tuple[Settings, ...] = _COMBINATIONS
     strengths: tuple[float, ...] = (0.5, 0.75)
     reference_steps: int = 120
+    fit: FitPlan | None = None
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..sampler import EMSError, SamplingError
-from .compute_cli import add_compute, add_merge
+from .compute_cli import add_compute, add_fit, add_merge, add_model_options, add_running_options, source_of
 from .convert import PRESETS, convert_npz, lambda_range
 from .describe import facts_of, lines_of
 from .estimate import EstimateError
@@ -19,11 +22,12 @@ from .file import (
     SUFFIX,
     EMSFile,
     EMSFileError,
-    evidence_problems,
     load_ems_file,
 )
 from .moments import MergeError
 from .plot import PlotError, plot_ems
+from .share_cli import add_index, add_pull, add_share
+from .verify import ALPHA, SAMPLES, consistency_problems, spot_check
 
 __all__ = ["main"]
 
@@ -99,14 +103,25 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _add_verify(commands: Any) -> None:
     text = (
-        "Check files: format, checksum, shapes and ranges, and that the evidence supports the recommendation (never\n"
-        f"worse than data prediction on calibration noise).\n\n    ems verify stats/*{SUFFIX}"
+        "Check files: format, checksum, shapes and ranges; that l, s, b are what the moments give, where it keeps them;\n"
+        "that the evidence supports the recommendation (never worse than data prediction on calibration noise).\n"
+        f"With --model also on the model: {SAMPLES} fresh trajectories tell this model's statistics from others.\n\n"
+        f"    ems verify stats/*{SUFFIX}\n"
+        f"    ems verify stats/embedded-emoji{SUFFIX} --model embedded\n"
+        f"    ems verify my{SUFFIX} --model my_model:denoiser --shape 4,64,64 --sigma-min 0.0292 --sigma-max 14.61"
     )
-    parser = _add(commands, "verify", "check files", text, _verify)
+    parser = _add(commands, "verify", "check files, alone or on their model", text, _verify)
     parser.add_argument("files", type=Path, nargs="+", metavar="file", help=f"*{SUFFIX} files")
+    add_model_options(parser)
+    add_running_options(parser)
+    parser.add_argument("--samples", type=int, default=SAMPLES, help=f"trajectories per guidance scale ({SAMPLES})")
+    parser.add_argument("--alpha", type=float, default=ALPHA, help=f"how often a right file may fail ({ALPHA})")
+    parser.add_argument("--seed", type=int, help="of the fresh noise (default: random, so that no file is made for it)")
 
 
 def _verify(args: argparse.Namespace) -> int:
+    if not 4 <= args.samples <= 4096 or not 0 < args.alpha < 1:
+        raise EMSError("--samples must lie in 4 .. 4096 and --alpha between 0 and 1")
     bad = 0
     for path in args.files:
         try:
@@ -114,7 +129,10 @@ def _verify(args: argparse.Namespace) -> int:
         except EMSFileError as error:
             problems, notes = [error.what], []
         else:
-            problems, notes = evidence_problems(file), _notes(file)
+            problems, notes = consistency_problems(file), _notes(file)
+            if args.model is not None and not problems:
+                problems, tried = _try_on_model(file, args)
+                notes += tried
         for problem in problems:
             print(f"ems verify: {path}: {problem}", file=sys.stderr)
         if not problems:
@@ -123,13 +141,38 @@ def _verify(args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
+def _try_on_model(file: EMSFile, args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Problems, and what was done in words."""
+    embedded = args.model == "embedded"
+    given = {**vars(args), "model": None if embedded else args.model, "guidance": tuple(file.guidance.tolist())}
+    source = source_of(argparse.Namespace(**given))
+    result = spot_check(
+        file,
+        source,
+        seed=secrets.randbits(48) if args.seed is None else args.seed,
+        samples=args.samples,
+        alpha=args.alpha,
+        batch=args.batch,
+        device=args.device,
+        dtype=getattr(torch, args.dtype),
+    )
+    notes = [result.in_words()]
+    mine, theirs = source.identity.get("sha256"), file.meta.model.get("sha256")
+    if mine and theirs and mine != theirs:
+        notes.append("the checkpoint tried is not the one that the file names")
+    return result.problems, notes
+
+
 def _notes(file: EMSFile) -> list[str]:
     """What is allowed and still good to know."""
+    notes = ["checksum right"]
+    if not file.moments:
+        notes.append("no moments to compute l, s, b again from")
     reports = [r for r in file.meta.evidence if r.split == "report"]
     lost = sum(r.ems > r.data_prediction for r in reports)
     if not file.meta.evidence:
-        return ["no evidence: these statistics have not been tried"]
-    return [f"on report noise no worse than data prediction in {len(reports) - lost} of {len(reports)} cases"]
+        return [*notes, "no evidence: these statistics have not been tried"]
+    return [*notes, f"on report noise no worse than data prediction in {len(reports) - lost} of {len(reports)} cases"]
 
 
 # --- convert
@@ -198,11 +241,15 @@ def _plot(args: argparse.Namespace) -> int:
 
 COMMANDS: tuple[Callable[[Any], None], ...] = (
     add_compute,
+    add_fit,
     _add_inspect,
     _add_verify,
     add_merge,
     _add_convert,
     _add_plot,
+    add_share,
+    add_pull,
+    add_index,
 )
 """Each registers one command and sets `run`, a function from the parsed arguments to the exit status."""
 

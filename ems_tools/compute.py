@@ -25,10 +25,21 @@ from .estimate import (
     snapped_grid,
     uniform_grid,
 )
-from .file import EMSFile, EMSMeta, EvidenceRow, RecommendedSetting
+from .file import EMSFile, EMSMeta, EvidenceRow, FittedRow, RecommendedSetting
+from .fit import FitPlan, evaluations_of_fit, fit_steps
 from .moments import Moments
 
-__all__ = ["EFFORTS", "Effort", "Source", "compute_ems", "evaluations", "job_for", "plan_for", "statistics_file"]
+__all__ = [
+    "EFFORTS",
+    "Effort",
+    "Source",
+    "compute_ems",
+    "evaluations",
+    "job_for",
+    "plan_for",
+    "statistics_file",
+    "with_fit",
+]
 
 _FEW = (Settings(order=2, corrector="none"), Settings(order=2, corrector="pseudo"), Settings(order=3, corrector="pseudo"))
 
@@ -49,12 +60,16 @@ class Effort:
     combinations: tuple[Settings, ...] | None
     strengths: tuple[float, ...]
     reference_steps: int
+    fit: FitPlan
 
 
+_QUICK_FIT = FitPlan((4, 5, 6, 7, 8, 9, 10), noises=10, held_out=4, search=0)
+_FIT = FitPlan(noises=24, held_out=16, search=8, moves=8, rounds=1, refined=8)
+_THOROUGH_FIT = FitPlan(noises=40, held_out=24, search=16, moves=8, rounds=3, refined=10)
 EFFORTS = {
-    "quick": Effort(16, 40, 1, 4, (5, 8), 1, _FEW, (0.5,), 60),
-    "standard": Effort(32, 60, 1, 8, (5, 6, 8, 10, 15, 20), 2, _FEW, (0.5,), 80),
-    "thorough": Effort(64, 60, 1, 18, (5, 6, 8, 10, 15, 20), 5, None, (0.5, 0.75), 120),
+    "quick": Effort(12, 30, 1, 4, (5, 8), 1, _FEW, (0.5,), 40, _QUICK_FIT),
+    "standard": Effort(32, 60, 1, 8, (5, 6, 8, 10, 15, 20), 2, _FEW, (0.5,), 80, _FIT),
+    "thorough": Effort(64, 60, 1, 18, (5, 6, 8, 10, 15, 20), 5, None, (0.5, 0.75), 120, _THOROUGH_FIT),
 }
 
 
@@ -125,6 +140,7 @@ def plan_for(source: Source, effort: Effort) -> CalibrationPlan:
         effort.noises,
         strengths=effort.strengths,
         reference_steps=effort.reference_steps,
+        fit=replace(effort.fit, fixed=kept),
     )
     if effort.combinations is not None:
         return replace(plan, combinations=effort.combinations)
@@ -141,7 +157,11 @@ def _in_sigma_or_flow(schedule: NoiseSchedule) -> NoiseSchedule:
 
 def evaluations(job: Job, plan: CalibrationPlan | None) -> int:
     """Denoiser evaluations of everything."""
-    return evaluations_of(job) + (evaluations_of_calibration(plan, len(job.guidance)) if plan else 0)
+    if plan is None:
+        return evaluations_of(job)
+    scales = len(job.guidance)
+    fit = evaluations_of_fit(plan.fit, len(job.lambdas), scales) if plan.fit else 0
+    return evaluations_of(job) + evaluations_of_calibration(plan, scales) + fit
 
 
 def compute_ems(
@@ -161,7 +181,7 @@ def compute_ems(
     """Compute, judge and write a statistics file; continue the job if it was begun.
 
     The state lies in `path` + ".partial" until the file is written. Arguments as in `estimate_moments`;
-    `plan` None leaves evidence and recommendation out; `extend` begins with the moments of a finished file.
+    `plan` None leaves evidence, recommendation and fit out; `extend` begins with the moments of a finished file.
 
     Raises:
         EstimateError, SamplingError, DivergedError, OSError: the state so far is saved; call again to resume.
@@ -190,15 +210,34 @@ def compute_ems(
                 progress=progress,
             )
     file = statistics_file(source, job, moments, rows, str(state.facts["date"]), plan, keep_moments)
+    if plan is not None and plan.fit is not None:
+        options: dict[str, Any] = {"batch": batch, "device": device, "dtype": dtype, "progress": progress}
+        file = with_fit(file, source, job, plan.fit, state, **options)
     file.save(path)
     state.delete()
     return file
 
 
+def with_fit(file: EMSFile, source: Source, job: Job, fit: FitPlan, state: JobState, **options: Any) -> EMSFile:
+    """The file with schedules and coefficients fitted at each of its guidance scales; `options` are those of `fit_steps`."""
+    rows: list[FittedRow] = []
+    for guidance in job.guidance:
+        ems = replace(file, meta=replace(file.meta, fitted=())).at(guidance)
+        rows += fit_steps(source.models[guidance], ems, job, guidance, fit, state, levels=source.levels, **options)
+    used = evaluations_of_fit(fit, len(job.lambdas), len(job.guidance))
+    facts = {"fit_noises": fit.noises, "fit_held_out": fit.held_out, "fit_evaluations": used}
+    file = replace(file, meta=replace(file.meta, fitted=tuple(rows), estimate={**file.meta.estimate, **facts}))
+    # Standard errors give way if the rows make the file too large to share.
+    return file if file.errors is None or file.per_element else replace(file.compacted(), moments=file.moments)
+
+
 def _check_same(state: JobState, source: Source, plan: CalibrationPlan | None) -> None:
     """Raise EstimateError if the state was begun with another model or another calibration."""
     sizes = [plan.calibration, plan.report, plan.reference_steps] if plan else None
-    for what, mine in (("another model", dict(source.identity)), ("another effort or evidence", sizes)):
+    fit = plan.fit if plan else None
+    fitted = [list(fit.steps), fit.noises, fit.held_out, fit.search, fit.moves] if fit else None
+    facts = (("another model", dict(source.identity)), ("another effort or evidence", sizes), ("another fit", fitted))
+    for what, mine in facts:
         if state.facts.setdefault(what, mine) != mine:
             raise EstimateError(
                 f"{state.path} holds an unfinished job begun with {what} ({state.facts[what]}): finish it so, "

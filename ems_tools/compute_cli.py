@@ -1,4 +1,4 @@
-"""`ems compute` and `ems merge`: from a model, or from other files, to a statistics file."""
+"""`ems compute`, `ems fit` and `ems merge`: from a model, or from other files, to a statistics file."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ import torch
 
 from ..sampler import EDM, Flow, NoiseSchedule, SamplingError, Space, VPDiscrete
 from .calibrate import CalibrationPlan
-from .compute import EFFORTS, Source, compute_ems, evaluations, job_for, plan_for
-from .estimate import EstimateError, Job, Model, Progress, forward_mode_works
+from .compute import EFFORTS, Source, compute_ems, evaluations, job_for, plan_for, with_fit
+from .estimate import EstimateError, Job, JobState, Model, Progress, forward_mode_works
 from .file import SUFFIX, EMSFile, load_ems_file
+from .fit import FitPlan, evaluations_of_fit
 from .merge import merge_files
 from .points import DivergedError
 
-__all__ = ["add_compute", "add_merge"]
+__all__ = ["add_compute", "add_fit", "add_merge", "add_model_options", "add_running_options", "source_of"]
 
 _COMPUTE = """\
 Compute the statistics of a model: estimate l, s, b, try them on noise held out of the estimate, write a file.
@@ -52,7 +53,18 @@ def _shape(text: str) -> tuple[int, ...]:
     return values
 
 
-_scales.__name__, _shape.__name__ = "list of guidance scales", "shape"  # argparse names them in its messages
+def _classes(text: str) -> tuple[int, ...]:
+    values = tuple(int(v) for v in text.split(","))
+    if not values or not all(0 <= v <= 8 for v in values):
+        raise ValueError
+    return values
+
+
+_scales.__name__, _shape.__name__, _classes.__name__ = (
+    "list of guidance scales",
+    "shape",
+    "list of classes",
+)  # argparse names them in its messages
 
 
 def add_compute(commands: Any) -> None:
@@ -63,12 +75,7 @@ def add_compute(commands: Any) -> None:
         description=_COMPUTE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--model", help="module:function that returns a denoiser (default: the embedded model)")
-    p.add_argument("--shape", type=_shape, help="latent shape C,H,W of a --model")
-    p.add_argument("--sigma-min", type=float, help="smallest noise level of a --model (a flow: smallest t)")
-    p.add_argument("--sigma-max", type=float, help="largest noise level of a --model (a flow: largest t)")
-    p.add_argument("--space", choices=[s.value for s in Space], default="sigma", help="what x and levels are (sigma)")
-    p.add_argument("--name", help="name of the model, kept in the file")
+    add_model_options(p)
     p.add_argument("--out", type=Path, help=f"file to write (default: NAME{SUFFIX})")
     p.add_argument("--guidance", type=_scales, default=(1.0,), help="guidance scales, comma-separated (1)")
     p.add_argument("--effort", choices=sorted(EFFORTS), default="standard", help="how much to measure (standard)")
@@ -84,20 +91,37 @@ def add_compute(commands: Any) -> None:
     )
     p.add_argument("--per-element", action="store_true", help="statistics per latent element: one size only, large")
     p.add_argument("--until", type=float, help="stop when the standard errors of l, s and b (rms) are at most this")
-    p.add_argument("--no-evidence", action="store_true", help="leave out calibration and recommendation")
+    p.add_argument("--no-evidence", action="store_true", help="leave out calibration, recommendation and fit")
+    p.add_argument("--no-fit", action="store_true", help="leave out the fitted schedules; 'ems fit' can add them later")
     p.add_argument("--keep-moments", action="store_true", help="keep the moments, to merge or extend the file later")
     p.add_argument("--extend", type=Path, help="begin with the moments of this finished file")
     p.add_argument("--seed", type=int, default=0, help="of start noise and probes (0)")
-    p.add_argument("--batch", type=int, default=16, help="samples at once; halved when memory runs out (16)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", choices=("float32", "float16", "bfloat16", "float64"), default="float32", help="of x")
+    add_running_options(p)
     p.add_argument("--dry-run", action="store_true", help="show the plan only")
     p.set_defaults(run=run_compute)
 
 
+def add_model_options(p: argparse.ArgumentParser) -> None:
+    """Options that say which model to measure, for `source_of`."""
+    p.add_argument("--model", help="module:function that returns a denoiser (default: the embedded model)")
+    p.add_argument("--shape", type=_shape, help="latent shape C,H,W of a --model")
+    p.add_argument("--sigma-min", type=float, help="smallest noise level of a --model (a flow: smallest t)")
+    p.add_argument("--sigma-max", type=float, help="largest noise level of a --model (a flow: largest t)")
+    p.add_argument("--space", choices=[s.value for s in Space], default="sigma", help="what x and levels are (sigma)")
+    p.add_argument("--name", help="name of the model, kept in the file")
+    p.add_argument("--classes", type=_classes, help="of the embedded model, comma-separated (all)")
+
+
+def add_running_options(p: argparse.ArgumentParser) -> None:
+    """Options that say on what and in which pieces a model runs."""
+    p.add_argument("--batch", type=int, default=16, help="samples at once; halved when memory runs out (16)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", choices=("float32", "float16", "bfloat16", "float64"), default="float32", help="of x")
+
+
 def run_compute(args: argparse.Namespace) -> int:
     """Run `ems compute`. Returns the exit status; raises EstimateError for the user."""
-    source = _source(args)
+    source = source_of(args)
     job, plan = _job(args, source)
     out = args.out or Path(f"{source.identity['name']}{SUFFIX}")
     extend = load_ems_file(args.extend) if args.extend else None
@@ -106,6 +130,9 @@ def run_compute(args: argparse.Namespace) -> int:
     total = evaluations(job, plan)
     scales = ", ".join(f"{g:g}" for g in job.guidance)
     evidence = "left out" if plan is None else f"on {plan.calibration} + {plan.report} noises"
+    if plan is not None and plan.fit is not None:
+        cost = evaluations_of_fit(plan.fit, len(job.lambdas), len(job.guidance))
+        evidence += f"; {_fit_in_words(plan.fit)}, {cost} of the evaluations"
     print(
         f"{source.identity['name']}: guidance {scales}; {job.samples} trajectories of {len(job.lambdas)} points each, "
         f"{job.probes} probe(s) a point; evidence {evidence}"
@@ -145,10 +172,91 @@ def _verdict(file: EMSFile) -> int:
         if row.split == "report":
             ratio = row.ems / row.data_prediction if row.data_prediction else 1.0
             print(f"  guidance {row.guidance:g}, {row.schedule}, {row.steps} steps: error {ratio:.2f} of data prediction's")
+    return _fit_verdict(file)
+
+
+def _fit_verdict(file: EMSFile) -> int:
+    for row in file.meta.fitted:
+        value, low, high = row.ratio
+        kept = "" if row.coefficients else "; the fixed schedule is kept"
+        print(
+            f"  guidance {row.guidance:g}, fitted, {row.steps} steps: error {value:.2f} [{low:.2f}, {high:.2f}] of "
+            f"{row.fixed_schedule}'s, on {row.noises} noises of no other use{kept}"
+        )
     return 0
 
 
-def _source(args: argparse.Namespace) -> Source:
+def _fit_in_words(fit: FitPlan) -> str:
+    counts = ", ".join(map(str, fit.steps))
+    return f"fit for {counts} steps on {fit.noises} noises, judged on {fit.held_out} others"
+
+
+_FIT = """\
+Fit schedules and coefficients for few steps to a model, and add them to its statistics file. Sampling with these statistics on
+the schedule "fitted" then uses them. Without --model it is the embedded model's file.
+
+    ems fit model.ems.safetensors --model my_model:denoiser --shape 4,64,64 --sigma-min 0.0292 --sigma-max 14.61
+
+An interrupted fit continues when the same command is given again.
+"""
+
+
+def add_fit(commands: Any) -> None:
+    """Register `ems fit`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    p = commands.add_parser("fit", help="fit few-step schedules to a model", description=_FIT, formatter_class=raw)
+    p.add_argument("file", type=Path, help=f"the model's *{SUFFIX} file")
+    add_model_options(p)
+    p.add_argument("--out", type=Path, help="file to write (default: the same file)")
+    p.add_argument("--effort", choices=sorted(EFFORTS), default="standard", help="how much to try (standard)")
+    p.add_argument("--steps", type=_shape, help="step counts to fit, comma-separated (by effort)")
+    p.add_argument("--seed", type=int, default=0, help="of start noise (0)")
+    add_running_options(p)
+    p.add_argument("--dry-run", action="store_true", help="show the plan only")
+    p.set_defaults(run=run_fit)
+
+
+def run_fit(args: argparse.Namespace) -> int:
+    """Run `ems fit`. Returns the exit status; raises EstimateError for the user."""
+    file = load_ems_file(args.file)
+    args.guidance = tuple(file.guidance.tolist())
+    source = source_of(args)
+    if source.schedule.space.value != file.meta.space:
+        raise EstimateError(f"{args.file} is in {file.meta.space} space, the model in {source.schedule.space.value} space")
+    effort = EFFORTS[args.effort]
+    fit = plan_for(source, effort).fit
+    assert fit is not None
+    fit = replace(fit, steps=tuple(args.steps)) if args.steps else fit
+    out = args.out or args.file
+    job = replace(job_for(source, effort, args.seed), lambdas=tuple(file.lambdas.tolist()))
+    total = evaluations_of_fit(fit, len(job.lambdas), len(job.guidance))
+    seconds = _seconds_of(source, job, args) * total
+    scales = ", ".join(f"{g:g}" for g in job.guidance)
+    print(f"{_fit_in_words(fit)}, at guidance {scales}".capitalize())
+    print(f"Plan: {total} denoiser evaluations, about {_duration(seconds)} here. Writes {out}")
+    if args.dry_run:
+        return 0
+    state = JobState.open(out.with_name(out.name + ".fit.partial"), job)
+    begun = state.facts.setdefault("effort", [args.effort, list(fit.steps)])
+    if begun != [args.effort, list(fit.steps)]:
+        raise EstimateError(f"{state.path} holds a fit begun with effort and steps {begun}: finish it so, or delete it")
+    try:
+        with _Bar() as bar:
+            options = {"batch": args.batch, "device": args.device, "dtype": getattr(torch, args.dtype), "progress": bar}
+            file = with_fit(file, source, job, fit, state, **options)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. What was fitted is in {state.path}: give the same command to continue.", file=sys.stderr)
+        return 130
+    except (SamplingError, DivergedError) as error:
+        raise EstimateError(str(error)) from error
+    file.save(out)
+    state.delete()
+    print(f"Wrote {out}, {out.stat().st_size / 1024:.1f} KiB.")
+    return _fit_verdict(file)
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """The model that `add_model_options` describes, at `args.guidance`. Raises EstimateError."""
     if args.model is None:
         return _embedded(args)
     missing = [f"--{n.replace('_', '-')}" for n in ("shape", "sigma_min", "sigma_max") if getattr(args, n) is None]
@@ -170,7 +278,7 @@ def _embedded(args: argparse.Namespace) -> Source:
     from .embedded.denoiser import WEIGHTS
 
     network = embedded.load_network(device=args.device, dtype=getattr(torch, args.dtype))
-    labels = torch.arange(embedded.NULL_CLASS)
+    labels = torch.arange(embedded.NULL_CLASS) if args.classes is None else torch.tensor(args.classes)
     models: dict[float, Model] = {g: embedded.GuidedDenoiser(network, labels, g) for g in args.guidance}
     import hashlib
 
@@ -179,6 +287,8 @@ def _embedded(args: argparse.Namespace) -> Source:
         "prediction": "edm",
         "sha256": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest(),
     }
+    if args.classes is not None:
+        identity["classes"] = ", ".join(map(str, args.classes))
     return Source(models, embedded.SHAPE, VPDiscrete.linear(), identity)
 
 
@@ -214,7 +324,10 @@ def _job(args: argparse.Namespace, source: Source) -> tuple[Job, CalibrationPlan
         method = "forward" if works else "difference"
         print(f"Jacobian: {'forward mode works' if works else 'forward mode fails with this model, finite differences'}")
     groups = 4 if args.per_element else job.groups
-    return replace(job, probe_method=method, groups=groups), None if args.no_evidence else plan_for(source, effort)
+    plan = None if args.no_evidence else plan_for(source, effort)
+    if plan is not None and args.no_fit:
+        plan = replace(plan, fit=None)
+    return replace(job, probe_method=method, groups=groups), plan
 
 
 def _seconds_of(source: Source, job: Job, args: argparse.Namespace) -> float:
@@ -256,7 +369,7 @@ class _Bar:
     def __call__(self, p: Progress) -> None:
         from tqdm import tqdm
 
-        key = (p.stage, p.note if p.stage == "evidence" else "")
+        key = (p.stage, "" if p.stage == "estimate" else p.note)
         if self.note != key:
             self.__exit__()
             self.note, self.bar = key, tqdm(total=p.total, unit="eval", desc=p.stage, smoothing=0.1)  # type: ignore[assignment]

@@ -21,7 +21,11 @@ def lines_of(file: EMSFile) -> list[str]:
     lines += ["", "ranges, smallest to largest over the grid (root mean square of the standard errors)"]
     lines += [f"  {line}" for line in _ranges(file)]
     lines += ["", "evidence: error with the recommended settings against the best without EMS"]
-    return lines + [f"  {line}" for line in _evidence_table(file) or ["none in this file: its statistics have not been tried"]]
+    lines += [f"  {line}" for line in _evidence_table(file) or ["none in this file: its statistics have not been tried"]]
+    if file.meta.fitted:
+        lines += ["", "fitted schedules: error on noise of no other use, against the best fixed schedule with these statistics"]
+        lines += [f"  {line}" for line in _fitted_table(file)]
+    return lines
 
 
 def _shown(value: object) -> str:
@@ -53,6 +57,7 @@ def facts_of(file: EMSFile) -> dict[str, Any]:
         "made": {"program": meta.program, "date": meta.date, **meta.foreign},
         "evidence": [asdict(row) for row in meta.evidence],
         "recommendation": [_plain(entry) for entry in meta.recommendation],
+        "fitted": [asdict(row) for row in meta.fitted],
     }
 
 
@@ -94,6 +99,16 @@ def _evidence_table(file: EMSFile) -> list[str]:
         case = f"{r.guidance:8g}  {r.schedule:<20.20} {r.steps:5}  {r.split:<11}"
         entry = advice.get((r.guidance, r.schedule, r.steps))
         lines.append(f"{case}  {errors}  {_in_words(entry.settings) if entry else '-'}")
+    return lines
+
+
+def _fitted_table(file: EMSFile) -> list[str]:
+    lines = [f"{'guidance':>8}  {'steps':>5}  {'fixed':<20} {'error':>9}  {'fitted':>9}  {'ratio':>6}  95 % interval"]
+    for r in sorted(file.meta.fitted, key=lambda r: (r.guidance, r.steps)):
+        value, low, high = r.ratio
+        kept = "" if r.coefficients else "  (the fixed one is kept)"
+        errors = f"{r.fixed[0]:9.2e}  {r.fitted[0]:9.2e}  {value:6.3f}  {low:.3f} to {high:.3f}"
+        lines.append(f"{r.guidance:8g}  {r.steps:5}  {r.fixed_schedule:<20.20} {errors}{kept}")
     return lines
 
 

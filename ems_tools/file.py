@@ -11,7 +11,8 @@ A safetensors file (8 bytes of header length, a JSON header, raw tensors) with
 | `moments.<name>`      | any                      | float64          | to extend or merge the estimate, optional   |
 
 and string metadata: `format`, `format_version`, `content_sha256`, `program`, `date`, and JSON in `model`, `noise`,
-`grid`, `estimate`, `evidence`, `recommendation`. Keys that begin with `modelspec.` or `ss_` are kept as they are.
+`grid`, `estimate`, `evidence`, `recommendation`, and where there is any, `fitted`. Keys that begin with `modelspec.` or `ss_`
+are kept as they are.
 
 Reading executes nothing. Size and header length are checked before anything is parsed, every type, shape, dtype, offset
 and range before it is used. `content_sha256` covers names, dtypes, shapes, bytes and metadata, and the header must be
@@ -35,7 +36,7 @@ from typing import Any, Literal, NoReturn, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from ..sampler import EMS, EMSError, Recommendation, RecommendationEntry, Settings, Space
+from ..sampler import EMS, EMSError, FittedSteps, Recommendation, RecommendationEntry, Settings, Space
 from .atomic import write_atomic
 
 __all__ = [
@@ -48,10 +49,13 @@ __all__ = [
     "EMSMeta",
     "EvidenceRow",
     "Fact",
+    "FittedRow",
     "RecommendedSetting",
     "advice_by_case",
     "decode_ems_file",
     "evidence_problems",
+    "fitted_row",
+    "fitted_values",
     "load_ems_file",
 ]
 
@@ -62,6 +66,10 @@ PER_CHANNEL_BYTES = 64 * 1024
 """What a per-channel file without moments is meant to stay below."""
 MAX_LAMBDA, MAX_GUIDANCE, MAX_VALUE = 30.0, 1000.0, 1e4
 MAX_SCALES, MAX_POINTS, MAX_TEXT = 64, 20_001, 4096
+FITTED_REACH = 2.5
+"""Largest ratio of the guidance scale in use to the fitted one. Measured (`benchmarks/transfer.py`): at a factor of 2 a
+fit keeps most of its gain, at 4 it can lose all of it and more."""
+MAX_FITTED_STEPS, MAX_FITTED_ROWS, MAX_COEFFICIENT = 64, 1024, 1e6
 
 Scalar: TypeAlias = "str | int | float | bool | None"
 Fact: TypeAlias = "Scalar | tuple[Scalar, ...]"
@@ -137,6 +145,48 @@ class RecommendedSetting:
 
 
 @dataclass(frozen=True)
+class FittedRow:
+    """What `fit` found for one guidance scale and number of steps, and its worth on noise that took no part in it.
+
+    Args:
+        lambdas: of the evaluations; one more than `steps` where the schedule ends above sigma = 0.
+        coefficients: those fitted on these lambdas; None where a fixed schedule won, whose lambdas then stand here.
+        fitted, fixed: squared errors of the fit and of `fixed_schedule`, the best fixed one, on `noises` held-out noises:
+            geometric mean, median, mean.
+        ratio: the geometric means' ratio, and its bootstrap 95 % interval.
+    """
+
+    guidance: float
+    steps: int
+    lambdas: tuple[float, ...]
+    coefficients: FittedSteps | None
+    fitted: tuple[float, ...]
+    fixed: tuple[float, ...]
+    fixed_schedule: str
+    ratio: tuple[float, ...]
+    noises: int
+
+    def __post_init__(self) -> None:
+        _check_place(self.guidance, self.fixed_schedule)
+        _check_count("a fitted row's steps", self.steps, 1, MAX_FITTED_STEPS)
+        _check_count("a fitted row's noises", self.noises, 1, 10_000_000)
+        _check_numbers("a fitted row's lambda", self.lambdas, -2 * MAX_LAMBDA, 2 * MAX_LAMBDA)
+        rises = all(a < b for a, b in zip(self.lambdas, self.lambdas[1:]))
+        if len(self.lambdas) not in (self.steps, self.steps + 1) or not rises:
+            raise EMSError(f"a fitted row of {self.steps} steps needs as many lambdas, or one more, and they must increase")
+        for name in ("fitted", "fixed", "ratio"):
+            _check_numbers(f"a fitted row's {name}", getattr(self, name), 0, 1e31)
+            if len(getattr(self, name)) != 3:
+                raise EMSError(f"a fitted row's {name} must be three numbers")
+        c = self.coefficients
+        if c is not None:
+            if not isinstance(c, FittedSteps) or c.lambdas != self.lambdas:
+                raise EMSError("a fitted row's coefficients must be sampler.FittedSteps on its lambdas")
+            for row in (c.decay, *c.weights):
+                _check_numbers("a fitted row's coefficient", row, -MAX_COEFFICIENT, MAX_COEFFICIENT)
+
+
+@dataclass(frozen=True)
 class EMSMeta:
     """What is needed to judge and reproduce statistics. Mappings hold short plain values (`Fact`) under short names.
 
@@ -145,6 +195,7 @@ class EMSMeta:
         model: identity: name, prediction, hashes, ...
         grid: how the points in lambda were chosen.
         estimate: samples, probes, resolution, source of points, seed, evaluations, ...
+        fitted: schedules and coefficients for few steps.
         program, date: version that made the file; ISO date, given by the caller so that equal content is equal bytes.
         foreign: metadata of other tools, keys `modelspec.*` and `ss_*`.
     """
@@ -161,6 +212,7 @@ class EMSMeta:
     program: str = ""
     date: str = ""
     foreign: Mapping[str, str] = field(default_factory=dict)
+    fitted: tuple[FittedRow, ...] = ()
 
     def __post_init__(self) -> None:
         if self.space not in [s.value for s in Space]:
@@ -181,6 +233,9 @@ class EMSMeta:
                 raise EMSError(f"metadata key {key!r:.80} is not known; others' keys begin with 'modelspec.' or 'ss_'")
             _check_text(key, value)
         object.__setattr__(self, "foreign", MappingProxyType(dict(self.foreign)))
+        cases = {(row.guidance, row.steps) for row in self.fitted}
+        if len(cases) != len(self.fitted) or len(cases) > MAX_FITTED_ROWS:
+            raise EMSError(f"fitted rows must be at most {MAX_FITTED_ROWS}, each for another guidance scale or number of steps")
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,13 +298,49 @@ class EMSFile:
             covered = f"{scales[0]:g} to {scales[-1]:g}" if len(scales) > 1 else f"{scales[0]:g} only"
             message = f"these EMS cover guidance {covered}; using those of {inside:g} for guidance {guidance:g}"
             warnings.warn(message, stacklevel=2)
-        nearest = min(scales, key=lambda g: abs(math.log(g / inside)))
+        nearest = self._nearest(inside, scales)
         found = [r for r in self.meta.recommendation if r.guidance == nearest]
         entries = tuple(RecommendationEntry(r.lambdas, r.settings, r.schedule) for r in found)
         facts = {"model": str(self.meta.model.get("name", "")), "space": self.meta.space, "guidance": f"{inside:g}"}
-        recommendation = Recommendation(entries) if entries else None
+        fitted = tuple(r.coefficients for r in self._fitted_rows(guidance) if r.coefficients is not None)
+        recommendation = Recommendation(entries, fitted) if entries or fitted else None
         l, s, b = (self._between(v, inside) for v in (self.l, self.s, self.b))
         return EMS(self.lambdas, l, s, b, facts, recommendation)
+
+    @staticmethod
+    def _nearest(guidance: float, scales: list[float]) -> float:
+        return min(scales, key=lambda g: abs(math.log(g / guidance)))
+
+    def _fitted_rows(self, guidance: float) -> list[FittedRow]:
+        """The rows of the nearest scale that has any, none if it is too far."""
+        scales = sorted({r.guidance for r in self.meta.fitted})
+        nearest = self._nearest(guidance, scales) if scales and guidance > 0 else math.inf
+        if not 1 / FITTED_REACH <= guidance / nearest <= FITTED_REACH:
+            return []
+        return [r for r in self.meta.fitted if r.guidance == nearest]
+
+    def fitted_sigmas(self, steps: int, guidance: float, denoise: float = 1.0) -> Tensor:
+        """The schedule fitted for `steps` evaluations at this guidance scale: host levels [steps + 1] in float64.
+
+        Step counts that were not fitted, and scales far from all fitted ones, get Karras steps to 0. Below denoise 1 they
+        are the last of a schedule of round(steps / denoise) steps, as hosts do it; coefficients do not apply there.
+
+        Raises:
+            EMSError: the file has no fitted schedules, or the arguments are out of range.
+        """
+        if not self.meta.fitted:
+            raise EMSError("this file has no fitted schedules: 'ems fit' adds them, and so does computing it anew")
+        if not (1 <= steps <= 10_000 and 0 < denoise <= 1 and 0 < guidance < math.inf):
+            given = f"{steps}, {denoise} and {guidance}"
+            raise EMSError(f"a fitted schedule needs at least 1 step, denoise in (0, 1] and guidance above 0, not {given}")
+        total = max(round(steps / denoise), steps)
+        row = next((r for r in self._fitted_rows(guidance) if r.steps == total), None)
+        if row is None:
+            lambdas = _karras(self.meta.fitted[0].lambdas[0], -math.log(self.meta.sigma_min), total)
+        else:
+            lambdas = [*row.lambdas, math.inf] if len(row.lambdas) == total else list(row.lambdas)
+        levels = Space(self.meta.space).level_of(torch.tensor(lambdas, dtype=torch.float64))
+        return levels[-(steps + 1) :]
 
     def _between(self, values: Tensor, guidance: float) -> Tensor:
         at = int(torch.searchsorted(self.guidance, guidance).item())
@@ -361,6 +452,15 @@ def evidence_problems(file: EMSFile) -> list[str]:
     return problems
 
 
+def _karras(first: float, last: float, steps: int) -> list[float]:
+    """lambdas of Karras steps (rho 7) from `first` to `last` and then to sigma = 0: what unfitted step counts get.
+
+    Measured: fitted lambdas interpolated between step counts, without coefficients, are worse than these.
+    """
+    a, b = math.exp(-first / 7), math.exp(-last / 7)
+    return [*(-7 * math.log(a + (b - a) * i / max(steps - 1, 1)) for i in range(steps)), math.inf]
+
+
 # --- Checks shared by writing and reading
 
 
@@ -371,6 +471,13 @@ def _number(name: str, value: object, low: float, high: float) -> float:
     if not (math.isfinite(number) and low <= number <= high):
         raise EMSError(f"{name} is {number:g}, but must be finite and lie in [{low:g}, {high:g}]")
     return number
+
+
+def _check_numbers(name: str, values: object, low: float, high: float) -> None:
+    if not isinstance(values, tuple) or not 1 <= len(values) <= MAX_FITTED_STEPS + 1:
+        raise EMSError(f"{name} must be one of a short tuple of numbers")
+    for value in values:
+        _number(name, value, low, high)
 
 
 def _check_count(name: str, value: object, low: int, high: int) -> None:
@@ -466,6 +573,7 @@ def _check_values(name: str, value: Tensor, low: float, high: float = MAX_VALUE)
 def _check_scales(file: EMSFile) -> None:
     scales = set(file.guidance.tolist())
     judged = {row.guidance for row in file.meta.evidence} | {row.guidance for row in file.meta.recommendation}
+    judged |= {row.guidance for row in file.meta.fitted}
     if judged - scales:
         covered = ", ".join(f"{g:g}" for g in sorted(scales))
         raise EMSError(f"evidence or recommendation for guidance {min(judged - scales):g}; the file covers {covered}")
@@ -484,6 +592,7 @@ def _tensors_of(file: EMSFile) -> dict[str, Tensor]:
 _SETTINGS = tuple(f.name for f in fields(Settings))
 _EVIDENCE_COLUMNS = tuple(f.name for f in fields(EvidenceRow))
 _ADVICE_COLUMNS = ("guidance", "schedule", "lambdas", *_SETTINGS)
+_FITTED_COLUMNS = ("guidance", "steps", "lambdas", "decay", "weights", "fitted", "fixed", "fixed_schedule", "ratio", "noises")
 
 
 def _metadata_of(meta: EMSMeta) -> dict[str, str]:
@@ -497,8 +606,17 @@ def _metadata_of(meta: EMSMeta) -> dict[str, str]:
         "evidence": {"columns": _EVIDENCE_COLUMNS, "rows": [list(asdict(row).values()) for row in meta.evidence]},
         "recommendation": {"columns": _ADVICE_COLUMNS, "rows": advice},
     }
+    if meta.fitted:
+        plain["fitted"] = {"columns": _FITTED_COLUMNS, "rows": [fitted_values(row) for row in meta.fitted]}
     texts = {"format": FORMAT, "format_version": VERSION, "program": meta.program, "date": meta.date}
     return {**meta.foreign, **texts, **{name: _json(value) for name, value in plain.items()}}
+
+
+def fitted_values(row: FittedRow) -> list[object]:
+    """A fitted row as JSON-serialisable values; no coefficients are two nulls."""
+    c = row.coefficients
+    parts: list[object] = [None, None] if c is None else [c.decay, c.weights]
+    return [row.guidance, row.steps, row.lambdas, *parts, row.fitted, row.fixed, row.fixed_schedule, row.ratio, row.noises]
 
 
 def _settings_values(settings: Settings) -> list[object]:
@@ -684,12 +802,15 @@ def _parse_meta(metadata: dict[str, str]) -> EMSMeta:
         if name not in left:
             raise EMSError(f"metadata '{name}' is missing")
         plain[name] = _parse_json(left.pop(name), f"metadata '{name}'")
+    table = _parse_json(left.pop("fitted"), "metadata 'fitted'") if "fitted" in left else None
+    fitted = () if table is None else tuple(map(fitted_row, _rows("fitted", table, _FITTED_COLUMNS)))
     noise = plain.pop("noise")
     if not isinstance(noise, dict) or set(noise) != {"space", "sigma_min", "sigma_max", "schedule"}:
         raise EMSError("metadata 'noise' must hold space, sigma_min, sigma_max and schedule")
     evidence = tuple(EvidenceRow(*row) for row in _rows("evidence", plain.pop("evidence"), _EVIDENCE_COLUMNS))
     advice = tuple(_advice(row) for row in _rows("recommendation", plain.pop("recommendation"), _ADVICE_COLUMNS))
-    return EMSMeta(**noise, **plain, evidence=evidence, recommendation=advice, program=program, date=date, foreign=left)
+    plain = {**plain, "evidence": evidence, "recommendation": advice, "fitted": fitted}
+    return EMSMeta(**noise, **plain, program=program, date=date, foreign=left)
 
 
 def _rows(name: str, table: object, columns: tuple[str, ...]) -> list[list[Any]]:
@@ -713,8 +834,28 @@ def _advice(row: list[Any]) -> RecommendedSetting:
     try:
         settings = Settings(**chosen)
     except (ValueError, TypeError) as error:
-        raise EMSError(f"a recommendation cannot be used: {error}") from error
+        raise EMSError(f"a recommendation cannot be used: {error!s:.200}") from error
     return RecommendedSetting(guidance, schedule, tuple(lambdas) if isinstance(lambdas, list) else lambdas, settings)
+
+
+def fitted_row(values: list[Any]) -> FittedRow:
+    """The inverse of `fitted_values`. Raises EMSError on anything else."""
+    guidance, steps, lambdas, decay, weights, fitted, fixed, schedule, ratio, noises = values
+
+    def numbers(value: object) -> tuple[float, ...]:
+        if not isinstance(value, (list, tuple)) or len(value) > MAX_FITTED_STEPS + 1:
+            raise EMSError("a fitted row must hold short lists of numbers")
+        return tuple(_number("a fitted row's number", v, -1e31, 1e31) for v in value)
+
+    where, coefficients = numbers(lambdas), None
+    if decay is not None or weights is not None:
+        if not isinstance(weights, (list, tuple)) or len(weights) > MAX_FITTED_STEPS:
+            raise EMSError("a fitted row's weights must be a short list")
+        try:
+            coefficients = FittedSteps(where, numbers(decay), tuple(map(numbers, weights)))
+        except ValueError as error:
+            raise error if isinstance(error, EMSError) else EMSError(str(error)) from error
+    return FittedRow(guidance, steps, where, coefficients, numbers(fitted), numbers(fixed), schedule, numbers(ratio), noises)
 
 
 def _parse_json(text: str, what: str) -> Any:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from .calibrate import CalibrationPlan, evaluations_of_calibration
+from .calibrate import CalibrationPlan
 from .compute import EFFORTS, Source, evaluations
 from .estimate import EstimateError, Job, Progress, evaluations_of
 from .file import SUFFIX, EMSFile, EMSFileError, load_ems_file
@@ -56,7 +56,8 @@ def effort_in_words() -> str:
         plan = CalibrationPlan({str(k): torch.zeros for k in range(e.schedules)}, e.steps, e.noises, e.noises)
         if e.combinations is not None:
             plan = CalibrationPlan(plan.schedules, e.steps, e.noises, e.noises, e.combinations, e.strengths, e.reference_steps)
-        total = evaluations_of(job) + evaluations_of_calibration(plan, 1)
+        plan = replace(plan, fit=replace(e.fit, fixed=plan.schedules))
+        total = evaluations(job, plan)
         lines.append(f"{name}: about {total} model evaluations for each guidance scale")
     return "; ".join(lines) + ". The time is shown once it runs."
 
@@ -88,6 +89,7 @@ def _same(file: EMSFile, source: Source, job: Job, plan: CalibrationPlan) -> boo
         "seed": job.seed,
         "resolution": job.shape,
         "calibration_noises": plan.calibration,
+        "fit_noises": plan.fit.noises if plan.fit else None,
     }
     same = all(facts.get(key) == value for key, value in mine.items())
     return same and dict(file.meta.model) == dict(source.identity) and tuple(file.guidance.tolist()) == job.guidance
@@ -100,7 +102,7 @@ class Watch:
     job: Job
     plan: CalibrationPlan
     done: int = 0
-    _stages: list[str] = field(default_factory=list)
+    _stages: dict[str, int] = field(default_factory=dict)
     _start: int = -1
     _began: float = 0.0
 
@@ -111,10 +113,10 @@ class Watch:
 
     def update(self, p: Progress) -> str:
         """Count on to `p`; the state in words."""
-        if p.stage == "evidence" and p.note not in self._stages:
-            self._stages.append(p.note)
-        before = 0 if p.stage == "estimate" else evaluations_of(self.job)
-        before += max(len(self._stages) - 1, 0) * evaluations_of_calibration(self.plan, 1)
+        before = 0
+        if p.stage != "estimate":
+            self._stages[p.note] = p.total
+            before = evaluations_of(self.job) + sum(total for note, total in self._stages.items() if note != p.note)
         self.done, now = min(before + p.done, self.total), time.monotonic()
         if self._start < 0:
             self._start, self._began = self.done, now

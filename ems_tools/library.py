@@ -93,6 +93,9 @@ class Library:
 
     def _entry(self, name: str, path: Path) -> Entry:
         try:
+            if path.is_symlink() and not self._holds(path.resolve()):
+                what = "is a link that leads out of the folders of statistics files: put the file itself here"
+                return Entry(path, name, None, what)
             status = path.stat()
             stamp = (status.st_size, status.st_mtime_ns)
             known = self._read.get(path)
@@ -103,8 +106,11 @@ class Library:
             entry = Entry(path, name, None, error.what)
             self._read[path] = (stamp, entry)
             return entry
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
             return Entry(path, name, None, str(error))
+
+    def _holds(self, real: Path) -> bool:
+        return any(real.is_relative_to(folder.resolve()) for folder in self.folders)
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -205,6 +205,9 @@ def _svg_panel(panel: Panel) -> str:
             parts.append(f'<polygon points="{outline}" fill="{curve.colour}" fill-opacity="0.2"/>')
         line = f'fill="none" stroke="{curve.colour}" stroke-width="1.4" stroke-dasharray="{DASHES[curve.dash]}"'
         parts.append(f'<polyline points="{points(curve.x, curve.y)}" {line}/>')
+        if len(curve.x) <= 12:
+            dots = zip(curve.x, curve.y, strict=True)
+            parts += [f'<circle cx="{x(a)}" cy="{y(b)}" r="2.2" fill="{curve.colour}"/>' for a, b in dots]
         if panel.legend and curve.name:
             at = bottom - 8 - 12 * (len(panel.named) - 1 - panel.named.index(curve))
             parts.append(f'<path d="M{right - 18} {at - 3}H{right - 4}" {line}/>')

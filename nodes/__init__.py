@@ -18,6 +18,7 @@ _NODES = {
     "DPMSolverV3_SaveEMS": ("files", "SaveNode", "Save EMS"),
     "DPMSolverV3_InspectEMS": ("files", "InspectNode", "Inspect EMS"),
     "DPMSolverV3_MergeEMS": ("files", "MergeNode", "Merge EMS"),
+    "DPMSolverV3_FindEMS": ("share", "FindNode", "Find EMS"),
     "DPMSolverV3_CompareSamplers": ("compare", "CompareNode", "Compare samplers"),
 }
 
@@ -26,7 +27,8 @@ def register() -> None:
     """Add everything to the host. What fails is named in the log and left out; the rest works."""
     from importlib import import_module
 
-    for what, step in (("the model folder 'ems'", host.register_folder), ("the sampler list", _add_sampler)):
+    lists = (("the sampler list", _add_sampler), ("the scheduler list", _add_scheduler))
+    for what, step in (("the model folder 'ems'", host.register_folder), *lists):
         try:
             step()
         except Exception as error:
@@ -43,3 +45,9 @@ def _add_sampler() -> None:
     from .sampling import NAME, sample_host
 
     host.add_sampler(NAME, sample_host)
+
+
+def _add_scheduler() -> None:
+    from .sampling import FITTED_NAME, fitted_schedule
+
+    host.add_scheduler(FITTED_NAME, fitted_schedule)

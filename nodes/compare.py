@@ -58,7 +58,7 @@ class CompareNode:
                 "samplers": (
                     "STRING",
                     {
-                        "default": "dpm_solver_v3, dpmpp_2m, uni_pc_bh2, euler",
+                        "default": "dpm_solver_v3/dpm_solver_v3_fitted, dpm_solver_v3, dpmpp_2m, deis, uni_pc_bh2",
                         "tooltip": "Comma-separated. name/scheduler for a scheduler of its own: dpmpp_2m/karras.",
                     },
                 ),

@@ -27,10 +27,11 @@ class LoadNode:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         names = [name for name, _ in library().paths()] or [NOTHING]
-        return {"required": {"ems_name": (names, {"tooltip": "Files in models/ems, output/ems and the pack's stats folder."})}}
+        tooltip = "Files in models/ems, output/ems and the pack's stats folder."
+        return {"required": {"ems_name": (names, {"tooltip": tooltip})}, "hidden": {"extra_pnginfo": "EXTRA_PNGINFO"}}
 
     @classmethod
-    def IS_CHANGED(cls, ems_name: str) -> str:
+    def IS_CHANGED(cls, ems_name: str, extra_pnginfo: Any = None) -> str:
         path = dict(library().paths()).get(ems_name)
         try:
             status = path.stat() if path else None
@@ -40,15 +41,43 @@ class LoadNode:
 
     @classmethod
     def VALIDATE_INPUTS(cls, ems_name: str) -> bool | str:
-        if ems_name in dict(library().paths()):
+        from ..ems_tools.file import SUFFIX
+
+        if ems_name in dict(library().paths()) or ems_name.endswith(SUFFIX):  # it may be in the workflow: seen when it runs
             return True
         return f"There is no EMS file {ems_name!r}. Compute one with 'Compute EMS', or put one into models/ems."
 
-    def load(self, ems_name: str) -> tuple[Handle]:
-        """Raises EMSFileError, whose message says what is wrong with the file."""
+    def load(self, ems_name: str, extra_pnginfo: Any = None) -> tuple[Handle]:
+        """A file of the folders, else the one that the workflow carries. Raises EMSError, which says what is wrong with it."""
+        if ems_name not in dict(library().paths()):
+            return (_carried(ems_name, extra_pnginfo),)
         entry = library().get(ems_name)
         assert entry.file is not None
         return (Handle(entry.file, entry.name, entry.path),)
+
+
+def _carried(name: str, extra_pnginfo: Any) -> Handle:
+    """The EMS of this name, or the only one, that "Save EMS" put into the workflow."""
+    from ..ems_tools.embed import embedded_files, unpack
+    from ..ems_tools.library import safe_name
+
+    found = embedded_files(_workflow(extra_pnginfo))
+    value = found.get(safe_name(name)) or (next(iter(found.values())) if len(found) == 1 else None)
+    if value is None:
+        raise host.HostError(
+            f"There is no EMS file {name!r}, and the workflow carries none. Compute one with 'Compute EMS', "
+            "or put one into models/ems."
+        )
+    real, file = unpack(value)
+    host.LOG.info("%s is not in the folders: the EMS %s in the workflow is used", name, real)
+    return Handle(file, f"{real} (from the workflow)")
+
+
+def _workflow(extra_pnginfo: Any) -> Any:
+    """The workflow that images are saved with; some hosts hand it over in a list. None if there is none."""
+    if isinstance(extra_pnginfo, list):
+        extra_pnginfo = extra_pnginfo[0] if extra_pnginfo else None
+    return extra_pnginfo.get("workflow") if isinstance(extra_pnginfo, dict) else None
 
 
 class ApplyNode:
@@ -91,16 +120,43 @@ class SaveNode:
             "default": False,
             "tooltip": "Keep the sums that Merge EMS needs, if the EMS has them. Makes the file much larger.",
         }
-        return {"required": {"ems": ("EMS",), "name": ("STRING", name), "keep_moments": ("BOOLEAN", moments)}}
+        embed = {
+            "default": False,
+            "tooltip": "Images of this run carry the EMS in their workflow; Load EMS uses it elsewhere. Adds some KB each.",
+        }
+        return {
+            "required": {"ems": ("EMS",), "name": ("STRING", name), "keep_moments": ("BOOLEAN", moments)},
+            "optional": {"embed_in_workflow": ("BOOLEAN", embed)},
+            "hidden": {"extra_pnginfo": "EXTRA_PNGINFO"},
+        }
 
-    def save(self, ems: Handle, name: str, keep_moments: bool = False) -> dict[str, Any]:
-        """The path as STRING."""
+    @classmethod
+    def IS_CHANGED(cls, embed_in_workflow: bool = False, **inputs: Any) -> float | bool:
+        """Every run has a workflow of its own to put the EMS into."""
+        return float("nan") if embed_in_workflow else False
+
+    def save(
+        self, ems: Handle, name: str, keep_moments: bool = False, embed_in_workflow: bool = False, extra_pnginfo: Any = None
+    ) -> dict[str, Any]:
+        """The path as STRING. Raises EMSError if the EMS is too large for a workflow."""
         file = ems.file if keep_moments or not ems.file.moments else ems.file.compacted()
         path = free_path(name, file.encode())
         if not path.exists():
             file.save(path)
         host.LOG.info("wrote %s", path)
+        if embed_in_workflow:
+            self._embed(ems, path.name, extra_pnginfo)
         return {"ui": {"text": [str(path)]}, "result": (str(path),)}
+
+    def _embed(self, ems: Handle, saved_as: str, extra_pnginfo: Any) -> None:
+        """Under the name that Load EMS asks for, where the EMS came from a file."""
+        from ..ems_tools.embed import with_file
+
+        workflow = _workflow(extra_pnginfo)
+        if isinstance(workflow, dict):
+            with_file(workflow, ems.name if ems.path else saved_as, ems.file)
+        else:
+            host.LOG.warning("Save EMS: this run has no workflow to put the EMS into (it was queued through the API)")
 
 
 def free_path(name: str, data: bytes) -> Path:

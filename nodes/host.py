@@ -23,7 +23,9 @@ __all__ = [
     "Place",
     "Running",
     "add_sampler",
+    "add_scheduler",
     "all_links",
+    "calling",
     "check_interrupt",
     "ems_folders",
     "executing",
@@ -72,6 +74,46 @@ def add_sampler(name: str, function: Callable[..., Tensor]) -> bool:
         if isinstance(names, list) and name not in names:
             names.append(name)
     return True
+
+
+def add_scheduler(name: str, function: Callable[[Any, int], Tensor]) -> bool:
+    """Put `function(model_sampling, steps)` into every scheduler list as `name`. False if another pack has the name."""
+    import comfy.samplers as samplers
+
+    handlers = samplers.SCHEDULER_HANDLERS
+    other = getattr(handlers.get(name), "handler", None)
+    if other is not None and getattr(other, "__qualname__", "") != function.__qualname__:
+        LOG.warning("the scheduler name %r is another pack's: the list entry is theirs", name)
+        return False
+    handlers[name] = samplers.SchedulerHandler(function)
+    for names in (samplers.SCHEDULER_NAMES, getattr(samplers.KSampler, "SCHEDULERS", None)):
+        if isinstance(names, list) and name not in names:
+            names.append(name)
+    return True
+
+
+def calling() -> tuple[Any, float | None]:
+    """The MODEL and the guidance scale, as far as known, that the host's call of a scheduler is about.
+
+    The host hands schedulers neither; both are variables of the functions on the way from the node that runs.
+    """
+    frame = sys._getframe(1)
+    patcher, scale = None, None
+    for _ in range(24):
+        for name, value in frame.f_locals.items():
+            owner = getattr(value, "model", None) if name == "self" else value
+            if patcher is None and name in ("self", "model") and hasattr(owner, "model_options"):
+                patcher = owner
+            if scale is None and name == "cfg" and isinstance(value, (int, float)):
+                scale = float(value)
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    if scale is None:
+        inputs = (node.get("inputs") or {} for node in executing().prompt.values() if isinstance(node, dict))
+        scales = {float(i["cfg"]) for i in inputs if isinstance(i.get("cfg"), (int, float))}
+        scale = scales.pop() if len(scales) == 1 else None
+    return patcher, scale
 
 
 # --- folders

@@ -12,9 +12,10 @@ from ..sampler import karras, quadratic_time, sample_dpm_solver_v3, uniform_lamb
 from ..sampler.schedules import NoiseSchedule
 from . import host
 
-__all__ = ["NAME", "SamplerNode", "SchedulerNode", "sample_host"]
+__all__ = ["FITTED_NAME", "NAME", "SamplerNode", "SchedulerNode", "fitted_schedule", "sample_host"]
 
 NAME = "dpm_solver_v3"
+FITTED, FITTED_NAME = "fitted", "dpm_solver_v3_fitted"
 AUTO = "auto"
 EVERYWHERE, HALF = "everywhere", "half (paper)"
 _SAID: set[str] = set()
@@ -156,7 +157,8 @@ class SchedulerNode:
             "required": {
                 "model": ("MODEL",),
                 "schedule": _choice(
-                    list(SCHEDULES),
+                    [*SCHEDULES, FITTED],
+                    "fitted: the steps that Compute EMS fitted to this model, best for dpm_solver_v3 with few steps; "
                     "uniform lambda: equal steps in log-SNR, the paper's choice for small images; uniform time: its choice for "
                     "latent models with guidance; Karras: good with few steps.",
                     "uniform time",
@@ -177,16 +179,62 @@ class SchedulerNode:
                     "zero: the last step removes all noise, as the host's schedulers do; smallest sigma: as in the paper.",
                     "zero",
                 ),
-            }
+            },
+            "optional": {
+                "cfg": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": 0.01,
+                        "max": 100.0,
+                        "step": 0.1,
+                        "tooltip": "The CFG scale that you sample with; only the schedule fitted depends on it.",
+                    },
+                )
+            },
         }
 
-    def build(self, model: Any, schedule: str, steps: int, denoise: float, end: str = "zero") -> tuple[Tensor]:
+    def build(
+        self, model: Any, schedule: str, steps: int, denoise: float, end: str = "zero", cfg: float = 1.0
+    ) -> tuple[Tensor]:
         """SIGMAS [steps + 1], empty for denoise 0."""
+        if schedule == FITTED:
+            return (_fitted_levels(model, host.model_sampling_of(model), steps, cfg, denoise),)
         table = host.level_table(host.model_sampling_of(model))
         if denoise <= 0:
             return (torch.empty(0),)
         total = max(round(steps / denoise), steps)
         return (host_levels(table, schedule, total, end == "zero")[-(steps + 1) :],)
+
+
+def fitted_schedule(model_sampling: Any, steps: int) -> Tensor:
+    """What the host calls for the scheduler "dpm_solver_v3_fitted": SIGMAS [steps + 1]."""
+    patcher, scale = host.calling()
+    return _fitted_levels(patcher, model_sampling, steps, 1.0 if scale is None else scale)
+
+
+def _fitted_levels(patcher: Any, model_sampling: Any, steps: int, guidance: float, denoise: float = 1.0) -> Tensor:
+    """The model's fitted schedule, or Karras steps, said so, where it has none. Never raises for a bad file."""
+    from .find import find_file
+
+    if denoise <= 0 or steps < 1:
+        return torch.empty(0)
+    node, name = host.executing().node, getattr(patcher, "model", None)
+    try:
+        handle = find_file(patcher) if name is not None else None
+        if handle is not None and handle.file.meta.fitted:
+            message = f"fitted schedule of {handle.name} for cfg {guidance:g}"
+            host.say(message, node)
+            host.LOG.info("%s", message)
+            return handle.file.fitted_sigmas(steps, guidance, denoise).to(torch.float32)
+        reason = "no EMS for this model" if handle is None else f"{handle.name} has no fitted schedules"
+    except Exception as error:  # another pack's model can be anything; the picture comes first
+        reason = f"looking for fitted schedules failed ({type(error).__name__}: {error})"
+    message = f"{reason}: Karras steps instead. 'Compute EMS' fits schedules to the checkpoint"
+    host.LOG.warning("%s", message)
+    host.say(message, node)
+    total = max(round(steps / denoise), steps)
+    return host_levels(host.level_table(model_sampling), "Karras", total, True)[-(steps + 1) :]
 
 
 def host_levels(table: NoiseSchedule, schedule: str, steps: int, to_zero: bool) -> Tensor:

@@ -5,6 +5,7 @@ x0 = sample_dpm_solver_v3(denoiser, noise * sigmas[0], sigmas)
 """
 
 from .ems import EMS, EMSError
+from .fitted import FittedSteps
 from .schedules import (
     EDM,
     Flow,
@@ -30,6 +31,7 @@ __all__ = [
     "EDM",
     "EMS",
     "EMSError",
+    "FittedSteps",
     "Flow",
     "LambdaDenoiser",
     "LevelTable",

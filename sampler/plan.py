@@ -15,10 +15,11 @@ from torch import Tensor
 
 from .coefficients import StepIntegrals, Update, data_prediction_step, integrate_step, make_update
 from .ems import EMS
+from .fitted import FittedSteps
 from .settings import Settings
 from .space import Space
 
-__all__ = ["DataStep", "LinearStep", "Plan", "StepPlan", "check_levels", "make_plan"]
+__all__ = ["DataStep", "LinearStep", "Plan", "StepPlan", "check_levels", "fitted_plan", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,19 @@ def make_plan(levels: tuple[float, ...], space: Space, ems: EMS, settings: Setti
         )
     keep = max((i - node for i, step in enumerate(steps) for node in _nodes(step)), default=0)
     return Plan(levels, tuple(steps), keep)
+
+
+@lru_cache(maxsize=8)
+def fitted_plan(levels: tuple[float, ...], space: Space, fitted: FittedSteps) -> Plan:
+    """The plan of fitted steps for host noise `levels` [n + 1] that they match; every step looks back to the first."""
+    alphas = space.alpha_of(torch.tensor(levels, dtype=torch.float64))
+    none = torch.zeros(1, dtype=torch.float64)
+    steps = []
+    for i, (decay, weights) in enumerate(zip(fitted.decay, fitted.weights)):
+        factors = tuple(torch.tensor([-w], dtype=torch.float64) for w in weights)  # of f = -D
+        update = Update(torch.tensor([decay], dtype=torch.float64), none, factors)
+        steps.append(StepPlan(none, None, _in_host_space(LinearStep(update, tuple(range(i + 1))), alphas, i, 0)))
+    return Plan(levels, tuple(steps), len(steps))
 
 
 def _corrector(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from .fitted import FittedSteps
+
 __all__ = [
     "AUTO",
     "DEFAULTS",
@@ -102,9 +104,14 @@ class RecommendationEntry:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Measured settings for several schedules and step counts."""
+    """Measured settings for several schedules and step counts; `fitted` are steps with coefficients of their own."""
 
     entries: tuple[RecommendationEntry, ...] = field(default_factory=tuple)
+    fitted: tuple[FittedSteps, ...] = ()
+
+    def fitted_for(self, lambdas: list[float]) -> FittedSteps | None:
+        """The coefficients fitted on the very schedule with these lambdas, if any."""
+        return next((steps for steps in self.fitted if steps.matches(lambdas)), None)
 
     def best_for(self, lambdas: list[float]) -> Settings | None:
         """The settings of the entry whose schedule is nearest to `lambdas`, None without entries.

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .ems import EMS
-from .plan import DataStep, LinearStep, Plan, check_levels, make_plan
+from .fitted import FittedSteps
+from .plan import DataStep, LinearStep, Plan, check_levels, fitted_plan, make_plan
 from .settings import AUTO, Corrector, Predictor, Settings, defaults_for, resolve_settings
 from .space import Space
 
@@ -64,7 +65,8 @@ def sample_dpm_solver_v3(
         ems: the model's statistics; None is data prediction (multistep DPM-Solver++ with a corrector at option).
         space: "sigma" for x = x0 + sigma n; "flow" for x = (1 - t) x0 + t n with sigmas = t.
         order, predictor, corrector, corrector_below, lower_order_final, strength: see `Settings`. At "auto" they
-            follow the recommendation stored with the statistics, else measured defaults.
+            follow the recommendation stored with the statistics, else measured defaults. With all of them at "auto", and
+            `sigmas` a schedule fitted to the model, its fitted coefficients are used (see `fitted`).
         guidance: the guidance scale that `model` applies, if known: the defaults depend on it.
 
     Returns:
@@ -90,7 +92,11 @@ def sample_dpm_solver_v3(
         ems.check_fits(x.shape)
     if len(levels) < 2:
         return x
-    plan = make_plan(tuple(levels.tolist()), space, _NO_EMS if ems is None else ems, settings)
+    fitted = _fitted_for(levels, space, ems, chosen)
+    if fitted is not None:
+        plan = fitted_plan(tuple(levels.tolist()), space, fitted)
+    else:
+        plan = make_plan(tuple(levels.tolist()), space, _NO_EMS if ems is None else ems, settings)
     return _run(plan, levels, model, x, extra_args or {}, callback, disable)
 
 
@@ -112,6 +118,13 @@ def settings_for(
     if chosen.get("strength") == AUTO and not measured and ems.growth(lambdas) * settings.strength > GROWTH_LIMIT:
         return replace(settings, strength=0.0)
     return settings
+
+
+def _fitted_for(levels: Tensor, space: Space, ems: EMS | None, chosen: dict[str, Any]) -> FittedSteps | None:
+    """Coefficients fitted on this very schedule, unless the user chose an option."""
+    if ems is None or ems.recommendation is None or any(value != AUTO for value in chosen.values()):
+        return None
+    return ems.recommendation.fitted_for(space.lambda_of(levels).tolist())
 
 
 def _levels(sigmas: Tensor, space: Space) -> Tensor:

@@ -15,7 +15,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BENEATH = {"sampler": {"sampler"}, "ems_tools": {"ems_tools", "sampler"}, "nodes": {"nodes", "ems_tools", "sampler"}}
+BENEATH = {
+    "sampler": {"sampler"},
+    "ems_tools": {"ems_tools", "sampler"},
+    "nodes": {"nodes", "ems_tools", "sampler"},
+    "webui": {"webui", "ems_tools", "sampler"},
+}
 
 
 def run_python(code: str, *arguments: str, cwd: Path) -> str:

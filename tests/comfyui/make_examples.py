@@ -32,7 +32,8 @@ def shared(latent: str) -> dict[str, list]:
 
 
 def text_to_image() -> tuple[dict[str, Node], str]:
-    sampler = {"seed": 1, "steps": 8, "cfg": 5.0, "sampler_name": "dpm_solver_v3", "scheduler": "karras", "denoise": 1.0}
+    sampler = {"seed": 1, "steps": 8, "cfg": 5.0, "sampler_name": "dpm_solver_v3", "denoise": 1.0}
+    sampler["scheduler"] = "dpm_solver_v3_fitted"
     nodes = {
         **loaders(1024, 1024, 1),
         "5": ("KSampler", {**shared("latent_image"), **sampler}, (800, 0), (300, 560)),
@@ -41,7 +42,8 @@ def text_to_image() -> tuple[dict[str, Node], str]:
     }
     note = (
         "Choose your checkpoint, then queue.\n\ndpm_solver_v3 is in the sampler list of every KSampler. It uses the statistics "
-        "(EMS) of this checkpoint if there is a file for it in models/ems or output/ems, else it samples without.\n\n"
+        "(EMS) of this checkpoint if there is a file for it in models/ems or output/ems, else it samples without. The "
+        "scheduler dpm_solver_v3_fitted takes its steps from the same file, Karras steps without one.\n\n"
         "To compute them once: the workflow 'Compute EMS'."
     )
     return nodes, note
@@ -65,7 +67,8 @@ def compute_ems() -> tuple[dict[str, Node], str]:
 
 
 def compare_samplers() -> tuple[dict[str, Node], str]:
-    settings = {"seed": 1, "cfg": 5.0, "samplers": "dpm_solver_v3, dpmpp_2m, uni_pc_bh2, euler", "scheduler": "karras"}
+    settings = {"seed": 1, "cfg": 5.0, "scheduler": "karras"}
+    settings["samplers"] = "dpm_solver_v3/dpm_solver_v3_fitted, dpm_solver_v3, dpmpp_2m, deis, uni_pc_bh2"
     wires = {**shared("latent_image"), **settings, "steps": "5, 6, 8, 10", "reference_steps": 60, "vae": ["1", 2]}
     nodes = {
         **loaders(512, 512, 2),

@@ -178,7 +178,8 @@ def test_compute_ems_shows_progress_and_then_the_plot(page: Any, plain_server: A
 def test_compare_samplers_shows_plot_and_pictures(page: Any, plain_server: Any) -> None:
     server = plain_server
     wires = {"model": ["1", 0], "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0], "vae": ["15", 0]}
-    settings = {"seed": 3, "cfg": 4.0, "samplers": "dpm_solver_v3, dpmpp_2m, uni_pc_bh2, euler", "scheduler": "karras"}
+    settings = {"seed": 3, "cfg": 4.0, "scheduler": "karras"}
+    settings["samplers"] = "dpm_solver_v3/dpm_solver_v3_fitted, dpm_solver_v3, dpmpp_2m, deis, uni_pc_bh2"
     load(
         page,
         {

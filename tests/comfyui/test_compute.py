@@ -83,6 +83,33 @@ def test_computed_then_found_by_the_sampler_of_the_list(any_server: Any, nodes: 
     assert f"EMS {name}.ems.safetensors, made for this checkpoint, guidance 2" in any_server.log()
 
 
+def test_the_fitted_schedule(any_server: Any, nodes: Any) -> None:
+    """In the scheduler list and as SIGMAS; the same picture by both ways; Karras steps, said so, for a model without EMS."""
+    shape = "2,6,8,8"
+    any_server.run(nodes(*toy("EPS", shape), compute("fitted", "1, 3")))
+    for cfg in (1.0, 3.0):
+        listed = any_server.run(nodes(*toy("EPS", shape), *sampled(scheduler="dpm_solver_v3_fitted", cfg=cfg)))
+        assert f"fitted schedule of fitted.ems.safetensors for cfg {cfg:g}" in any_server.log()
+        chosen = {"model": ["model", 0], "schedule": "fitted", "steps": 6, "denoise": 1.0, "end": "zero", "cfg": cfg}
+        wires = {"model": ["model", 0], "positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["latent", 0]}
+        custom = [
+            ("sampler", "KSamplerSelect", {"sampler_name": "dpm_solver_v3"}),
+            ("sigmas", "DPMSolverV3_Scheduler", chosen),
+            (
+                "sample",
+                "SamplerCustom",
+                {**wires, "add_noise": True, "noise_seed": 1, "cfg": cfg, "sampler": ["sampler", 0], "sigmas": ["sigmas", 0]},
+            ),
+            sampled()[1],
+        ]
+        own = any_server.run(nodes(*toy("EPS", shape), *custom))
+        assert torch.allclose(any_server.latent(listed), any_server.latent(own), atol=1e-5)
+    other = toy("EPS", "2,7,8,8")
+    partial = any_server.run(nodes(*other, *sampled(scheduler="dpm_solver_v3_fitted", denoise=0.5)))
+    assert torch.isfinite(any_server.latent(partial)).all()
+    assert "Karras steps instead" in any_server.log()
+
+
 def test_two_scales_two_prompts_and_previews(server: Any, nodes: Any) -> None:
     """With a CLIP the built-in prompts are used too; progress reaches its end; the time left is said on the node."""
     parts = [*slow(0.001), ("clip", "Test_TextLabel", {})]

@@ -18,7 +18,8 @@ NULL = 9
 IDS = {
     f"DPMSolverV3_{name}"
     for name in (
-        ["Sampler", "Scheduler", "ComputeEMS", "LoadEMS", "ApplyEMS", "SaveEMS", "InspectEMS", "MergeEMS", "CompareSamplers"]
+        *("Sampler", "Scheduler", "ComputeEMS", "LoadEMS", "ApplyEMS", "SaveEMS", "InspectEMS", "MergeEMS", "FindEMS"),
+        "CompareSamplers",
     )
 }
 
@@ -59,6 +60,10 @@ def test_every_node_is_there_and_the_sampler_is_in_the_list(any_server: Any) -> 
         given = info[node]["input"]["required"]["sampler_name"]
         names = given[1]["options"] if given[0] == "COMBO" else given[0]  # as V3 and as V1 nodes say it
         assert names.count("dpm_solver_v3") == 1
+    for node in ("KSampler", "KSamplerAdvanced", "BasicScheduler"):
+        given = info[node]["input"]["required"]["scheduler"]
+        names = given[1]["options"] if given[0] == "COMBO" else given[0]
+        assert names.count("dpm_solver_v3_fitted") == 1
     assert "IMPORT FAILED" not in any_server.log()
 
 
@@ -309,7 +314,7 @@ def test_patched_model_sampling(server: Any, nodes: Any, kind: str) -> None:
     assert torch.isfinite(server.latent(server.run(workflow))).all()
 
 
-@pytest.mark.parametrize("schedule", ["uniform lambda", "uniform time", "quadratic time", "Karras"])
+@pytest.mark.parametrize("schedule", ["uniform lambda", "uniform time", "quadratic time", "Karras", "fitted"])
 @pytest.mark.parametrize("prediction", ["EPS", "FLOW"])
 def test_the_scheduler_node(server: Any, nodes: Any, schedule: str, prediction: str) -> None:
     def run(steps: int, denoise: float, end: str = "zero") -> torch.Tensor:
