@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..ems_tools.identity import FingerprintCache, ModelIdentity
     from ..ems_tools.library import Library
 
-__all__ = ["ATTACHMENT", "Attached", "Found", "Handle", "attach", "find", "find_file", "identity_of", "library"]
+__all__ = ["ATTACHMENT", "Attached", "Found", "Handle", "attach", "channels_of", "find", "find_file", "identity_of", "library"]
 
 ATTACHMENT = "dpm_solver_v3"
 """Key in `model_options`: it reaches the sampler function, even that of the plain KSampler."""
@@ -172,13 +172,18 @@ def find(run: host.Running, x: Tensor, options: dict[str, Any], same_architectur
     return replace(_fitted(handle, run.guidance, x, f"{reason}; for its own, run Compute EMS"), warn=True)
 
 
+def channels_of(patcher: Any) -> int | None:
+    """Latent channels of a MODEL, None if it does not say."""
+    channels = getattr(getattr(getattr(patcher, "model", None), "latent_format", None), "latent_channels", None)
+    return channels if isinstance(channels, int) else None
+
+
 def find_file(patcher: Any) -> Handle | None:
     """The statistics file that sampling with this MODEL would use, if there is one."""
     attached = (getattr(patcher, "model_options", None) or {}).get(ATTACHMENT)
     if isinstance(attached, Attached):
         return attached.handle
-    channels = getattr(getattr(getattr(patcher, "model", None), "latent_format", None), "latent_channels", None)
-    match = library().find(identity_of(patcher, host.executing()), channels=channels)
+    match = library().find(identity_of(patcher, host.executing()), channels=channels_of(patcher))
     if match is None or match.entry.file is None:
         return None
     return Handle(match.entry.file, match.entry.name, match.entry.path)

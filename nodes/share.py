@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import host
-from .find import Handle, identity_of, library
+from .find import Handle, channels_of, identity_of, library
 
 if TYPE_CHECKING:
     from ..ems_tools.identity import ModelIdentity
@@ -47,7 +47,7 @@ class FindNode:
     ) -> dict[str, Any]:
         """EMS and how it was found. Raises HostError or EMSError, whose message says what to do."""
         identity = identity_of(model, host.Place(prompt or {}, str(unique_id)))
-        match = library().find(identity)
+        match = library().find(identity, channels=channels_of(model))
         if match is not None and match.entry.file is not None and (match.how == "exact" or not online):
             by = "made for this checkpoint" if match.how == "exact" else "for a checkpoint of the same name"
             return self._answer(Handle(match.entry.file, match.entry.name, match.entry.path), f"found here, {by}")

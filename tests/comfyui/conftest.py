@@ -195,6 +195,11 @@ class ComfyServer:
         assert status["status_str"] == "error", status
         return "\n".join(m[1].get("exception_message", "") for m in status["messages"])
 
+    @property
+    def lists_schedulers(self) -> bool:
+        """Whether a pack can add to the scheduler list, as from 2025 on."""
+        return "SCHEDULER_HANDLERS" in (self.tree / "comfy" / "samplers.py").read_text(encoding="utf-8")
+
     def interrupt(self) -> None:
         self.post("/interrupt", {})
 

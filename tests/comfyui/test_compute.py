@@ -87,6 +87,8 @@ def test_the_fitted_schedule(any_server: Any, nodes: Any) -> None:
     """In the scheduler list and as SIGMAS; the same picture by both ways; Karras steps, said so, for a model without EMS."""
     shape = "2,6,8,8"
     any_server.run(nodes(*toy("EPS", shape), compute("fitted", "1, 3")))
+    if not any_server.lists_schedulers:
+        pytest.skip("this ComfyUI is older than its list of scheduler functions")
     for cfg in (1.0, 3.0):
         listed = any_server.run(nodes(*toy("EPS", shape), *sampled(scheduler="dpm_solver_v3_fitted", cfg=cfg)))
         assert f"fitted schedule of fitted.ems.safetensors for cfg {cfg:g}" in any_server.log()

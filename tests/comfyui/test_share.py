@@ -89,5 +89,5 @@ def test_a_file_travels_in_an_image(server: Any, nodes: Any) -> None:
     ],
 )
 def test_find_ems_says_what_to_do(server: Any, nodes: Any, inputs: dict[str, Any], message: str) -> None:
-    toy = ("model", "Test_ToyModel", {"prediction": "EPS", "channels": 5, "axes": 2})
+    toy = ("model", "Test_ToyModel", {"prediction": "EPS", "channels": 13, "axes": 2})
     assert message in server.run_refused(nodes(toy, ("find", "DPMSolverV3_FindEMS", {"model": ["model", 0], **inputs})))
