@@ -31,7 +31,7 @@ COLOURS = {
     "UniPC": "tab:blue",
     "v3 without EMS": "tab:orange",
     "v3 with EMS": "tab:red",
-    "v3 with EMS, fitted steps": "tab:green",
+    "v3 fitted": "tab:green",
 }
 
 
@@ -47,7 +47,7 @@ def samplers(ems: EMS | None, fitted: Tensor | None) -> dict[str, Rival]:
     if ems is not None:
         chosen["v3 with EMS"] = v3(ems)
         if fitted is not None:
-            chosen["v3 with EMS, fitted steps"] = v3(ems, fitted)
+            chosen["v3 fitted"] = v3(ems, fitted)
     return chosen
 
 
