@@ -12,7 +12,6 @@ compared by their geometric mean, because a few start noises carry most of the a
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..sampler import EMS, SamplingError, Settings, sample_dpm_solver_v3
-from .estimate import Job, JobState, Model, Progress, denoiser_for, in_batches, sample_noise
+from .estimate import Job, JobState, Meter, Model, Progress, denoiser_for, in_batches, sample_noise
 from .fit import FitPlan
 
 __all__ = ["HELD_OUT", "CalibrationPlan", "Row", "calibrate", "endpoint_errors", "evaluations_of_calibration", "reference"]
@@ -180,7 +179,7 @@ def calibrate(
         return [rows[key] for key in wanted]
     chosen_on = list(range(HELD_OUT, HELD_OUT + plan.calibration))
     reported_on = list(range(HELD_OUT + plan.calibration, HELD_OUT + plan.calibration + plan.report))
-    meter = _Meter(progress, evaluations_of_calibration(plan, 1), f"evidence at guidance {guidance:g}")
+    meter = Meter(progress, "evidence", evaluations_of_calibration(plan, 1), f"evidence at guidance {guidance:g}")
     bench = _Bench(job, model, device, dtype, batch, meter.tick)
     reference(bench, chosen_on + reported_on, plan.reference_steps)
     for name, steps in wanted:
@@ -271,17 +270,3 @@ def row_from_json(plain: dict[str, object]) -> Row:
 def rows_of(state: JobState) -> list[Row]:
     """Evidence rows that a job has so far."""
     return [row_from_json(plain) for plain in state.facts.get("evidence", [])]
-
-
-class _Meter:
-    """Progress of one calibration."""
-
-    def __init__(self, progress: Callable[[Progress], None], total: int, note: str) -> None:
-        self.progress, self.total, self.note = progress, total, note
-        self.done, self.began = 0, time.monotonic()
-
-    def tick(self, evaluations: int) -> None:
-        self.done += evaluations
-        seconds = time.monotonic() - self.began
-        left = seconds / self.done * max(self.total - self.done, 0)
-        self.progress(Progress("evidence", self.done, self.total, seconds, left, self.note))

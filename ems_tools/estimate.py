@@ -27,6 +27,7 @@ __all__ = [
     "EstimateError",
     "Job",
     "JobState",
+    "Meter",
     "Model",
     "Progress",
     "denoiser_for",
@@ -128,6 +129,21 @@ class Progress:
     seconds: float
     seconds_left: float
     note: str = ""
+
+
+class Meter:
+    """Counts the denoiser evaluations of one stage and reports them with the time left."""
+
+    def __init__(self, progress: Callable[[Progress], None], stage: str, total: int, note: str) -> None:
+        self.progress, self.stage, self.total, self.note = progress, stage, total, note
+        self.done, self.began = 0, time.monotonic()
+
+    def tick(self, evaluations: int) -> None:
+        """So many more are done."""
+        self.done += evaluations
+        seconds = time.monotonic() - self.began
+        left = seconds / self.done * max(self.total - self.done, 0)
+        self.progress(Progress(self.stage, self.done, self.total, seconds, left, self.note))
 
 
 @dataclass

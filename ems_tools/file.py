@@ -307,6 +307,14 @@ class EMSFile:
         l, s, b = (self._between(v, inside) for v in (self.l, self.s, self.b))
         return EMS(self.lambdas, l, s, b, facts, recommendation)
 
+    def for_latents(self, guidance: float, shape: torch.Size | tuple[int, ...]) -> tuple[EMS, list[str]]:
+        """`at(guidance)` for latents of `shape` [B, C, ...], and what `at` warned of. Raises EMSError if they do not fit."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ems = self.at(guidance)
+        ems.check_fits(shape)
+        return ems, [str(w.message) for w in caught]
+
     @staticmethod
     def _nearest(guidance: float, scales: list[float]) -> float:
         return min(scales, key=lambda g: abs(math.log(g / guidance)))

@@ -23,7 +23,6 @@ statistics; where it does not win, that schedule is kept instead.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..sampler import EMS, FittedSteps, SamplingError, sample_dpm_solver_v3
-from .estimate import Job, JobState, Model, Progress, denoiser_for, in_batches, sample_noise, snapped_grid
+from .estimate import Job, JobState, Meter, Model, Progress, denoiser_for, in_batches, sample_noise, snapped_grid
 from .file import FittedRow, fitted_row, fitted_values
 
 __all__ = ["FIT_NOISE", "FitPlan", "evaluations_of_fit", "fit_steps"]
@@ -447,7 +446,7 @@ def fit_steps(
     wanted = sorted(set(plan.steps))
     if all(n in rows for n in wanted):
         return [rows[n] for n in wanted]
-    meter = _Meter(progress, evaluations_of_fit(plan, len(job.lambdas), 1), f"fit at guidance {guidance:g}")
+    meter = Meter(progress, "fit", evaluations_of_fit(plan, len(job.lambdas), 1), f"fit at guidance {guidance:g}")
     bench = _Bench(job, model, device, dtype, batch, meter.tick)
     fit_on = range(FIT_NOISE, FIT_NOISE + plan.noises)
     judge_on = range(FIT_NOISE + plan.noises, FIT_NOISE + plan.noises + plan.held_out)
@@ -587,17 +586,3 @@ def _ratio(mine: Tensor, theirs: Tensor) -> tuple[float, float, float]:
 def rows_of_fit(state: JobState) -> list[FittedRow]:
     """Fitted rows that a job has so far."""
     return [fitted_row(plain) for plain in state.facts.get("fit", [])]
-
-
-class _Meter:
-    """Progress of one guidance scale's fit."""
-
-    def __init__(self, progress: Callable[[Progress], None], total: int, note: str) -> None:
-        self.progress, self.total, self.note = progress, total, note
-        self.done, self.began = 0, time.monotonic()
-
-    def tick(self, evaluations: int) -> None:
-        self.done += evaluations
-        seconds = time.monotonic() - self.began
-        left = seconds / self.done * max(self.total - self.done, 0)
-        self.progress(Progress("fit", self.done, self.total, seconds, left, self.note))

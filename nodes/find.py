@@ -200,14 +200,9 @@ def _none(identity: ModelIdentity, channels: int) -> str:
 
 
 def _fitted(handle: Handle, guidance: float, x: Tensor, reason: str) -> Found:
-    import warnings
-
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            ems = handle.file.at(guidance)
-        ems.check_fits(x.shape)
+        ems, warned = handle.file.for_latents(guidance, x.shape)
     except EMSError as error:
         return Found(None, f"{handle.name} does not fit: {error}. Sampling with data prediction", warn=True)
-    notes = "".join(f"; {w.message}" for w in caught)
-    return Found(ems, f"EMS {handle.name}, {reason}, guidance {guidance:g}{notes}", warn=bool(caught))
+    notes = "".join(f"; {text}" for text in warned)
+    return Found(ems, f"EMS {handle.name}, {reason}, guidance {guidance:g}{notes}", warn=bool(warned))

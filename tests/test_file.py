@@ -27,7 +27,7 @@ from dpm_solver_v3.ems_tools.file import (
     evidence_problems,
     load_ems_file,
 )
-from dpm_solver_v3.sampler import EMSError, Settings
+from dpm_solver_v3.sampler import EMSError, Settings, VPDiscrete, karras, quadratic_time, uniform_lambda, uniform_time
 
 
 def _load_corrupt() -> ModuleType:
@@ -373,3 +373,24 @@ def test_the_path_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     example().save("a b.ems.safetensors")
     assert load_ems_file("a b.ems.safetensors").meta == example().meta
+
+
+SHIPPED = Path(__file__).parents[1] / "stats" / "embedded-emoji.ems.safetensors"
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0, 4.0, 7.5])
+def test_the_shipped_statistics_grow_slowly(guidance: float) -> None:
+    """What sampler.solver.GROWTH_LIMIT is set by: below 1 on every schedule of the paper from 4 steps on."""
+    ems = load_ems_file(SHIPPED).at(guidance)
+    for make in (uniform_lambda, uniform_time, quadratic_time, karras):
+        for steps in (4, 5, 6, 8):
+            assert ems.growth(-make(VPDiscrete.linear(), steps).log()) < 1
+
+
+def test_statistics_for_latents_come_with_what_was_warned_of() -> None:
+    file = load_ems_file(SHIPPED)
+    ems, warned = file.for_latents(4.0, (2, 3, 64, 64))
+    assert torch.equal(ems.l, file.at(4.0).l) and warned == []
+    assert "guidance 30" in file.for_latents(30.0, (2, 3, 64, 64))[1][0]
+    with pytest.raises(EMSError, match="3 channels and the latent has 4"):
+        file.for_latents(4.0, (2, 4, 64, 64))

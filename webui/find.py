@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -103,11 +102,8 @@ def find(run: host.Running, x: Tensor, guidance: float, wanted: str = AUTOMATIC,
 def _fitted(entry: Entry, guidance: float, x: Tensor, reason: str) -> Found:
     assert entry.file is not None
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            ems = entry.file.at(guidance)
-        ems.check_fits(x.shape)
+        ems, warned = entry.file.for_latents(guidance, x.shape)
     except EMSError as error:
         return Found(None, f"{entry.name} does not fit: {error}. Sampling with data prediction")
-    notes = "".join(f"; {w.message}" for w in caught)
+    notes = "".join(f"; {text}" for text in warned)
     return Found(ems, f"EMS {entry.name} at guidance {guidance:g}, {reason}{notes}", title_of(entry))
