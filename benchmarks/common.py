@@ -124,10 +124,12 @@ class Problem:
         labels = torch.tensor(samples) % self.classes
         return self.wrap(GuidedDenoiser(self.network, labels, guidance))
 
-    def start(self, samples: Sequence[int]) -> Tensor:
-        """Noise at sigma_max [n, C, H, W]."""
+    def start(self, samples: Sequence[int], sigma: float | None = None) -> Tensor:
+        """Noise [n, C, H, W] times sigma, as hosts begin on a schedule that begins there; sigma_max if not given."""
         seeds = [int.from_bytes(hashlib.sha256(f"{self.seed} {k}".encode()).digest()[:7], "big") for k in samples]
-        return torch.stack([torch.randn(self.shape, generator=torch.Generator().manual_seed(s)) for s in seeds]) * self.ends[0]
+        return torch.stack([torch.randn(self.shape, generator=torch.Generator().manual_seed(s)) for s in seeds]) * (
+            sigma or self.ends[0]
+        )
 
     def reference(self, samples: Sequence[int], guidance: float, steps: int | None = None) -> Reference:
         """The converged solution, from out/cache where it is known."""

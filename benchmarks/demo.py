@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common import OUT, SCHEDULES, Problem, geometric_mean, per_sample_error
 from rivals import RIVALS, Rival
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dpm_solver_v3.ems_tools.embedded import CLASSES
@@ -39,9 +39,12 @@ def samplers(ems: EMS | None, fitted: Tensor | None) -> dict[str, Rival]:
     """The samplers of the demo by the name they are shown under; `fitted` is a schedule that replaces the common one."""
 
     def v3(statistics: EMS | None, own: Tensor | None = None) -> Rival:
-        return lambda denoiser, x, sigmas: sample_dpm_solver_v3(
-            denoiser, x, sigmas if own is None else own, ems=statistics, disable=True
-        )
+        def run(denoiser: nn.Module, x: Tensor, sigmas: Tensor) -> Tensor:
+            chosen = sigmas if own is None else own
+            x = x * (chosen[0] / sigmas[0]).item()  # noise times the first sigma, as hosts begin
+            return sample_dpm_solver_v3(denoiser, x, chosen, ems=statistics, disable=True)
+
+        return run
 
     chosen = {"dpmpp_2m": RIVALS["dpmpp_2m"], "UniPC": RIVALS["unipc_bh2_2"], "v3 without EMS": v3(None)}
     if ems is not None:

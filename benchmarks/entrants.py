@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dpm_solver_v3.sampler import NoiseSchedule
 
-__all__ = ["comfyui_rivals", "gits", "host_schedules", "two_calls"]
+__all__ = ["align_your_steps", "comfyui_rivals", "gits", "host_schedules", "two_calls"]
 
 _AYS = {
     "ays_sd1": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
@@ -93,12 +93,31 @@ def gits(lambdas: tuple[float, ...], y: Tensor, D: Tensor, steps: int, weight: f
         decay = torch.tensor([math.exp(lambdas[i] - v) for v in lambdas[i + 1 :]])[:, None, None]
         off = decay * y[i] + (1 - decay) * D[i] - y[i + 1 :]
         cost[i, i + 1 :] = off.double().square().mean(2).sqrt().mean(1)
+    return _cheapest(lambdas, cost, steps, weight)
+
+
+def align_your_steps(lambdas: tuple[float, ...], D: Tensor, steps: int) -> Tensor:
+    """Align Your Steps' objective on trajectories of the model at hand, minimised exactly by dynamic programming.
+
+    Its bound (Sabour et al. 2024, sec. 3.2) charges a step from i to j the integral of |D(lambda) - D_i|^2 e^(2 lambda) over
+    lambda. Arguments and result as in `gits`.
+    """
+    m, at = len(lambdas), torch.tensor(lambdas, dtype=torch.float64)
+    cost = torch.full((m, m), math.inf, dtype=torch.float64)
+    for i in range(m - 1):
+        density = (D[i:] - D[i]).double().square().mean((1, 2)) * (2 * at[i:]).exp()
+        cost[i, i + 1 :] = (0.5 * (density[1:] + density[:-1]) * at[i:].diff()).cumsum(0)
+    return _cheapest(lambdas, cost, steps, 1.0)
+
+
+def _cheapest(lambdas: tuple[float, ...], cost: Tensor, steps: int, weight: float) -> Tensor:
+    """Levels [steps + 1] of the cheapest path over the grid; what comes before a step counts `weight` times its own cost."""
     best, back = cost[0].clone(), []
     for _ in range(steps - 1):
         total = weight * best[:, None] + cost
         best, chosen = total.min(0)
         back.append(chosen)
-    path = [m - 1]
+    path = [len(lambdas) - 1]
     for chosen in reversed(back):
         path.append(int(chosen[path[-1]]))
     return torch.tensor([-lambdas[k] for k in [0, *reversed(path)]], dtype=torch.float64).exp()

@@ -3,8 +3,8 @@
     python benchmarks/fit_ablation.py [--guidance 1 4] [--steps 6] [--noises 24] [--judge 16]
 
 Fitted on classes 0, 2, 4, 6, 8, judged on other noise and the classes 1, 3, 5, 7. "lambdas" are where the model is evaluated,
-"coefficients" how its values are combined. GITS chooses lambdas by dynamic programming on the local errors of the
-same reference trajectories, at no evaluation.
+"coefficients" how its values are combined. GITS and Align Your Steps choose lambdas by dynamic programming on local errors, or
+on the paper's bound, along the same reference trajectories, at no evaluation.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from common import NOISE, bootstrap_ratio, geometric_mean
-from entrants import gits
+from entrants import align_your_steps, gits
 from quality import load_ems
 from torch import Tensor
 
@@ -85,17 +86,22 @@ def ablate(guidance: float, steps: int, noises: int, judges: int) -> None:
         return F._solve(fit_bench, fit_on[:count], teacher.part(count), lambdas)[0]
 
     few = min(16, noises)
-    plan = F.FitPlan((steps,), noises=noises, search=few, moves=8)
-    searched = F._karras(job, steps, *F._search(fit_bench, plan, fit_on[:few], teacher.part(few), steps, None))
+    plan = F.FitPlan((steps,), noises=noises, search=few, moves=12)
+    spacing = F._search(fit_bench, plan, fit_on[:few], teacher.part(few), steps, None)
+    searched = spacing.lambdas(steps)
     found = {
         "Karras steps to sigma_min": (-karras(NOISE, steps).log()).tolist()[:-1],
         "GITS": (-gits(job.lambdas, teacher.y, teacher.D, steps).log()).tolist()[:-1],
+        "Align Your Steps": (-align_your_steps(job.lambdas, teacher.D, steps).log()).tolist()[:-1],
+        "searched, first evaluation at the noisy end": replace(spacing, first=job.lambdas[0]).lambdas(steps),
         "searched": searched,
     }
     levels = torch.tensor([*searched, math.inf], dtype=torch.float64).neg().exp()
     show("searched lambdas, v3 + EMS", F._fixed_errors(judge_bench, ems, judge_on, judge, levels))
     for name, lambdas in found.items():
         show(f"{name} lambdas, coefficients", judged(fitted(lambdas)))
+    with replaced("_start_factor", lambda *_: 1.0):
+        show("the same, the start as hosts give it", judged(fitted(searched)))
     with replaced("_least_squares", _plain_least_squares):
         show("the same, mean squared error as the objective", judged(fitted(searched)))
     with replaced("_fit_step", _short_memory(F._fit_step)):
@@ -103,7 +109,7 @@ def ablate(guidance: float, steps: int, noises: int, judges: int) -> None:
     if noises > 8:
         show("the same, fitted on 8 noises", judged(fitted(searched, 8)))
     whole = fitted(searched)
-    for rounds in (1, 3):
+    for rounds in (1, 4):
         refined = F._refine(fit_bench, fit_on[:few], teacher.part(few), whole, rounds)
         again = F._solve(fit_bench, fit_on, teacher, refined.lambdas, refined, steps - 1)[0]
         show(f"searched lambdas, coefficients, {rounds} round(s) of refinement", judged(again))

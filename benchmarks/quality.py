@@ -3,9 +3,9 @@
     python benchmarks/quality.py [--noises 64] [--quick] [--json out/quality.json]
     python benchmarks/quality.py --contest --ems out/fitted.ems.safetensors --classes 1,3,5,7 --steps 4 5 6 8 10
 
---contest adds every schedule of the hosts, GITS on the model's own trajectories, samplers with two calls a step, ComfyUI's
-samplers where COMFYUI_PATH names a checkout, and v3 on the schedule fitted to the model with its ablations; --network mnist
-takes the network of `mnist_train.py` instead. --classes judges on these only: those that the fit has not seen.
+--contest adds every schedule of the hosts, GITS and Align Your Steps on the model's own trajectories, samplers with two calls a
+step, ComfyUI's samplers where COMFYUI_PATH names a checkout, and v3 on the schedule fitted to the model with its ablations;
+--network mnist takes the network of `mnist_train.py` instead. --classes judges on these only: those that the fit has not seen.
 
 Every run starts from the same noise and makes the same number of denoiser evaluations. Each method's schedule, the
 best rival and our best setting are chosen on selection noise; the errors are measured on evaluation noise that took no
@@ -36,7 +36,7 @@ from common import (
     schedules_on,
     summary,
 )
-from entrants import comfyui_rivals, gits, host_schedules, two_calls
+from entrants import align_your_steps, comfyui_rivals, gits, host_schedules, two_calls
 from rivals import RIVALS, Rival
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -170,7 +170,7 @@ def add_contest(plan: Plan, cell: Cell, problem: Problem, file: Any) -> None:
     cell.schedules = {
         **schedules_on(problem.noise),
         **host_schedules(problem.noise),
-        "gits": _gits(plan, problem, cell.guidance),
+        **_from_trajectories(plan, problem, cell.guidance),
     }
     if file is None or not file.meta.fitted:
         return
@@ -182,11 +182,11 @@ def add_contest(plan: Plan, cell: Cell, problem: Problem, file: Any) -> None:
     cell.own = {name: fitted for name in cell.methods if name.startswith(FITTED)}
 
 
-_TRAJECTORIES: dict[float, Callable[[int], Tensor]] = {}
+_TRAJECTORIES: dict[float, dict[str, Callable[[int], Tensor]]] = {}
 
 
-def _gits(plan: Plan, problem: Problem, guidance: float) -> Callable[[int], Tensor]:
-    """GITS on 9 trajectories of selection noise, 61 points uniform in lambda."""
+def _from_trajectories(plan: Plan, problem: Problem, guidance: float) -> dict[str, Callable[[int], Tensor]]:
+    """GITS and Align Your Steps on 9 trajectories of selection noise, 61 points uniform in lambda."""
     if guidance not in _TRAJECTORIES:
         samples = plan.samples(9)
         high, low = problem.ends
@@ -201,7 +201,11 @@ def _gits(plan: Plan, problem: Problem, guidance: float) -> Callable[[int], Tens
         sigmas = torch.cat([grid.exp(), grid.new_zeros(1)])
         denoiser, start = problem.denoiser(samples, guidance), problem.start(samples)
         sample_dpm_solver_v3(denoiser, start, sigmas, callback=keep, disable=True, order=3, corrector="none")
-        _TRAJECTORIES[guidance] = partial(gits, tuple((-grid).tolist()), torch.stack(ys), torch.stack(Ds))
+        lambdas, D = tuple((-grid).tolist()), torch.stack(Ds)
+        _TRAJECTORIES[guidance] = {
+            "gits": partial(gits, lambdas, torch.stack(ys), D),
+            "ays_own": partial(align_your_steps, lambdas, D),
+        }
     return _TRAJECTORIES[guidance]
 
 
@@ -217,7 +221,8 @@ def errors_of(plan: Plan, problem: Problem, cell: Cell, method: str, schedule: s
     parts = []
     for chunk in _chunks(samples, plan.batch):
         try:
-            x = cell.methods[method](problem.denoiser(chunk, cell.guidance), problem.start(chunk), sigmas)
+            start = problem.start(chunk, sigmas[0].item())
+            x = cell.methods[method](problem.denoiser(chunk, cell.guidance), start, sigmas)
         except (SamplingError, ArithmeticError, ValueError, RuntimeError, IndexError):
             if not plan.contest:
                 raise

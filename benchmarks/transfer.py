@@ -45,7 +45,8 @@ def errors(problem: Problem, samples: list[int], guidance: float, run: Callable[
 def fitted(file: EMSFile, steps: int, fit_for: float, problem: Problem, samples: list[int], guidance: float) -> Tensor:
     """Errors with the schedule and coefficients fitted for the guidance scale `fit_for`."""
     sigmas, ems = file.fitted_sigmas(steps, fit_for), file.at(fit_for)
-    return errors(problem, samples, guidance, lambda D, x: sample_dpm_solver_v3(D, x, sigmas, ems=ems, disable=True))
+    shrink = sigmas[0].item() / problem.ends[0]  # noise at the first sigma, as hosts begin
+    return errors(problem, samples, guidance, lambda D, x: sample_dpm_solver_v3(D, x * shrink, sigmas, ems=ems, disable=True))
 
 
 def strongest(steps: int, problem: Problem, samples: list[int], guidance: float) -> Tensor:

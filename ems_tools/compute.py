@@ -64,8 +64,8 @@ class Effort:
 
 
 _QUICK_FIT = FitPlan((4, 5, 6, 7, 8, 9, 10), noises=10, held_out=4, search=0)
-_FIT = FitPlan(noises=24, held_out=16, search=8, moves=8, rounds=1, refined=8)
-_THOROUGH_FIT = FitPlan(noises=40, held_out=24, search=16, moves=8, rounds=3, refined=10)
+_FIT = FitPlan(noises=24, held_out=16, search=8, moves=10, rounds=1, refined=8)
+_THOROUGH_FIT = FitPlan(noises=64, held_out=24, search=24, moves=12, rounds=4, refined=12)
 EFFORTS = {
     "quick": Effort(12, 30, 1, 4, (5, 8), 1, _FEW, (0.5,), 40, _QUICK_FIT),
     "standard": Effort(32, 60, 1, 8, (5, 6, 8, 10, 15, 20), 2, _FEW, (0.5,), 80, _FIT),

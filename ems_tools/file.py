@@ -182,7 +182,7 @@ class FittedRow:
         if c is not None:
             if not isinstance(c, FittedSteps) or c.lambdas != self.lambdas:
                 raise EMSError("a fitted row's coefficients must be sampler.FittedSteps on its lambdas")
-            for row in (c.decay, *c.weights):
+            for row in ((c.start,), c.decay, *c.weights):
                 _check_numbers("a fitted row's coefficient", row, -MAX_COEFFICIENT, MAX_COEFFICIENT)
 
 
@@ -341,14 +341,21 @@ class EMSFile:
         if not (1 <= steps <= 10_000 and 0 < denoise <= 1 and 0 < guidance < math.inf):
             given = f"{steps}, {denoise} and {guidance}"
             raise EMSError(f"a fitted schedule needs at least 1 step, denoise in (0, 1] and guidance above 0, not {given}")
-        total = max(round(steps / denoise), steps)
-        row = next((r for r in self._fitted_rows(guidance) if r.steps == total), None)
+        total, row = self._fitted_row(steps, guidance, denoise)
         if row is None:
-            lambdas = _karras(self.meta.fitted[0].lambdas[0], -math.log(self.meta.sigma_min), total)
+            lambdas = _karras(-math.log(self.meta.sigma_max), -math.log(self.meta.sigma_min), total)
         else:
             lambdas = [*row.lambdas, math.inf] if len(row.lambdas) == total else list(row.lambdas)
         levels = Space(self.meta.space).level_of(torch.tensor(lambdas, dtype=torch.float64))
         return levels[-(steps + 1) :]
+
+    def covers_fit(self, steps: int, guidance: float, denoise: float = 1.0) -> bool:
+        """Whether `fitted_sigmas` gives a schedule that was fitted, not Karras steps."""
+        return self._fitted_row(steps, guidance, denoise)[1] is not None
+
+    def _fitted_row(self, steps: int, guidance: float, denoise: float) -> tuple[int, FittedRow | None]:
+        total = max(round(steps / denoise), steps)
+        return total, next((r for r in self._fitted_rows(guidance) if r.steps == total), None)
 
     def _between(self, values: Tensor, guidance: float) -> Tensor:
         at = int(torch.searchsorted(self.guidance, guidance).item())
@@ -600,7 +607,10 @@ def _tensors_of(file: EMSFile) -> dict[str, Tensor]:
 _SETTINGS = tuple(f.name for f in fields(Settings))
 _EVIDENCE_COLUMNS = tuple(f.name for f in fields(EvidenceRow))
 _ADVICE_COLUMNS = ("guidance", "schedule", "lambdas", *_SETTINGS)
-_FITTED_COLUMNS = ("guidance", "steps", "lambdas", "decay", "weights", "fitted", "fixed", "fixed_schedule", "ratio", "noises")
+_FITTED_COLUMNS = (
+    *("guidance", "steps", "lambdas", "start", "decay", "weights"),
+    *("fitted", "fixed", "fixed_schedule", "ratio", "noises"),
+)
 
 
 def _metadata_of(meta: EMSMeta) -> dict[str, str]:
@@ -621,9 +631,9 @@ def _metadata_of(meta: EMSMeta) -> dict[str, str]:
 
 
 def fitted_values(row: FittedRow) -> list[object]:
-    """A fitted row as JSON-serialisable values; no coefficients are two nulls."""
+    """A fitted row as JSON-serialisable values; no coefficients are three nulls."""
     c = row.coefficients
-    parts: list[object] = [None, None] if c is None else [c.decay, c.weights]
+    parts: list[object] = [None, None, None] if c is None else [c.start, c.decay, c.weights]
     return [row.guidance, row.steps, row.lambdas, *parts, row.fitted, row.fixed, row.fixed_schedule, row.ratio, row.noises]
 
 
@@ -848,7 +858,7 @@ def _advice(row: list[Any]) -> RecommendedSetting:
 
 def fitted_row(values: list[Any]) -> FittedRow:
     """The inverse of `fitted_values`. Raises EMSError on anything else."""
-    guidance, steps, lambdas, decay, weights, fitted, fixed, schedule, ratio, noises = values
+    guidance, steps, lambdas, start, decay, weights, fitted, fixed, schedule, ratio, noises = values
 
     def numbers(value: object) -> tuple[float, ...]:
         if not isinstance(value, (list, tuple)) or len(value) > MAX_FITTED_STEPS + 1:
@@ -856,11 +866,11 @@ def fitted_row(values: list[Any]) -> FittedRow:
         return tuple(_number("a fitted row's number", v, -1e31, 1e31) for v in value)
 
     where, coefficients = numbers(lambdas), None
-    if decay is not None or weights is not None:
+    if (start, decay, weights) != (None, None, None):
         if not isinstance(weights, (list, tuple)) or len(weights) > MAX_FITTED_STEPS:
             raise EMSError("a fitted row's weights must be a short list")
         try:
-            coefficients = FittedSteps(where, numbers(decay), tuple(map(numbers, weights)))
+            coefficients = FittedSteps(where, numbers(decay), tuple(map(numbers, weights)), *numbers([start]))
         except ValueError as error:
             raise error if isinstance(error, EMSError) else EMSError(str(error)) from error
     return FittedRow(guidance, steps, where, coefficients, numbers(fitted), numbers(fixed), schedule, numbers(ratio), noises)

@@ -10,11 +10,13 @@ teacher's (the last step: to x0), so each step knows the errors that the ones be
 The objective is the mean over noises of the log of the squared error: a few start noises carry most of a mean square, and
 would be all that is fitted. Iteratively reweighted least squares minimises it exactly.
 
-The lambdas are Karras steps between the noisy end and a last evaluation, in two parameters, the exponent and the place of the
-last evaluation, found by pattern search on the final error (`_search`); the step from there to sigma = 0 is fitted as the
-others are. Then all lambdas and coefficients are turned together so that the final error falls (`_refine`), which is what
-wins at strong guidance. `benchmarks/fit_ablation.py` takes every ingredient away in turn. Dynamic programming on local errors
-(GITS) costs no evaluations and was four times worse: the local error of first-order steps is not the error of this solver.
+The lambdas are Karras steps in three parameters, the exponent and the places of the first and the last evaluation, found by
+pattern search on the final error (`_search`); the step from there to sigma = 0 is fitted as the others are. The first one need
+not be the noisy end: there the model sees noise only and answers with its mean, which a run of few steps can do without. Noise
+scaled to the first sigma lacks a little of what the trajectory holds there; the factor `start` makes up for it.
+Then all lambdas and coefficients are turned together so that the final error falls (`_refine`), which is what wins at strong
+guidance. `benchmarks/fit_ablation.py` takes every ingredient away in turn. Dynamic programming on local errors (GITS) and Align
+Your Steps' bound cost no evaluations and were several times worse: neither is the error of this solver.
 
 What is fitted is then judged on noise that took no part, against the best that a fixed schedule gives with the same
 statistics; where it does not win, that schedule is kept instead.
@@ -24,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -42,11 +44,11 @@ _ELEMENTS = 4096
 _RIDGE = 1e-6
 _REWEIGHTINGS = 4
 _DAMPING = 1e-3
-_MOVES = ((0.0, 0.06), (0.0, -0.06), (0.1, 0.0), (-0.1, 0.0))
-"""Of the pattern search: changes of 1 / rho and of the last evaluation's place in the range of lambda."""
-_SHAPES = (0.2, 0.05, 0.4)
-_PLACES = {4: 0.69, 5: 0.72, 6: 0.76, 8: 0.81, 10: 0.85, 12: 0.88, 20: 0.93}
-"""Where the search begins: 1 / rho, and the last evaluation's place in the range of lambda by number of steps."""
+_MOVES = ((0.0, 0.0, 0.35), (0.0, 0.0, -0.35), (0.0, 0.2, 0.0), (0.0, -0.2, 0.0), (0.1, 0.0, 0.0), (-0.1, 0.0, 0.0))
+"""Of the pattern search: changes of a `_Spacing`'s bend, first and last."""
+_BENDS = (0.2, 0.05, 0.4)
+_KNOWN = (0.06, 0.0, 0.15)
+"""Where the search begins: 1 / rho, and the share of the picture that the first evaluation may leave to be guessed."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def _cost_of_refinement(plan: FitPlan, steps: int) -> int:
     """A knob costs the evaluations after it; a round also one run before and at most three after it."""
     if not plan.rounds or steps > plan.refined:
         return 0
-    runs = sum(steps - i - (what != "lambda") for what, i, _ in _knobs(steps)) + 4 * steps
+    runs = sum(steps - i - (what in ("y", "D")) for what, i, _ in _knobs(steps)) + 4 * steps
     return plan.rounds * plan.few * runs + plan.noises * steps
 
 
@@ -116,9 +118,9 @@ class _Bench:
 
         return torch.cat([D for _, D in in_batches(list(samples), self.batch, run)])
 
-    def start(self, samples: Sequence[int]) -> Tensor:
-        """y [K, C, ...] at the noisy end."""
-        return sample_noise(self.job, list(samples))[0] * math.exp(-self.job.lambdas[0])
+    def start(self, samples: Sequence[int], lam: float, factor: float = 1.0) -> Tensor:
+        """y [K, C, ...] as a host begins at `lam`: noise times sigma; and times a fit's factor."""
+        return sample_noise(self.job, list(samples))[0] * (factor * math.exp(-lam))
 
 
 @dataclass
@@ -145,6 +147,17 @@ class _Teacher:
         da, db = (self.D[i - 1].double() - a) * h, (self.D[i].double() - b) * h
         return (1 + 2 * u) * (1 - u) ** 2 * a + u * (1 - u) ** 2 * da + u**2 * (3 - 2 * u) * b - u**2 * (1 - u) * db
 
+    def lambda_where_left(self, share: float) -> float:
+        """lambda from which D is nearer to the picture than `share` of the squared distance at the noisy end."""
+        gap = torch.stack([(D.double() - self.clean).square().mean(1).clamp(min=1e-30).log().mean() for D in self.D[:-1]])
+        left = (gap - gap[0]).cummin(0).values.tolist()
+        goal = math.log(share)
+        i = next((i for i, v in enumerate(left) if v < goal), None)
+        if not i:
+            return self.lambdas[0 if i == 0 else len(left) - 1]
+        u = (left[i - 1] - goal) / (left[i - 1] - left[i])
+        return self.lambdas[i - 1] + u * (self.lambdas[i] - self.lambdas[i - 1])
+
     def part(self, samples: int) -> _Teacher:
         """The first samples only."""
         return _Teacher(self.lambdas, self.elements, self.y[:, :samples], self.D[:, :samples])
@@ -170,7 +183,7 @@ def _teach(bench: _Bench, samples: Sequence[int]) -> _Teacher:
             Ds.append(D.flatten(1)[:, elements.to(D.device)].to("cpu", torch.float32))
             bench.tick(len(part))
 
-        start = bench.start(part).to(bench.device, bench.dtype) * alphas[0].item()
+        start = bench.start(part, job.lambdas[0]).to(bench.device, bench.dtype) * alphas[0].item()
         denoiser = denoiser_for(bench.model, part, job.space)
         end = torch.cat([levels, levels.new_zeros(1)])  # so that D is evaluated at the last grid point too
         fine = {"order": 3, "predictor": "true", "corrector": "none", "lower_order_final": False, "space": job.space}
@@ -212,7 +225,8 @@ def _solve(
     Steps before `fitted_from` (default: none without `given`, all with it) take the coefficients of `given`; the others
     are fitted on the way.
     """
-    y, history = bench.start(samples), []
+    factor = _start_factor(bench, samples, teacher, lambdas[0]) if given is None else given.start
+    y, history = bench.start(samples, lambdas[0], factor), []
     decays, rows = [], []
     first = fitted_from if fitted_from is not None else 0 if given is None else len(lambdas)
     ends = [*lambdas[1:], math.inf]
@@ -226,7 +240,13 @@ def _solve(
         rows.append(tuple(weights))
         y = _step(y, history, decay, weights)
     errors = (y.flatten(1)[:, teacher.elements].double() - teacher.clean).square().mean(1)
-    return FittedSteps(tuple(lambdas), tuple(decays), tuple(rows)), errors
+    return FittedSteps(tuple(lambdas), tuple(decays), tuple(rows), factor), errors
+
+
+def _start_factor(bench: _Bench, samples: Sequence[int], teacher: _Teacher, lam: float) -> float:
+    """What brings noise of level `lam` nearest to the teacher there: 1 at the noisy end."""
+    y = bench.start(samples, lam).flatten(1)[:, teacher.elements].double()
+    return 1.0 + _least_squares(y[:, None], teacher.at(lam) - y).item()
 
 
 def _step(y: Tensor, history: list[Tensor], decay: float, weights: Sequence[float]) -> Tensor:
@@ -256,10 +276,11 @@ class _Point:
     lambdas: list[float]
     decay: list[float]
     weights: list[list[float]]
+    start: float
 
     @classmethod
     def of(cls, steps: FittedSteps) -> _Point:
-        point = cls(list(steps.lambdas), list(steps.decay), [list(row) for row in steps.weights])
+        point = cls(list(steps.lambdas), list(steps.decay), [list(row) for row in steps.weights], steps.start)
         point._add(-1)
         return point
 
@@ -267,10 +288,10 @@ class _Point:
         """The coefficients themselves."""
         other = self.copy()
         other._add(1)
-        return FittedSteps(tuple(other.lambdas), tuple(other.decay), tuple(map(tuple, other.weights)))
+        return FittedSteps(tuple(other.lambdas), tuple(other.decay), tuple(map(tuple, other.weights)), other.start)
 
     def copy(self) -> _Point:
-        return _Point(list(self.lambdas), list(self.decay), [list(row) for row in self.weights])
+        return _Point(list(self.lambdas), list(self.decay), [list(row) for row in self.weights], self.start)
 
     def _add(self, sign: int) -> None:
         for i, (lam, then) in enumerate(zip(self.lambdas, [*self.lambdas[1:], math.inf])):
@@ -279,12 +300,13 @@ class _Point:
             self.weights[i][i] += sign * (1 - first)
 
     def move(self, knob: tuple[str, int, int], by: float) -> None:
-        """Turn one knob: a lambda, or in step i the share of y against D_i, or of D_i against an older D."""
+        """Turn one knob: a lambda, the start, or in step i the share of y against D_i, or of D_i against an older D."""
         what, i, j = knob
         if what == "lambda":
             self.lambdas[i] += by
-            return
-        if what == "y":
+        elif what == "start":
+            self.start += by
+        elif what == "y":
             self.decay[i] += by
             self.weights[i][i] -= by
         else:
@@ -292,14 +314,14 @@ class _Point:
             self.weights[i][j] -= by
 
 
-_TURN = {"lambda": 0.04, "y": 0.02, "D": 0.04}
+_TURN = {"lambda": 0.04, "start": 0.01, "y": 0.02, "D": 0.04}
 """How far a knob is turned to see what it does."""
 
 
 def _knobs(steps: int) -> list[tuple[str, int, int]]:
     """Of all steps but the last, whose coefficients are fitted whatever the others are."""
-    knobs = [("lambda", i, 0) for i in range(1, steps)] + [("y", i, 0) for i in range(steps - 1)]
-    return knobs + [("D", i, j) for i in range(1, steps - 1) for j in range(max(i - 2, 0), i)]
+    knobs = [("lambda", i, 0) for i in range(steps)] + [("y", i, 0) for i in range(steps - 1)]
+    return [("start", 0, 0), *knobs] + [("D", i, j) for i in range(1, steps - 1) for j in range(max(i - 2, 0), i)]
 
 
 def _refine(bench: _Bench, samples: Sequence[int], teacher: _Teacher, steps: FittedSteps, rounds: int) -> FittedSteps:
@@ -317,7 +339,7 @@ def _refine(bench: _Bench, samples: Sequence[int], teacher: _Teacher, steps: Fit
         for knob in knobs:
             moved = point.copy()
             moved.move(knob, _TURN[knob[0]])
-            begin = knob[1] - 1 if knob[0] == "lambda" else knob[1]
+            begin = knob[1] - (knob[0] in ("lambda", "start"))
             end = _trace(bench, samples, teacher, moved.steps(), begin, ys, history)[2]
             columns.append((end - residual) / _TURN[knob[0]])
         last = [D.flatten(1)[:, teacher.elements].double() for D in history]
@@ -327,6 +349,7 @@ def _refine(bench: _Bench, samples: Sequence[int], teacher: _Teacher, steps: Fit
             trial = point.copy()
             for knob, by in zip(knobs, turn.tolist()):
                 trial.move(knob, share * by)
+            trial.lambdas[0] = max(trial.lambdas[0], bench.job.lambdas[0])
             if any(b - a < 0.02 for a, b in zip(trial.lambdas, trial.lambdas[1:])) or trial.lambdas[-1] > bench.job.lambdas[-1]:
                 continue
             n = len(trial.lambdas)
@@ -359,7 +382,9 @@ def _trace(
     past: Sequence[Tensor] = (),
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """y and D at every evaluation, and the final residual [K, P]; of a run that differs from (ys, past) from `begin` on."""
-    states, history = list(ys[: begin + 1]) or [bench.start(samples)], list(past[: begin + 1])
+    states, history = list(ys[: begin + 1]), list(past[: begin + 1])
+    if not states:
+        states = [bench.start(samples, steps.lambdas[0], steps.start)]
     for i in range(max(begin, 0), len(steps.lambdas)):
         if i >= len(history):
             history.append(bench.denoise(samples, states[-1], steps.lambdas[i]))
@@ -373,51 +398,67 @@ def _objective(errors: Tensor) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def _karras(job: Job, steps: int, shape: float, place: float) -> list[float]:
-    """lambda of `steps` evaluations: Karras steps with rho = 1 / shape (0: uniform in lambda) to `place` in the range."""
-    first, last = job.lambdas[0], job.lambdas[0] + place * (job.lambdas[-1] - job.lambdas[0])
-    u = [i / max(steps - 1, 1) for i in range(steps)]
-    if shape < 1e-3:
-        return [first + v * (last - first) for v in u]
-    a, b = math.exp(-first * shape), math.exp(-last * shape)
-    return [-math.log(a + v * (b - a)) / shape for v in u]
+@dataclass(frozen=True)
+class _Spacing:
+    """Karras steps from lambda `first` to `last` with rho = 1 / bend (0: uniform in lambda)."""
+
+    bend: float
+    first: float
+    last: float
+
+    def lambdas(self, steps: int) -> list[float]:
+        """Of `steps` evaluations."""
+        u = [i / max(steps - 1, 1) for i in range(steps)]
+        if self.bend < 1e-3:
+            return [self.first + v * (self.last - self.first) for v in u]
+        a, b = math.exp(-self.first * self.bend), math.exp(-self.last * self.bend)
+        return [-math.log(a + v * (b - a)) / self.bend for v in u]
+
+    def within(self, job: Job) -> _Spacing:
+        """The same, held to what can be used."""
+        low, high = job.lambdas[0], job.lambdas[-1]
+        first = min(max(self.first, low), low + 0.5 * (high - low))
+        last = min(max(self.last, low + 0.3 * (high - low), first + 0.2 * (high - low)), high)
+        return _Spacing(round(min(max(self.bend, 0.0), 1.0), 4), round(first, 4) if first > low else low, round(last, 4))
 
 
-def _place(steps: int) -> float:
-    """The search's first guess of the last evaluation's place."""
-    known = sorted(_PLACES)
-    n = min(max(steps, known[0]), known[-1])
-    low, high = max(k for k in known if k <= n), min(k for k in known if k >= n)
-    share = (n - low) / (high - low) if high > low else 0.0
-    return _PLACES[low] + share * (_PLACES[high] - _PLACES[low])
+def _last(teacher: _Teacher, steps: int) -> float:
+    """The search's first guess of the last lambda: the more steps, the less may be left. Measured on the embedded model."""
+    return teacher.lambda_where_left(math.exp(-0.9 - 0.85 * steps))
 
 
 def _search(
-    bench: _Bench, plan: FitPlan, samples: Sequence[int], teacher: _Teacher, steps: int, shape: float | None
-) -> tuple[float, float]:
-    """(1 / rho, place) with the lowest final error found; starts from `shape`, or tries several."""
-    tried: dict[tuple[float, float], float] = {}
+    bench: _Bench, plan: FitPlan, samples: Sequence[int], teacher: _Teacher, steps: int, before: _Spacing | None
+) -> _Spacing:
+    """The spacing with the lowest final error found; starts from that of fewer steps, `before`, or tries several."""
+    tried: dict[_Spacing, float] = {}
 
-    def value(at: tuple[float, float]) -> float:
-        key = (round(min(max(at[0], 0.0), 1.0), 4), round(min(max(at[1], 0.3), 1.0), 4))
-        if key not in tried:
+    def value(spacing: _Spacing) -> float:
+        spacing = spacing.within(bench.job)
+        if spacing not in tried:
             if len(tried) >= plan.moves:
                 return math.inf
-            tried[key] = _objective(_solve(bench, samples, teacher, _karras(bench.job, steps, *key))[1])
-        return tried[key]
+            tried[spacing] = _objective(_solve(bench, samples, teacher, spacing.lambdas(steps))[1])
+        return tried[spacing]
 
-    for start in _SHAPES if shape is None else (shape,):
-        value((start, _place(steps)))
+    for start in _starts(teacher, steps) if before is None else [replace(before, last=_last(teacher, steps))]:
+        value(start)
     size = 1.0
     while len(tried) < plan.moves and size > 0.2:
         best = min(tried, key=tried.__getitem__)
-        before = tried[best]
-        for move in _MOVES:
-            if value((best[0] + size * move[0], best[1] + size * move[1])) < before:
+        lowest = tried[best]
+        for bend, first, last in _MOVES:
+            if value(_Spacing(best.bend + size * bend, best.first + size * first, best.last + size * last)) < lowest:
                 break
-        if min(tried.values()) >= before:
+        if min(tried.values()) >= lowest:
             size /= 2
     return min(tried, key=tried.__getitem__)
+
+
+def _starts(teacher: _Teacher, steps: int) -> list[_Spacing]:
+    """Where a search begins that knows nothing; the best guess first."""
+    last, firsts = _last(teacher, steps), [teacher.lambda_where_left(1 - known) for known in _KNOWN]
+    return [_Spacing(bend, firsts[0], last) for bend in _BENDS] + [_Spacing(_BENDS[0], first, last) for first in firsts[1:]]
 
 
 def fit_steps(
@@ -452,17 +493,18 @@ def fit_steps(
     judge_on = range(FIT_NOISE + plan.noises, FIT_NOISE + plan.noises + plan.held_out)
     teacher = _kept_teacher(bench, state, f"fit.{guidance:g}", fit_on)
     judge = _kept_teacher(bench, state, f"judge.{guidance:g}", judge_on)
-    shapes = state.facts.setdefault("fit_shapes", {})  # where the search for the next number of steps begins
+    spacings = state.facts.setdefault("fit_spacings", {})  # where the search for the next number of steps begins
     for n in wanted:
         if n in rows:
             continue
-        shape, place = _SHAPES[0], _place(n)
+        spacing = _starts(teacher, n)[0].within(job)
         if plan.search:
             few = min(plan.search, plan.noises)
-            shape, place = _search(bench, plan, fit_on[:few], teacher.part(few), n, shapes.get(f"{guidance:g}"))
-            shapes[f"{guidance:g}"] = shape
+            known = spacings.get(f"{guidance:g}")
+            spacing = _search(bench, plan, fit_on[:few], teacher.part(few), n, None if known is None else _Spacing(*known))
+            spacings[f"{guidance:g}"] = [spacing.bend, spacing.first, spacing.last]
         snap = _snapping(levels, job)
-        coefficients = _fitted(bench, plan, n, snap(_karras(job, n, shape, place)), snap, fit_on, teacher)
+        coefficients = _fitted(bench, plan, n, snap(spacing.lambdas(n)), snap, fit_on, teacher)
         rows[n] = _judged(bench, ems, guidance, plan, coefficients, (judge_on, judge))
         state.facts.setdefault("fit", []).append(fitted_values(rows[n]))
         state.save()
@@ -564,6 +606,7 @@ def _rounded(steps: FittedSteps) -> FittedSteps:
         tuple(round(v, 6) for v in steps.lambdas),
         tuple(map(short, steps.decay)),
         tuple(tuple(map(short, row)) for row in steps.weights),
+        short(steps.start),
     )
 
 

@@ -222,12 +222,13 @@ def _fitted_levels(patcher: Any, model_sampling: Any, steps: int, guidance: floa
     node, name = host.executing().node, getattr(patcher, "model", None)
     try:
         handle = find_file(patcher) if name is not None else None
-        if handle is not None and handle.file.meta.fitted:
-            message = f"fitted schedule of {handle.name} for cfg {guidance:g}"
+        if handle is not None and handle.file.covers_fit(steps, guidance, denoise):
+            message = f"schedule fitted for {steps} steps at cfg {guidance:g}, from {handle.name}"
             host.say(message, node)
             host.LOG.info("%s", message)
             return handle.file.fitted_sigmas(steps, guidance, denoise).to(torch.float32)
-        reason = "no EMS for this model" if handle is None else f"{handle.name} has no fitted schedules"
+        fitted = f"{handle.name} has no schedule fitted for {steps} steps at cfg {guidance:g}" if handle else ""
+        reason = fitted or "no EMS for this model"
     except Exception as error:  # another pack's model can be anything; the picture comes first
         reason = f"looking for fitted schedules failed ({type(error).__name__}: {error})"
     message = f"{reason}: Karras steps instead. 'Compute EMS' fits schedules to the checkpoint"

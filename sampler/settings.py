@@ -37,7 +37,8 @@ class Settings:
             derivatives [c_pseudo]; "raised" of order p + 1 with the full solve (ours; UniC's construction).
         corrector_below: correct only nodes with sigma at most this. The paper's half corrector is the sigma of
             time 0.5 ("t <= 0.5", README of the authors; their code tests the opposite).
-        lower_order_final: predictor order at most the number of steps left.
+        lower_order_final: predictor order at most the number of steps left, a last one from a tiny sigma to 0 not counted
+            (`plan.TRIVIAL_SIGMA`).
         strength: the factor of `EMS.scaled`.
     """
 

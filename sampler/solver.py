@@ -151,7 +151,8 @@ def _run(
     levels = levels.to(x.device, dtype)
     ones = x.new_ones(x.shape[0])
     history: dict[int, Tensor] = {}  # node -> -f
-    x, x_before = x.to(dtype), x
+    x = x.to(dtype) if plan.start == 1 else x.to(dtype) * plan.start
+    x_before = x
     steps = _ready_steps(plan, x.device, dtype, x.ndim)
     for i in _progress(len(steps), disable):
         step = steps[i]

@@ -66,10 +66,11 @@ def test_the_sampler_follows_fitted_coefficients(mixture, space, dtype) -> None:
 
 def test_older_evaluations_are_used(mixture) -> None:
     """Every D of the run can enter every later step: against the formula written out."""
-    steps = FittedSteps(LAMBDAS, (0.3, 0.2, 0.1), ((0.6,), (0.3, 0.4), (0.2, -0.3, 1.0)))
+    steps = FittedSteps(LAMBDAS, (0.3, 0.2, 0.1), ((0.6,), (0.3, 0.4), (0.2, -0.3, 1.0)), 1.1)
     sigmas = levels_of(LAMBDAS)
     y = torch.randn(3, 2, 2, 2, dtype=torch.float64) * sigmas[0]
     found = sample_dpm_solver_v3(mixture, y, sigmas, ems=ems_with(steps), disable=True)
+    y = y * 1.1
     seen: list[torch.Tensor] = []
     for i in range(3):
         seen.append(mixture(y, sigmas[i].expand(3)))
@@ -107,6 +108,8 @@ def test_a_chosen_option_or_another_schedule_switches_them_off(mixture, change) 
 def test_bad_coefficients_are_refused(lambdas, decay, weights) -> None:
     with pytest.raises(ValueError, match="fitted steps"):
         FittedSteps(lambdas, decay, weights)
+    with pytest.raises(ValueError, match="fitted steps"):
+        FittedSteps(LAMBDAS, DDIM.decay, DDIM.weights, math.nan)
 
 
 # --- The fit
@@ -142,7 +145,8 @@ def test_it_wins_on_noise_that_it_has_not_seen(mixture, job) -> None:
     exact = sample_dpm_solver_v3(mixture, x, uniform_lambda(EDM(0.05, 20.0), 200, to_zero=True), **fine)
     for row in rows:
         assert row.coefficients is not None and row.ratio[0] < 0.9
-        ours = sample_dpm_solver_v3(mixture, x, levels_of(row.lambdas), ems=ems_with(row.coefficients), disable=True)
+        levels = levels_of(row.lambdas)
+        ours = sample_dpm_solver_v3(mixture, x / 20 * levels[0], levels, ems=ems_with(row.coefficients), disable=True)
         theirs = sample_dpm_solver_v3(mixture, x, karras(EDM(0.05, 20.0), row.steps), disable=True)
         ratio = ((ours - exact).square().flatten(1).mean(1) / (theirs - exact).square().flatten(1).mean(1)).log().mean().exp()
         assert ratio < 1 and abs(ratio.log() - math.log(row.ratio[0])) < 1.0
@@ -153,13 +157,50 @@ def test_every_ingredient_lowers_the_error_on_its_own_noise(mixture, job) -> Non
     bench = fit_module._Bench(job, mixture, "cpu", torch.float32, 16, lambda n: None)
     samples = range(fit_module.FIT_NOISE, fit_module.FIT_NOISE + 16)
     teacher = fit_module._teach(bench, samples)
-    place = fit_module._search(bench, PLAN, samples, teacher, 4, None)
-    begun = fit_module._solve(bench, samples, teacher, fit_module._karras(job, 4, 0.2, fit_module._place(4)))
-    found = fit_module._solve(bench, samples, teacher, fit_module._karras(job, 4, *place))
+    spacing = fit_module._search(bench, PLAN, samples, teacher, 4, None)
+    begun = fit_module._solve(bench, samples, teacher, fit_module._starts(teacher, 4)[0].within(job).lambdas(4))
+    found = fit_module._solve(bench, samples, teacher, spacing.lambdas(4))
     refined = fit_module._refine(bench, samples, teacher, found[0], 2)
     again = fit_module._solve(bench, samples, teacher, refined.lambdas, refined)
     values = [fit_module._objective(errors) for errors in (begun[1], found[1], again[1])]
     assert values[2] < values[1] <= values[0]
+
+
+def test_where_the_model_knows_how_much(mixture, job) -> None:
+    """Against D itself: at the noisy end all is left, and what is left falls to any share asked for."""
+    bench = fit_module._Bench(job, mixture, "cpu", torch.float32, 16, lambda n: None)
+    teacher = fit_module._teach(bench, range(32))
+    gap = (teacher.D.double() - teacher.clean).square().mean(2).log().mean(1)
+    assert teacher.lambda_where_left(1.0) == job.lambdas[0]
+    found = [teacher.lambda_where_left(share) for share in (0.9, 0.5, 0.1, 0.01)]
+    assert found == sorted(found) and found[-1] < job.lambdas[-1]
+    for lam, share in zip(found, (0.9, 0.5, 0.1, 0.01), strict=True):
+        after = next(i for i, v in enumerate(job.lambdas) if v >= lam)
+        assert gap[after] - gap[0] <= math.log(share) + 1e-9
+    assert teacher.lambda_where_left(1e-30) == job.lambdas[-2]
+
+
+def test_a_run_may_begin_below_the_noisy_end(mixture, job) -> None:
+    """Noise scaled to a lower sigma: its factor is fitted, near 1, exactly 1 at the noisy end; file and sampler heed it."""
+    far = dataclasses.replace(job, lambdas=uniform_grid(0.05, 400.0, 60))
+    plan = dataclasses.replace(PLAN, steps=(4,), moves=12, fixed={})
+    (found,) = fitted(mixture, far, plan=plan)
+    assert found.lambdas[0] > far.lambdas[0] + 1.5  # an evaluation at sigma 400 would tell nothing
+    assert found.coefficients.start != 1 and abs(found.coefficients.start - 1) < 0.2
+    bench = fit_module._Bench(far, mixture, "cpu", torch.float32, 16, lambda n: None)
+    teacher = fit_module._teach(bench, range(8))
+    assert fit_module._start_factor(bench, range(8), teacher, far.lambdas[0]) == pytest.approx(1.0, abs=1e-6)
+    samples = range(40, 56)
+    judge = fit_module._teach(bench, samples)
+    levels = levels_of(found.lambdas)
+    x = bench.start(samples, found.lambdas[0]).double()
+    kept = fitted_row(fitted_values(found)).coefficients
+    out = sample_dpm_solver_v3(mixture, x, levels, ems=ems_with(kept), disable=True)
+    mine = (out.flatten(1) - judge.clean).square().mean(1)
+    again = fit_module._solve(bench, samples, judge, kept.lambdas, kept)[1]
+    assert torch.allclose(mine, again, rtol=1e-3)
+    unscaled = ems_with(dataclasses.replace(kept, start=1.0))
+    assert not torch.allclose(sample_dpm_solver_v3(mixture, x, levels, ems=unscaled, disable=True), out)
 
 
 def test_same_seed_same_result_whatever_the_batch(mixture, job) -> None:
@@ -315,11 +356,11 @@ def test_fitted_sigmas() -> None:
     for n in (1, 2, 3, 4, 5, 7, 12, 40):
         sigmas = file.fitted_sigmas(n, 1.0)
         assert len(sigmas) == n + 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
-        assert sigmas[0].item() == pytest.approx(math.exp(2.0))
-    expected = karras(EDM(0.03, math.exp(2.0)), 12, to_zero=True)
+        assert sigmas[0].item() == pytest.approx(math.exp(2.0) if n in (3, 5) else 14.6)
+    expected = karras(EDM(0.03, 14.6), 12, to_zero=True)
     assert file.fitted_sigmas(12, 1.0).tolist() == pytest.approx(expected.tolist())
     far = file.fitted_sigmas(3, 40.0)
-    assert far.tolist() == pytest.approx(karras(EDM(0.03, math.exp(2.0)), 3, to_zero=True).tolist())
+    assert far.tolist() == pytest.approx(karras(EDM(0.03, 14.6), 3, to_zero=True).tolist())
     with pytest.warns(UserWarning, match="cover guidance"):
         assert file.at(40.0).recommendation is None
     with pytest.warns(UserWarning, match="cover guidance"):
@@ -353,6 +394,7 @@ def test_schedules_that_end_above_zero() -> None:
         {"lambdas": (-2.0, -0.5, 0.9)},
         {"coefficients": "none"},
         {"coefficients": FittedSteps(LAMBDAS, (1e9, 0.0, 0.0), DDIM.weights)},
+        {"coefficients": FittedSteps(LAMBDAS, DDIM.decay, DDIM.weights, 1e9)},
     ],
 )
 def test_bad_rows_are_refused(change) -> None:
@@ -366,11 +408,13 @@ def test_bad_rows_are_refused(change) -> None:
         (2, "text"),
         (2, [0.0] * 100),
         (3, None),
-        (3, [0.1]),
-        (4, 7),
-        (4, [[1.0]] * 70),
-        (4, [[1.0], [0.0, True], [0.0, 0.0, 1.0]]),
-        (6, None),
+        (3, "1"),
+        (4, None),
+        (4, [0.1]),
+        (5, 7),
+        (5, [[1.0]] * 70),
+        (5, [[1.0], [0.0, True], [0.0, 0.0, 1.0]]),
+        (7, None),
     ],
 )
 def test_bad_json_is_refused(place, value) -> None:
@@ -399,11 +443,12 @@ def test_a_fit_is_added_to_a_file(mixture, job) -> None:
     source = Source({1.0: mixture}, (2, 2, 2), EDM(0.05, 20.0), {"name": "mixture"})
     done = decode_ems_file(with_fit(file, source, job, PLAN, JobState()).encode())
     assert done.meta.estimate["fit_noises"] == 16 and torch.equal(done.l, file.l)
-    x = torch.randn(50, 2, 2, 2, dtype=torch.float64) * 20
+    noise = torch.randn(50, 2, 2, 2, dtype=torch.float64)
+    x = noise * 20
     exact = sample_dpm_solver_v3(mixture, x, uniform_lambda(EDM(0.05, 20.0), 200, to_zero=True), order=3, disable=True)
 
     def error(sigmas, ems):
-        return (sample_dpm_solver_v3(mixture, x, sigmas, ems=ems, disable=True) - exact).square().mean()
+        return (sample_dpm_solver_v3(mixture, noise * sigmas[0], sigmas, ems=ems, disable=True) - exact).square().mean()
 
     assert error(done.fitted_sigmas(5, 1.0), done.at(1.0)) < error(karras(EDM(0.05, 20.0), 5), None)
 

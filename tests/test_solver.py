@@ -377,6 +377,23 @@ def test_lower_order_final_lowers_the_last_steps_only(mixture, y_start, sigmas):
     assert same == [True] * 7 + [False] * 2  # steps 7 and 8 are of orders 2 and 1
 
 
+@pytest.mark.parametrize("form_name", ["plain", "flow"])
+@pytest.mark.parametrize(("last", "counted"), [(0.03, False), (0.2, True)])
+def test_a_step_to_0_from_next_to_nothing_is_not_the_last_one(last, counted, form_name, form, mixture, y_start, smooth_ems):
+    """To a tiny sigma and then 0: what the run that ends at the tiny sigma gives, denoised. Elsewhere the step to 0 counts."""
+    space = form(form_name, mixture)
+    sigmas = levels(10.0, 4.0, 1.5, 0.6, last, 0.0)
+    options = dict(ems=smooth_ems, order=3, corrector="none")
+    whole = space.sample(sample_dpm_solver_v3, y_start, sigmas, **options)
+    end = space.sample(sample_dpm_solver_v3, y_start, sigmas[:-1], **options)
+    denoised = mixture(end, torch.full((len(end),), last, dtype=torch.float64))
+    assert torch.allclose(whole, denoised, atol=1e-9) != counted
+    free = {**options, "lower_order_final": False}
+    end = space.sample(sample_dpm_solver_v3, y_start, sigmas[:-1], **free)
+    denoised = mixture(end, torch.full((len(end),), last, dtype=torch.float64))
+    assert torch.allclose(space.sample(sample_dpm_solver_v3, y_start, sigmas, **free), denoised, atol=1e-9)
+
+
 def test_a_plan_is_made_once_a_schedule(mixture, y_start, sigmas, smooth_ems):
     make_plan.cache_clear()
     for _ in range(3):

@@ -17,6 +17,7 @@ def register() -> type | None:
     """Add everything to the host; return the Script class that the host finds in the entry's namespace, if there is one."""
     steps: dict[str, Callable[[], Any]] = {
         "the sampler": _sampler,
+        "the schedule type": _schedule,
         "the settings": _settings,
         "the X/Y/Z axes": _axes,
         "the EMS tab": _tab,
@@ -39,6 +40,12 @@ def _sampler() -> None:
     from .sampling import ALIASES, NAME, sample_host
 
     host.add_sampler(NAME, ALIASES, sample_host)
+
+
+def _schedule() -> None:
+    from .sampling import FITTED_LABEL, FITTED_NAME, fitted_schedule
+
+    host.add_schedule(FITTED_NAME, FITTED_LABEL, fitted_schedule)
 
 
 def _settings() -> None:

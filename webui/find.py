@@ -13,7 +13,7 @@ from ..ems_tools.library import Entry, Library
 from ..sampler import EMS, EMSError
 from . import host
 
-__all__ = ["AUTOMATIC", "NONE", "Found", "find", "fingerprint", "library", "named", "title_of", "titles"]
+__all__ = ["AUTOMATIC", "NONE", "Found", "find", "find_entry", "fingerprint", "library", "named", "title_of", "titles"]
 
 AUTOMATIC, NONE = "automatic", "none"
 _SUFFIX = ".ems.safetensors"
@@ -74,29 +74,38 @@ def named(text: str) -> Entry:
 
 def find(run: host.Running, x: Tensor, guidance: float, wanted: str = AUTOMATIC, same_architecture: bool = False) -> Found:
     """Statistics for latents like x [B, C, ...]. A file that is missing or does not fit never stops a run."""
+    entry, reason = find_entry(run, x.shape[1], wanted, same_architecture)
+    return Found(None, reason) if entry is None else _fitted(entry, guidance, x, reason)
+
+
+def find_entry(
+    run: host.Running, channels: int | None, wanted: str = AUTOMATIC, same_architecture: bool = False
+) -> tuple[Entry | None, str]:
+    """The file to use and why, or None and what to do about it."""
     if wanted == NONE:
-        return Found(None, "sampling without EMS, as asked for")
+        return None, "sampling without EMS, as asked for"
     if wanted != AUTOMATIC:
         try:
             entry = named(wanted)
         except host.HostError as error:
-            return Found(None, f"{error}: sampling with data prediction")
+            return None, f"{error}: sampling with data prediction"
         note = "" if wanted.strip() in (title_of(entry), entry.name, entry.name.removesuffix(_SUFFIX)) else f", for {wanted}"
-        return _fitted(entry, guidance, x, f"as asked for{note}")
+        return entry, f"as asked for{note}"
     identity = host.identity_of(run)
-    match = library().find(identity, channels=x.shape[1], same_architecture=same_architecture)
+    match = library().find(identity, channels=channels, same_architecture=same_architecture)
     if match is None:
         bad = [e.name for e in library().entries() if e.file is None]
         refused = f" ({len(bad)} unusable files, see the tab EMS: {', '.join(bad[:3])})" if bad else ""
-        what = f"{identity.name or 'this model'} ({identity.architecture}, {x.shape[1]} channels)"
+        size = "" if channels is None else f", {channels} channels"
+        what = f"{identity.name or 'this model'} ({identity.architecture}{size})"
         todo = "Compute them once in the tab EMS, or put their file into models/ems"
-        return Found(None, f"no EMS for {what}{refused}: sampling with data prediction. {todo}")
+        return None, f"no EMS for {what}{refused}: sampling with data prediction. {todo}"
     reasons = {
         "exact": "made for this checkpoint",
         "name": "of a checkpoint with the same name; for its own, compute them in the tab EMS",
         "architecture": "of another checkpoint of the same architecture; for its own, compute them in the tab EMS",
     }
-    return _fitted(match.entry, guidance, x, reasons[match.how])
+    return match.entry, reasons[match.how]
 
 
 def _fitted(entry: Entry, guidance: float, x: Tensor, reason: str) -> Found:

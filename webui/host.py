@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ __all__ = [
     "Running",
     "add_option",
     "add_sampler",
+    "add_schedule",
+    "asking",
     "axis_module",
     "checkpoint_of",
     "ems_folders",
@@ -102,10 +105,37 @@ def add_sampler(name: str, aliases: list[str], function: Callable[..., Tensor]) 
         samplers.all_samplers.append(entry)
     samplers.all_samplers_map[name] = entry
     samplers.set_samplers()
-    forget = getattr(getattr(samplers, "get_sampler_and_scheduler", None), "cache_clear", None)
-    if callable(forget):  # it remembers what an unknown name was turned into
-        forget()
+    _forget_names(samplers)
     return True
+
+
+def add_schedule(name: str, label: str, function: Callable[..., Tensor]) -> bool:
+    """Put `function(n, sigma_min, sigma_max, inner_model, device)` into the schedule types. False if the name is foreign.
+
+    Raises ImportError or AttributeError on hosts before AUTOMATIC1111 1.9, which have no list of them.
+    """
+    schedules = importlib.import_module("modules.sd_schedulers")
+    known: list[Any] = schedules.schedulers
+    entry = schedules.Scheduler(name, label, function, need_inner_model=True)
+    setattr(entry, _MARK, True)
+    mine = [i for i, other in enumerate(known) if name == other.name or label == other.label]
+    if any(not getattr(known[i], _MARK, False) for i in mine):
+        log(f"another extension has a schedule type called {label}: ours is left out")
+        return False
+    if mine:
+        known[mine[0]] = entry
+    else:
+        known.append(entry)
+    schedules.schedulers_map.update({name: entry, label: entry})
+    _forget_names(module("modules.sd_samplers"))
+    return True
+
+
+def _forget_names(samplers: Any) -> None:
+    """The host remembers what an unknown name was turned into."""
+    forget = getattr(getattr(samplers, "get_sampler_and_scheduler", None), "cache_clear", None)
+    if callable(forget):
+        forget()
 
 
 def on(event: str, function: Callable[..., Any]) -> None:
@@ -213,12 +243,26 @@ class Running:
 
 def running(denoiser: Any) -> Running:
     """From the `model` argument of a sampler function."""
-    wrap = getattr(denoiser, "inner_model", None)
+    return _running(getattr(denoiser, "inner_model", None), getattr(denoiser, "p", None))
+
+
+def asking(wrap: Any) -> Running:
+    """From the `inner_model` argument of a schedule's function; whose picture it is stands in the function that calls it."""
+    frame = sys._getframe(1)
+    for _ in range(12):
+        p = frame.f_locals.get("p")
+        if hasattr(p, "cfg_scale") or frame.f_back is None:
+            break
+        frame = frame.f_back
+    return _running(wrap, p if hasattr(p, "cfg_scale") else None)
+
+
+def _running(wrap: Any, p: Any) -> Running:
     model = getattr(wrap, "inner_model", None) or getattr(_shared(), "sd_model", None)
     places = (wrap, _chain(model, "forge_objects", "unet", "model"), _chain(model, "model"))
     names = ("predictor", "model_sampling")
-    predictor = next((p for place in places for name in names if (p := getattr(place, name, None)) is not None), None)
-    return Running(getattr(denoiser, "p", None), wrap, model, predictor)
+    predictor = next((v for place in places for name in names if (v := getattr(place, name, None)) is not None), None)
+    return Running(p, wrap, model, predictor)
 
 
 def _chain(start: Any, *names: str) -> Any:

@@ -1,4 +1,4 @@
-"""The sampler in the dropdown: finds the statistics, samples, and records what it used."""
+"""The sampler and the schedule type in the dropdowns: they find the statistics; the sampler records what it used."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sampler import AUTO, EMS, sample_dpm_solver_v3, settings_for
+from ..sampler import AUTO, EMS, LevelTable, karras, sample_dpm_solver_v3, settings_for
 from . import host
-from .find import NONE, Found, find
+from .find import NONE, Found, find, find_entry
 from .options import Choice, chosen, record
 
-__all__ = ["ALIASES", "MEASURE", "NAME", "sample_host"]
+__all__ = ["ALIASES", "FITTED_LABEL", "FITTED_NAME", "MEASURE", "NAME", "fitted_schedule", "sample_host"]
 
 NAME, ALIASES = "DPM-Solver-v3", ["dpm_solver_v3", "k_dpm_solver_v3"]
+FITTED_NAME, FITTED_LABEL = "dpm_solver_v3_fitted", "DPM-Solver-v3 fitted"
 MEASURE = "dpm_solver_v3_measure"
 """Attribute of the processing object: what to do instead of sampling, `(denoiser, x, extra_args) -> x`."""
 _SAID: set[str] = set()
@@ -102,11 +103,38 @@ def _statistics(
         found = find(run, x, guidance, choice.ems, choice.same_architecture)
     except Exception as error:  # the picture comes first
         found = Found(None, f"looking for EMS failed ({type(error).__name__}: {error}): sampling with data prediction", NONE)
-    if found.message not in _SAID:
-        _SAID.add(found.message)
-        host.log(found.message)
+    _say(found.message)
     levels = sigmas.detach().to("cpu", torch.float64)
     advice = found.ems and found.ems.recommendation
     fitted = advice and all(v == AUTO for v in options.values()) and advice.fitted_for(run.space.lambda_of(levels).tolist())
     record(run.p, found.title, None if fitted else settings_for(levels, run.space, found.ems, options, guidance), part)
     return found.ems
+
+
+def _say(message: str) -> None:
+    """In the log, once."""
+    if message not in _SAID:
+        _SAID.add(message)
+        host.log(message)
+
+
+def fitted_schedule(n: int, sigma_min: float, sigma_max: float, inner_model: Any, device: Any) -> Tensor:
+    """What the host calls for the schedule type "DPM-Solver-v3 fitted"; hosts give arguments by these names.
+
+    The steps that were fitted to the checkpoint for `n` steps at this CFG scale; Karras steps, said so, where it has none.
+    """
+    try:
+        run = host.asking(inner_model)
+        choice, guidance = chosen(run.p), run.guidance({"cond_scale": getattr(run.p, "cfg_scale", 1.0)})
+        entry, reason = find_entry(run, None, choice.ems, choice.same_architecture)
+        file = None if entry is None else entry.file
+        if entry is not None and file is not None and file.meta.space == run.space.value and file.covers_fit(n, guidance):
+            _say(f"schedule fitted for {n} steps at CFG scale {guidance:g}, from {entry.name}, {reason}")
+            return file.fitted_sigmas(n, guidance).to(device, torch.float32)
+        if entry is not None:
+            reason = f"{entry.name} has no schedule fitted for {n} steps at CFG scale {guidance:g}"
+    except Exception as error:  # the picture comes first
+        reason = f"looking for fitted schedules failed ({type(error).__name__}: {error})"
+    _say(f"{reason.partition(': sampling')[0]}: Karras steps instead. The tab EMS fits schedules to the checkpoint")
+    ends = LevelTable(torch.tensor([sigma_min, sigma_max], dtype=torch.float64))
+    return karras(ends, n, to_zero=True).to(device, torch.float32)

@@ -91,7 +91,7 @@ def test_the_fitted_schedule(any_server: Any, nodes: Any) -> None:
         pytest.skip("this ComfyUI is older than its list of scheduler functions")
     for cfg in (1.0, 3.0):
         listed = any_server.run(nodes(*toy("EPS", shape), *sampled(scheduler="dpm_solver_v3_fitted", cfg=cfg)))
-        assert f"fitted schedule of fitted.ems.safetensors for cfg {cfg:g}" in any_server.log()
+        assert f"schedule fitted for 6 steps at cfg {cfg:g}, from fitted.ems.safetensors" in any_server.log()
         chosen = {"model": ["model", 0], "schedule": "fitted", "steps": 6, "denoise": 1.0, "end": "zero", "cfg": cfg}
         wires = {"model": ["model", 0], "positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["latent", 0]}
         custom = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -150,10 +151,12 @@ class Host:
         self._module("modules.paths", models_path=str(self.data / "models"), data_path=str(self.data))
         self._module("modules.call_queue", queue_lock=threading.Lock())
         self._module("modules.ui_common", create_refresh_button=lambda *a: None)
-        scheduler = SimpleNamespace(label="Karras", function=k_diffusion.sampling.get_sigmas_karras, need_inner_model=False)
-        automatic = SimpleNamespace(label="Automatic", function=None, need_inner_model=False)
-        self.schedulers = {s.label: s for s in (automatic, scheduler)}
-        self._module("modules.sd_schedulers", schedulers=list(self.schedulers.values()), schedulers_map=self.schedulers)
+        known = [
+            Scheduler("automatic", "Automatic", None),
+            Scheduler("karras", "Karras", k_diffusion.sampling.get_sigmas_karras),
+        ]
+        self.schedulers = {s.label: s for s in known}
+        self._module("modules.sd_schedulers", Scheduler=Scheduler, schedulers=known, schedulers_map=self.schedulers)
         self._module("modules.processing", StableDiffusionProcessingTxt2Img=Processing, process_images=self.process_images)
         if self.kind != "reForge":  # any host may lack it
             self.modules["modules.processing"].DecodedSamples = type("DecodedSamples", (list,), {"already_decoded": True})
@@ -297,6 +300,18 @@ class Processing:
         self.closed = True
 
 
+@dataclasses.dataclass
+class Scheduler:
+    """modules/sd_schedulers.py of all three hosts."""
+
+    name: str
+    label: str
+    function: Any
+    default_rho: float = -1
+    need_inner_model: bool = False
+    aliases: Any = None
+
+
 class KDiffusionSampler:
     """modules/sd_samplers_kdiffusion.py and modules/sd_samplers_common.py: calls the function with arguments by their names."""
 
@@ -305,10 +320,18 @@ class KDiffusionSampler:
         self.model_wrap_cfg = Denoiser(self, host)
         self.steps_seen: list[int] = []
 
-    def sample(self, p: Any, batch: int) -> Any:
+    def get_sigmas(self, p: Any, steps: int) -> Tensor:
         wrap = self.model_wrap_cfg.inner_model
+        scheduler = self.host.modules["modules.sd_schedulers"].schedulers_map.get(p.scheduler)
+        if scheduler is None or scheduler.function is None:
+            return wrap.get_sigmas(steps)
+        ends = {"sigma_min": wrap.sigmas[0].item(), "sigma_max": wrap.sigmas[-1].item()}
+        inner = {"inner_model": wrap} if scheduler.need_inner_model else {}
+        return scheduler.function(n=steps, **ends, **inner, device=torch.device("cpu"))
+
+    def sample(self, p: Any, batch: int) -> Any:
         sigmas = getattr(p, "sigmas", None)
-        sigmas = wrap.get_sigmas(p.steps) if sigmas is None else sigmas
+        sigmas = self.get_sigmas(p, p.steps) if sigmas is None else sigmas
         noise = torch.randn((batch, CHANNELS, p.height // 8, p.width // 8), generator=torch.Generator().manual_seed(p.seed))
         p.noise, p.used_sigmas, p.sampler = noise * sigmas[0], sigmas, self
         denoiser = self.model_wrap_cfg

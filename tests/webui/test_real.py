@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpm_solver_v3.ems_tools.file import load_ems_file
-from dpm_solver_v3.sampler import sample_dpm_solver_v3
+from dpm_solver_v3.ems_tools.file import FittedRow, load_ems_file
+from dpm_solver_v3.sampler import FittedSteps, sample_dpm_solver_v3
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -252,8 +254,8 @@ def test_picture_equals_the_library(webui: WebUI) -> None:
     assert (without.pixels - mine.pixels).abs().max() > 1e-3  # the statistics matter, so the agreement means something
 
 
-def replay(webui: WebUI, run: Run) -> float:
-    """The largest difference of a state or of the result, over the size of the latents."""
+def replay(webui: WebUI, run: Run, start: float = 1.0) -> float:
+    """The largest difference of a state or of the result, over the size of the latents; the run began with `start` times x."""
     calls = iter(run.calls)
     worst = 0.0
 
@@ -265,8 +267,34 @@ def replay(webui: WebUI, run: Run) -> float:
 
     sigmas = torch.stack([sigma[0] for _, sigma, _ in run.calls] + [torch.zeros(())])
     ems = load_ems_file(webui.folder / "tiny.ems.safetensors").at(3.0)
-    result = sample_dpm_solver_v3(denoiser, run.calls[0][0], sigmas, disable=True, ems=ems, guidance=3.0)
+    result = sample_dpm_solver_v3(denoiser, run.calls[0][0] * start, sigmas, disable=True, ems=ems, guidance=3.0)
     return max(worst, ((result - run.latents).abs().max() / run.latents.abs().max()).item())
+
+
+def test_fitted_schedule(webui: WebUI) -> None:
+    """The schedule type gives the file's own steps, and the sampler their coefficients: as the library does here."""
+    path = webui.folder / "tiny.ems.safetensors"
+    kept = path.read_bytes()
+    file = load_ems_file(path)
+    lambdas = (-2.4, -1.5, -0.6, 0.3, 1.4, 2.6)
+    rows = tuple(tuple(1 / (i + 1) for _ in range(i + 1)) for i in range(6))
+    steps = FittedSteps(lambdas, (0.3,) * 5 + (0.0,), rows, 1.05)
+    row = FittedRow(3.0, 6, lambdas, steps, (1.0,) * 3, (2.0,) * 3, "karras", (0.5, 0.4, 0.6), 8)
+    try:
+        replace(file, meta=replace(file.meta, fitted=(row,))).save(path)
+        made = webui.picture(scheduler=f"{NAME} fitted")
+        sigmas = [sigma[0].item() for _, sigma, _ in made.calls]
+        assert sigmas == pytest.approx([math.exp(-v) for v in lambdas], rel=1e-4)
+        assert f"Schedule type: {NAME} fitted" in made.infotext and f"{NAME} order: auto" in made.infotext
+        replayed = replay(webui, made, start=1 / 1.05)
+        print(f"latents replayed {replayed:.1e}")
+        assert replayed < 1e-4
+        other = webui.picture(sampler="Euler", scheduler=f"{NAME} fitted")
+        assert f"Schedule type: {NAME} fitted" in other.infotext
+    finally:
+        path.write_bytes(kept)
+    webui.picture(scheduler=f"{NAME} fitted")
+    assert "has no schedule fitted for 6 steps at CFG scale 3: Karras steps instead" in webui.log()
 
 
 def test_options_of_one_picture_are_recorded(webui: WebUI) -> None:

@@ -55,6 +55,25 @@ def test_foreign_sampler_of_that_name_stays(host: Any, capsys: pytest.CaptureFix
     assert len(host.tabs) == 1  # the rest is there
 
 
+def test_schedule_type_is_listed_once_and_replaces_only_our_own(host: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    schedules = host.modules["modules.sd_schedulers"]
+    foreign = list(schedules.schedulers)
+    for _ in range(2):  # Reload UI
+        host.start()
+        assert [s.label for s in schedules.schedulers] == ["Automatic", "Karras", f"{NAME} fitted"]
+        assert schedules.schedulers[:2] == foreign
+        assert (
+            schedules.schedulers_map["dpm_solver_v3_fitted"]
+            is schedules.schedulers_map[f"{NAME} fitted"]
+            is schedules.schedulers[2]
+        )
+    theirs = schedules.Scheduler("theirs", f"{NAME} fitted", None)
+    schedules.schedulers[2] = schedules.schedulers_map[theirs.label] = theirs
+    host.start()
+    assert schedules.schedulers[2] is theirs and len(schedules.schedulers) == 3
+    assert "another extension has a schedule type called" in capsys.readouterr().out
+
+
 def test_name_does_not_end_in_a_scheduler(host: Any) -> None:
     """Hosts cut " Karras" and the like off a sampler's name; a name of one word has no such end."""
     host.start()
@@ -75,7 +94,9 @@ def test_settings_page(host: Any) -> None:
     assert all(entry.text for entry in entries.values())
 
 
-@pytest.mark.parametrize("broken", ["modules.sd_samplers", "modules.scripts", "modules.script_callbacks", "gradio"])
+@pytest.mark.parametrize(
+    "broken", ["modules.sd_samplers", "modules.sd_schedulers", "modules.scripts", "modules.script_callbacks", "gradio"]
+)
 def test_one_failing_part_leaves_the_others(
     host: Any, broken: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

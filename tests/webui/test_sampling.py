@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpm_solver_v3.ems_tools.file import EMSFile, EMSMeta
+from dpm_solver_v3.ems_tools.file import EMSFile, EMSMeta, FittedRow
 from dpm_solver_v3.ems_tools.identity import content_fingerprint
-from dpm_solver_v3.sampler import EMS, FittedSteps, Recommendation, sample_dpm_solver_v3
+from dpm_solver_v3.sampler import EMS, FittedSteps, sample_dpm_solver_v3
 from dpm_solver_v3.webui import find, options, sampling
 from dpm_solver_v3.webui.host import HostError
 
 NAME = "DPM-Solver-v3"
+FITTED = f"{NAME} fitted"
 
 
 def library_result(host: Any, p: Any, ems: EMS | None = None, **settings: Any) -> Tensor:
@@ -169,21 +170,58 @@ def test_picture_restores_its_options(host: Any) -> None:
     assert page.infotext_fields[0][1]({f"{NAME} EMS": "none"}) == "none"
 
 
-def test_fitted_steps(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Coefficients fitted to the very schedule hold only while all options are "auto"; the record brings that back."""
+def with_fit(host: Any, name: str, lambdas: tuple[float, ...], guidance: float = 4.0) -> EMSFile:
+    """`name`.ems.safetensors with one fitted row."""
+    n = len(lambdas)
+    steps = FittedSteps(lambdas, (0.5,) * n, tuple(tuple(0.1 / (i + 1) for _ in range(i + 1)) for i in range(n)), 1.25)
+    row = FittedRow(guidance, n, lambdas, steps, (1.0,) * 3, (2.0,) * 3, "karras", (0.5, 0.4, 0.6), 8)
+    file = write(host, name, {"name": "pretty"})
+    file = replace(file, meta=replace(file.meta, fitted=(row,)))
+    file.save(host.data / "models" / "ems" / f"{name}.ems.safetensors")
+    return file
+
+
+LAMBDAS = (-2.3, -1.2, -0.4, 0.5, 1.6, 2.5)
+
+
+def test_fitted_schedule_and_coefficients(host: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """The schedule type gives the file's steps; their coefficients hold only while all options are "auto"."""
     host.start()
-    file, sigmas = write(host, "mine", {"name": "pretty"}), host.make().used_sigmas
-    lambdas = tuple((-sigmas[:-1].double().log()).tolist())
-    rows = tuple(tuple(0.1 / (i + 1) for _ in range(i + 1)) for i in range(6))
-    advice = Recommendation(fitted=(FittedSteps(lambdas, (0.5,) * 6, rows),))
-    ems = replace(file.at(4.0), recommendation=advice)
-    monkeypatch.setattr(sampling, "find", lambda *_: find.Found(ems, "", "mine [0]"))
-    p = host.make()
+    ems = with_fit(host, "mine", LAMBDAS).at(4.0)
+    p = host.make(scheduler=FITTED)
+    assert (-p.used_sigmas[:-1].log()).tolist() == pytest.approx(LAMBDAS, abs=1e-5) and p.used_sigmas[-1] == 0
+    assert "schedule fitted for 6 steps at CFG scale 4, from mine.ems.safetensors" in capsys.readouterr().out
     assert torch.equal(p.latents, library_result(host, p, ems))
-    assert recorded(p) == {"EMS": "mine [0]", "order": "auto", "corrector": "auto", "strength": "auto"}
-    q = host.make(dpm_solver_v3_chosen={"order": "2"})
+    assert {name: recorded(p)[name] for name in ("order", "corrector", "strength")} == dict.fromkeys(
+        ("order", "corrector", "strength"), "auto"
+    )
+    q = host.make(scheduler=FITTED, dpm_solver_v3_chosen={"order": "2"})
     assert torch.equal(q.latents, library_result(host, q, ems, order=2)) and recorded(q)["order"] == "2"
     assert not torch.allclose(p.latents, q.latents)
+    euler = host.make(sampler="Euler", scheduler=FITTED)  # any sampler can follow it
+    assert torch.equal(euler.used_sigmas, p.used_sigmas)
+
+
+@pytest.mark.parametrize("case", ["no file", "no fit", "none wanted", "other steps", "far scale", "broken host"])
+def test_without_a_fit_the_schedule_is_karras(
+    host: Any, case: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.start()
+    if case != "no file":
+        with_fit(host, "mine", LAMBDAS)
+    if case == "no fit":
+        write(host, "mine", {"name": "pretty"})
+    if case == "broken host":
+        monkeypatch.setattr(sampling, "find_entry", lambda *_: 1 / 0)
+    values: dict[str, Any] = {"none wanted": {"dpm_solver_v3_chosen": {"ems": "none"}}, "other steps": {"steps": 5}}.get(
+        case, {}
+    )
+    p = host.make(scheduler=FITTED, **{**values, **({"cfg_scale": 14.0} if case == "far scale" else {})})
+    n = values.get("steps", 6)
+    expected = host.schedulers["Karras"].function(n, 0.0292, 14.61)
+    assert torch.allclose(p.used_sigmas, expected, rtol=2e-3) and len(p.used_sigmas) == n + 1
+    assert "Karras steps instead. The tab EMS fits schedules to the checkpoint" in capsys.readouterr().out
+    assert p.latents.isfinite().all()
 
 
 def title_of_mine() -> str:
