@@ -44,6 +44,7 @@ __all__ = [
     "geometric_mean",
     "per_sample_error",
     "schedules_on",
+    "solve",
     "summary",
 ]
 
@@ -95,6 +96,8 @@ class Problem:
         seed: of the start noise.
         reference_steps: steps of the converged solution.
         wrap: applied to every denoiser, e.g. to count calls.
+        weights: of the network, where they are not the embedded ones.
+        shape: of a sample, where it is not the one that the network was trained on.
     """
 
     noise: NoiseSchedule = NOISE
@@ -107,7 +110,9 @@ class Problem:
         reference_steps: int,
         wrap: Callable[[nn.Module], nn.Module] | None = None,
         weights: Path = WEIGHTS,
+        shape: tuple[int, ...] | None = None,
     ) -> None:
+        self.shape = shape or self.shape
         self.seed, self.reference_steps = seed, reference_steps
         self.network = load_network(weights)
         self.weights_hash = hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -155,6 +160,7 @@ class Problem:
             "steps": steps,
             "sigmas": [*self.ends, _CLEAN_SIGMA, 0],
             "sampler": "order 3, uniform lambda, no corrector",
+            **({} if self.shape == type(self).shape else {"shape": list(self.shape)}),
         }
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return OUT / "cache" / f"reference-{digest[:20]}.safetensors"
@@ -163,7 +169,7 @@ class Problem:
         path = self._path(chunk, guidance, steps)
         if not path.exists():
             samples = range(chunk * _CHUNK, (chunk + 1) * _CHUNK)
-            solved = _solve(self.denoiser(samples, guidance), self.start(samples), steps, *self.ends)
+            solved = solve(self.denoiser(samples, guidance), self.start(samples), steps, *self.ends)
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp")
             save_file(solved, temporary)
@@ -209,7 +215,7 @@ class DigitsProblem(Problem):
         return self.wrap(DigitsDenoiser(self.digits, torch.tensor(samples) % self.classes, guidance))
 
 
-def _solve(denoiser: nn.Module, x: Tensor, steps: int, sigma_max: float, sigma_min: float) -> dict[str, Tensor]:
+def solve(denoiser: nn.Module, x: Tensor, steps: int, sigma_max: float, sigma_min: float) -> dict[str, Tensor]:
     """Order 3 on steps uniform in lambda: to sigma_min, on to 0.002, and the denoised picture there."""
     share = math.log(sigma_max / sigma_min) / math.log(sigma_max / _CLEAN_SIGMA)
     first = round(steps * share)

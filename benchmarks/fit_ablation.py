@@ -19,6 +19,7 @@ import torch
 from common import NOISE, bootstrap_ratio, geometric_mean
 from entrants import align_your_steps, gits
 from quality import load_ems
+from rivals import RIVALS
 from torch import Tensor
 
 from dpm_solver_v3.ems_tools import fit as F
@@ -60,6 +61,15 @@ def _short_memory(kept: Callable[..., tuple[float, list[float]]]) -> Callable[..
     return step
 
 
+def rival_errors(bench: F._Bench, samples: Sequence[int], teacher: F._Teacher, levels: Tensor) -> Tensor:
+    """Errors [K] of the strongest rival on this schedule."""
+    first = -levels[0].log().item()
+    x = RIVALS["unipc_bh2_2"](
+        lambda x, sigma: bench.denoise(samples, x, -sigma[0].log().item()), bench.start(samples, first), levels
+    )
+    return (x.flatten(1)[:, teacher.elements].double() - teacher.clean).square().mean(1)
+
+
 def ablate(guidance: float, steps: int, noises: int, judges: int) -> None:
     """Print one table."""
     network = load_network()
@@ -98,10 +108,9 @@ def ablate(guidance: float, steps: int, noises: int, judges: int) -> None:
     }
     levels = torch.tensor([*searched, math.inf], dtype=torch.float64).neg().exp()
     show("searched lambdas, v3 + EMS", F._fixed_errors(judge_bench, ems, judge_on, judge, levels))
+    show("searched lambdas, UniPC bh2", rival_errors(judge_bench, judge_on, judge, levels))
     for name, lambdas in found.items():
         show(f"{name} lambdas, coefficients", judged(fitted(lambdas)))
-    with replaced("_start_factor", lambda *_: 1.0):
-        show("the same, the start as hosts give it", judged(fitted(searched)))
     with replaced("_least_squares", _plain_least_squares):
         show("the same, mean squared error as the objective", judged(fitted(searched)))
     with replaced("_fit_step", _short_memory(F._fit_step)):
@@ -109,10 +118,17 @@ def ablate(guidance: float, steps: int, noises: int, judges: int) -> None:
     if noises > 8:
         show("the same, fitted on 8 noises", judged(fitted(searched, 8)))
     whole = fitted(searched)
+
+    def refined(rounds: int) -> FittedSteps:
+        turned = F._refine(fit_bench, fit_on[:few], teacher.part(few), whole, rounds)
+        return F._solve(fit_bench, fit_on, teacher, turned.lambdas, turned, steps - 1)[0]
+
     for rounds in (1, 4):
-        refined = F._refine(fit_bench, fit_on[:few], teacher.part(few), whole, rounds)
-        again = F._solve(fit_bench, fit_on, teacher, refined.lambdas, refined, steps - 1)[0]
-        show(f"searched lambdas, coefficients, {rounds} round(s) of refinement", judged(again))
+        show(f"searched lambdas, coefficients, {rounds} round(s) of refinement", judged(refined(rounds)))
+    every = F._knobs
+    for kind, name in {"start": "the start", "lambda": "lambdas", "y": "factors of y", "D": "factors of D"}.items():
+        with replaced("_knobs", lambda n, kind=kind: [k for k in every(n) if k[0] != kind]):
+            show(f"4 rounds that do not turn {name}", judged(refined(4)))
 
 
 def main() -> None:

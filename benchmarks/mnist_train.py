@@ -10,7 +10,7 @@ and then, in benchmarks/, statistics and fit on the digits 0 to 4, and the compa
     ems fit ../out/mnist.ems.safetensors --model mnist_train:denoiser --shape 1,28,28 --sigma-min 0.02 --sigma-max 80 \\
         --effort thorough --steps 4,5,6,8,10 --batch 40 --out ../out/mnist-fitted.ems.safetensors
     python quality.py --contest --network mnist --ems ../out/mnist-fitted.ems.safetensors --classes 5,6,7,8,9 \\
-        --steps 4 5 6 8 10 --noises 30 --first 2 --selection 8 --json ../out/contest-mnist.json
+        --steps 4 5 6 8 10 --noises 40 --first 2 --selection 8 --json ../out/contest-mnist.json
 
 10,000 digits of 28x28 (MIT licence of the package; data of LeCun, Cortes and Burges). The network predicts the velocity
 u = n - x0 at x = (1 - t) x0 + t n for a class, or for none (12 % of labels dropped), so guidance is real. Nothing of

@@ -1,4 +1,4 @@
-"""How a fit transfers: to other noise, classes, guidance scales, statistics, and to a fine-tuned model.
+"""How a fit transfers: to other noise, classes, guidance scales, sizes, a part of the way (denoise), and a fine-tuned model.
 
     python benchmarks/transfer.py --ems out/emoji-fitted.ems.safetensors [--noises 36] [--tuned out/tuned.safetensors]
     python benchmarks/transfer.py --tune emoji-datasource-google-16.0.0.tgz --tuned out/tuned.safetensors
@@ -17,13 +17,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from common import Problem, bootstrap_ratio, geometric_mean, per_sample_error, schedules_on
+from common import Problem, bootstrap_ratio, geometric_mean, per_sample_error, schedules_on, solve
 from rivals import RIVALS
 from torch import Tensor
 
 from dpm_solver_v3.ems_tools.embedded.denoiser import WEIGHTS
 from dpm_solver_v3.ems_tools.file import EMSFile, load_ems_file
-from dpm_solver_v3.sampler import sample_dpm_solver_v3
+from dpm_solver_v3.sampler import LevelTable, karras, sample_dpm_solver_v3
 
 SEED, REFERENCE = 7, 100
 """Of noise that no fit, choice or other benchmark uses."""
@@ -61,6 +61,26 @@ def strongest(steps: int, problem: Problem, samples: list[int], guidance: float)
     return min(found, key=lambda e: geometric_mean(e).item())
 
 
+def from_picture(
+    file: EMSFile, steps: int, denoise: float, problem: Problem, samples: list[int], guidance: float
+) -> tuple[Tensor, Tensor]:
+    """Image to image: errors of the last steps of the schedule fitted for `steps`, and of the best strong setting there.
+
+    Both begin with a picture of the model plus noise of the first sigma, and have the same range and number of steps.
+    """
+    n = round(steps * denoise)
+    sigmas, ems = file.fitted_sigmas(n, guidance, n / steps), file.at(guidance)
+    first, low = sigmas[0].item(), problem.ends[1]
+    denoiser, noise = problem.denoiser(samples, guidance), problem.start([100_000 + k for k in samples], first)
+    x = problem.reference(samples, guidance).clean + noise
+    clean = solve(denoiser, x, REFERENCE, first, low)["clean"]
+    ours = per_sample_error(sample_dpm_solver_v3(denoiser, x, sigmas, ems=ems, disable=True), clean)
+    ends = LevelTable(torch.tensor([low, first], dtype=torch.float64))
+    levels = [karras(ends, n), karras(ends, n, to_zero=True)]
+    theirs = [per_sample_error(RIVALS[name](denoiser, x, s), clean) for name in STRONG for s in levels]
+    return ours, min(theirs, key=lambda e: geometric_mean(e).item())
+
+
 def line(what: str, ours: Tensor, theirs: Tensor) -> None:
     """One case as text."""
     value, low, high = bootstrap_ratio(ours, theirs)["geometric_mean"]
@@ -70,7 +90,9 @@ def line(what: str, ours: Tensor, theirs: Tensor) -> None:
 def report(file: EMSFile, noises: int, counts: Sequence[int], judged: Sequence[float], tuned: Path | None) -> None:
     """Every case for every number of steps."""
     problem = Problem(SEED, REFERENCE)
-    cases = [(Problem(SEED, REFERENCE, weights=tuned), "a fine-tuned model")] if tuned and tuned.exists() else []
+    cases = [(Problem(SEED, REFERENCE, shape=(3, size, size)), f"{size}x{size} pixels") for size in (24, 48, 64)]
+    if tuned and tuned.exists():
+        cases.append((Problem(SEED, REFERENCE, weights=tuned), "a fine-tuned model"))
     scales = file.guidance.tolist()
     for steps in counts:
         for guidance in judged:
@@ -90,6 +112,8 @@ def report(file: EMSFile, noises: int, counts: Sequence[int], judged: Sequence[f
             for other, name in cases:
                 theirs = strongest(steps, other, samples, guidance)
                 line(name, fitted(file, steps, guidance, other, samples, guidance), theirs)
+            for denoise in (0.75, 0.5):
+                line(f"image to image, denoise {denoise:g}", *from_picture(file, steps, denoise, problem, samples, guidance))
         between = [(a * b) ** 0.5 for a, b in pairwise(scales) if a in judged]
         for guidance in between:
             samples = of_classes(UNSEEN, noises)

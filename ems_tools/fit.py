@@ -225,7 +225,7 @@ def _solve(
     Steps before `fitted_from` (default: none without `given`, all with it) take the coefficients of `given`; the others
     are fitted on the way.
     """
-    factor = _start_factor(bench, samples, teacher, lambdas[0]) if given is None else given.start
+    factor = 1.0 if given is None else given.start
     y, history = bench.start(samples, lambdas[0], factor), []
     decays, rows = [], []
     first = fitted_from if fitted_from is not None else 0 if given is None else len(lambdas)
@@ -241,12 +241,6 @@ def _solve(
         y = _step(y, history, decay, weights)
     errors = (y.flatten(1)[:, teacher.elements].double() - teacher.clean).square().mean(1)
     return FittedSteps(tuple(lambdas), tuple(decays), tuple(rows), factor), errors
-
-
-def _start_factor(bench: _Bench, samples: Sequence[int], teacher: _Teacher, lam: float) -> float:
-    """What brings noise of level `lam` nearest to the teacher there: 1 at the noisy end."""
-    y = bench.start(samples, lam).flatten(1)[:, teacher.elements].double()
-    return 1.0 + _least_squares(y[:, None], teacher.at(lam) - y).item()
 
 
 def _step(y: Tensor, history: list[Tensor], decay: float, weights: Sequence[float]) -> Tensor:
