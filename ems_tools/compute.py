@@ -124,15 +124,18 @@ def job_for(subject: Source, effort: Effort, seed: int = 0, **changes: Any) -> J
 def plan_for(source: Source, effort: Effort) -> CalibrationPlan:
     """The calibration: the host's own schedules, then those that end at 0 as hosts do and the paper's to sigma_min."""
     s = source.schedule
-    schedules: dict[str, Callable[[int], Tensor]] = {
-        **(source.host_schedules or {}),
+    own: dict[str, Callable[[int], Tensor]] = {
         "uniform_lambda": lambda n: uniform_lambda(s, n),
         "uniform_time_zero": lambda n: uniform_time(s, n, to_zero=True),
         "karras_zero": lambda n: karras(_in_sigma_or_flow(s), n, to_zero=True),
         "karras": lambda n: karras(_in_sigma_or_flow(s), n),
         "uniform_time": lambda n: uniform_time(s, n),
     }
+    hosts = dict(source.host_schedules or {})
+    schedules = {**hosts, **{name: make for name, make in own.items() if name not in hosts}}
     kept = dict(list(schedules.items())[: effort.schedules])
+    # One schedule alone may be a poor one to fall back on where a fit does not win; Karras steps never are.
+    to_beat = kept if len(kept) > 1 else {"karras": schedules["karras"]}
     plan = CalibrationPlan(
         kept,
         effort.steps,
@@ -140,7 +143,7 @@ def plan_for(source: Source, effort: Effort) -> CalibrationPlan:
         effort.noises,
         strengths=effort.strengths,
         reference_steps=effort.reference_steps,
-        fit=replace(effort.fit, fixed=kept),
+        fit=replace(effort.fit, fixed=to_beat),
     )
     if effort.combinations is not None:
         return replace(plan, combinations=effort.combinations)

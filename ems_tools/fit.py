@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -47,8 +47,8 @@ _DAMPING = 1e-3
 _MOVES = ((0.0, 0.0, 0.35), (0.0, 0.0, -0.35), (0.0, 0.2, 0.0), (0.0, -0.2, 0.0), (0.1, 0.0, 0.0), (-0.1, 0.0, 0.0))
 """Of the pattern search: changes of a `_Spacing`'s bend, first and last."""
 _BENDS = (0.2, 0.05, 0.4)
-_KNOWN = (0.06, 0.0, 0.15)
-"""Where the search begins: 1 / rho, and the share of the picture that the first evaluation may leave to be guessed."""
+_FIRSTS = (1.0, 0.0, 2.5)
+"""Where the search begins: 1 / rho, and the share of the picture that is known at the first evaluation, over `_first`'s."""
 
 
 @dataclass(frozen=True)
@@ -421,6 +421,11 @@ def _last(teacher: _Teacher, steps: int) -> float:
     return teacher.lambda_where_left(math.exp(-0.9 - 0.85 * steps))
 
 
+def _first(teacher: _Teacher, steps: int, times: float = 1.0) -> float:
+    """The search's first guess of the first lambda. What the trajectory knows there, noise does not: an error that stays."""
+    return teacher.lambda_where_left(1 - times * math.exp(-0.8 - 0.4 * steps))
+
+
 def _search(
     bench: _Bench, plan: FitPlan, samples: Sequence[int], teacher: _Teacher, steps: int, before: _Spacing | None
 ) -> _Spacing:
@@ -435,7 +440,7 @@ def _search(
             tried[spacing] = _objective(_solve(bench, samples, teacher, spacing.lambdas(steps))[1])
         return tried[spacing]
 
-    for start in _starts(teacher, steps) if before is None else [replace(before, last=_last(teacher, steps))]:
+    for start in _starts(teacher, steps, before):
         value(start)
     size = 1.0
     while len(tried) < plan.moves and size > 0.2:
@@ -449,9 +454,11 @@ def _search(
     return min(tried, key=tried.__getitem__)
 
 
-def _starts(teacher: _Teacher, steps: int) -> list[_Spacing]:
-    """Where a search begins that knows nothing; the best guess first."""
-    last, firsts = _last(teacher, steps), [teacher.lambda_where_left(1 - known) for known in _KNOWN]
+def _starts(teacher: _Teacher, steps: int, before: _Spacing | None = None) -> list[_Spacing]:
+    """Where a search begins that knows nothing, or the spacing for fewer steps; the best guess first."""
+    firsts, last = [_first(teacher, steps, times) for times in _FIRSTS], _last(teacher, steps)
+    if before is not None:
+        return [_Spacing(before.bend, first, last) for first in (firsts[0], before.first)]
     return [_Spacing(bend, firsts[0], last) for bend in _BENDS] + [_Spacing(_BENDS[0], first, last) for first in firsts[1:]]
 
 

@@ -205,3 +205,12 @@ def test_efforts_are_what_they_claim() -> None:
     source = compute.Source({1.0: _toy_model()}, (2, 4, 4), EDM(0.05, 20.0), {"name": "toy"})
     effort = compute.EFFORTS["quick"]
     assert compute.evaluations(compute.job_for(source, effort), compute.plan_for(source, effort)) <= 3000
+
+
+def test_the_hosts_schedules_come_first_and_keep_their_names() -> None:
+    """Ours of the same name would be calibrated in their place; and a quick fit falls back on Karras steps."""
+    mine = {name: lambda n: torch.linspace(10.0, 0.0, n + 1) for name in ("normal", "karras")}
+    source = compute.Source({1.0: _toy_model()}, (2, 4, 4), EDM(0.05, 20.0), {"name": "toy"}, host_schedules=mine)
+    quick, standard = (compute.plan_for(source, compute.EFFORTS[e]) for e in ("quick", "standard"))
+    assert dict(standard.schedules) == mine and list(quick.schedules) == ["normal"]
+    assert quick.fit is not None and dict(quick.fit.fixed) == {"karras": mine["karras"]}

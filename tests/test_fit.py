@@ -181,15 +181,13 @@ def test_where_the_model_knows_how_much(mixture, job) -> None:
 
 
 def test_a_run_may_begin_below_the_noisy_end(mixture, job) -> None:
-    """Noise scaled to a lower sigma: its factor is fitted, near 1, exactly 1 at the noisy end; file and sampler heed it."""
+    """Noise scaled to a lower sigma: its factor is fitted, near 1; file and sampler heed it."""
     far = dataclasses.replace(job, lambdas=uniform_grid(0.05, 400.0, 60))
     plan = dataclasses.replace(PLAN, steps=(4,), moves=12, fixed={})
     (found,) = fitted(mixture, far, plan=plan)
     assert found.lambdas[0] > far.lambdas[0] + 1.5  # an evaluation at sigma 400 would tell nothing
     assert found.coefficients.start != 1 and abs(found.coefficients.start - 1) < 0.2
     bench = fit_module._Bench(far, mixture, "cpu", torch.float32, 16, lambda n: None)
-    teacher = fit_module._teach(bench, range(8))
-    assert fit_module._start_factor(bench, range(8), teacher, far.lambdas[0]) == pytest.approx(1.0, abs=1e-6)
     samples = range(40, 56)
     judge = fit_module._teach(bench, samples)
     levels = levels_of(found.lambdas)
