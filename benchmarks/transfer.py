@@ -1,12 +1,14 @@
 """How a fit transfers: to other noise, classes, guidance scales, sizes, a part of the way (denoise), and a fine-tuned model.
 
     python benchmarks/transfer.py --ems out/emoji-fitted.ems.safetensors [--noises 36] [--tuned out/tuned.safetensors]
+    python benchmarks/transfer.py --ems out/quick.ems.safetensors out/standard.ems.safetensors --steps 4 5 6 8 10
     python benchmarks/transfer.py --tune emoji-datasource-google-16.0.0.tgz --tuned out/tuned.safetensors
 
 Prints, for the embedded model, the geometric mean of the error of v3 on the fitted schedule over that of the best of a few
 strong settings that need no file (UniPC bh2 of order 2, DEIS of order 2 and DPM-Solver++ 2M, on Karras and uniform-time
 steps to sigma_min), with bootstrap 95 % intervals. --tune fine-tunes the embedded model a little (on one class, with its
-colours exchanged) and writes the weights; with --tuned the fit made for the original model is used on them.
+colours exchanged) and writes the weights; with --tuned the fit made for the original model is used on them. Several files, as
+of several efforts, are compared with each other on the other classes only.
 """
 
 from __future__ import annotations
@@ -123,6 +125,17 @@ def report(file: EMSFile, noises: int, counts: Sequence[int], judged: Sequence[f
             )
 
 
+def compare(files: dict[str, EMSFile], noises: int, counts: Sequence[int], judged: Sequence[float]) -> None:
+    """Every file on noise and classes that no fit has seen."""
+    problem, samples = Problem(SEED, REFERENCE), of_classes(UNSEEN, noises)
+    for steps in counts:
+        for guidance in judged:
+            print(f"\nguidance {guidance:g}, {steps} steps: error of the fit, and over the best of six strong settings")
+            theirs = strongest(steps, problem, samples, guidance)
+            for name, file in files.items():
+                line(name, fitted(file, steps, guidance, problem, samples, guidance), theirs)
+
+
 def tune(archive: Path, out: Path, batches: int) -> None:
     """Fine-tune on one class ("Smileys & Emotion"), as a style LoRA would, and write the weights."""
     from dpm_solver_v3.ems_tools.embedded import CLASSES, load_network
@@ -150,7 +163,7 @@ def tune(archive: Path, out: Path, batches: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ems", type=Path, help="a file with fitted schedules, fitted on classes 0, 2, 4, 6, 8")
+    parser.add_argument("--ems", type=Path, nargs="+", help="files with fitted schedules, fitted on classes 0, 2, 4, 6, 8")
     parser.add_argument("--tuned", type=Path, help="weights of a fine-tuned embedded model")
     parser.add_argument("--tune", type=Path, help="the images to fine-tune on")
     parser.add_argument("--batches", type=int, default=300, help="of 16 images, to fine-tune (300)")
@@ -166,8 +179,13 @@ def main() -> None:
         tune(args.tune, args.tuned, args.batches)
     if args.ems:
         with torch.no_grad():
-            file = load_ems_file(args.ems)
-            report(file, args.noises, args.steps, args.guidance or file.guidance.tolist(), args.tuned)
+            files = {path.name: load_ems_file(path) for path in args.ems}
+            file = next(iter(files.values()))
+            judged = args.guidance or file.guidance.tolist()
+            if len(files) > 1:
+                compare(files, args.noises, args.steps, judged)
+            else:
+                report(file, args.noises, args.steps, judged, args.tuned)
 
 
 if __name__ == "__main__":
