@@ -92,13 +92,13 @@ def add_scheduler(name: str, function: Callable[[Any, int], Tensor]) -> bool:
     return True
 
 
-def calling() -> tuple[Any, float | None]:
-    """The MODEL and the guidance scale, as far as known, that the host's call of a scheduler is about.
+def calling() -> tuple[Any, float | None, str | None]:
+    """The MODEL, the guidance scale and the sampler's name, as far as known, that the host's call of a scheduler is about.
 
-    The host hands schedulers neither; both are variables of the functions on the way from the node that runs.
+    The host hands schedulers none of them; they are variables of the functions on the way from the node that runs.
     """
     frame = sys._getframe(1)
-    patcher, scale = None, None
+    patcher, scale, sampler = None, None, None
     for _ in range(24):
         for name, value in frame.f_locals.items():
             owner = getattr(value, "model", None) if name == "self" else value
@@ -106,6 +106,8 @@ def calling() -> tuple[Any, float | None]:
                 patcher = owner
             if scale is None and name == "cfg" and isinstance(value, (int, float)):
                 scale = float(value)
+            if sampler is None and name == "sampler_name" and isinstance(value, str):
+                sampler = value
         if frame.f_back is None:
             break
         frame = frame.f_back
@@ -113,7 +115,7 @@ def calling() -> tuple[Any, float | None]:
         inputs = (node.get("inputs") or {} for node in executing().prompt.values() if isinstance(node, dict))
         scales = {float(i["cfg"]) for i in inputs if isinstance(i.get("cfg"), (int, float))}
         scale = scales.pop() if len(scales) == 1 else None
-    return patcher, scale
+    return patcher, scale, sampler
 
 
 # --- folders

@@ -209,31 +209,41 @@ class SchedulerNode:
 
 def fitted_schedule(model_sampling: Any, steps: int) -> Tensor:
     """What the host calls for the scheduler "dpm_solver_v3_fitted": SIGMAS [steps + 1]."""
-    patcher, scale = host.calling()
-    return _fitted_levels(patcher, model_sampling, steps, 1.0 if scale is None else scale)
+    patcher, scale, sampler = host.calling()
+    return _fitted_levels(patcher, model_sampling, steps, 1.0 if scale is None else scale, sampler=sampler or NAME)
 
 
-def _fitted_levels(patcher: Any, model_sampling: Any, steps: int, guidance: float, denoise: float = 1.0) -> Tensor:
-    """The model's fitted schedule, or Karras steps, said so, where it has none. Never raises for a bad file."""
+def _fitted_levels(
+    patcher: Any, model_sampling: Any, steps: int, guidance: float, denoise: float = 1.0, sampler: str = NAME
+) -> Tensor:
+    """The model's fitted schedule, or Karras steps, said so, where it has none. Never raises for a bad file.
+
+    Other samplers get Karras steps too: they do two to four times better on these (benchmarks/fit_ablation.py).
+    """
     from .find import find_file
 
     if denoise <= 0 or steps < 1:
         return torch.empty(0)
-    node, name = host.executing().node, getattr(patcher, "model", None)
+    if sampler != NAME:
+        return _karras_instead(f"fitted steps suit the sampler {NAME} only, not {sampler}", model_sampling, steps, denoise)
     try:
-        handle = find_file(patcher) if name is not None else None
+        handle = find_file(patcher) if getattr(patcher, "model", None) is not None else None
         if handle is not None and handle.file.covers_fit(steps, guidance, denoise):
             message = f"schedule fitted for {steps} steps at cfg {guidance:g}, from {handle.name}"
-            host.say(message, node)
+            host.say(message, host.executing().node)
             host.LOG.info("%s", message)
             return handle.file.fitted_sigmas(steps, guidance, denoise).to(torch.float32)
         fitted = f"{handle.name} has no schedule fitted for {steps} steps at cfg {guidance:g}" if handle else ""
-        reason = fitted or "no EMS for this model"
+        reason = f"{fitted or 'no EMS for this model'}; 'Compute EMS' fits schedules to the checkpoint"
     except Exception as error:  # another pack's model can be anything; the picture comes first
         reason = f"looking for fitted schedules failed ({type(error).__name__}: {error})"
-    message = f"{reason}: Karras steps instead. 'Compute EMS' fits schedules to the checkpoint"
+    return _karras_instead(reason, model_sampling, steps, denoise)
+
+
+def _karras_instead(reason: str, model_sampling: Any, steps: int, denoise: float) -> Tensor:
+    message = f"{reason}: Karras steps instead"
     host.LOG.warning("%s", message)
-    host.say(message, node)
+    host.say(message, host.executing().node)
     total = max(round(steps / denoise), steps)
     return host_levels(host.level_table(model_sampling), "Karras", total, True)[-(steps + 1) :]
 

@@ -48,6 +48,7 @@ __all__ = [
     "report_progress",
     "rounds_levels",
     "running",
+    "sampler_name",
     "session",
     "step_schedules",
     "streams",
@@ -255,6 +256,12 @@ def asking(wrap: Any) -> Running:
             break
         frame = frame.f_back
     return _running(wrap, p if hasattr(p, "cfg_scale") else None)
+
+
+def sampler_name(p: Any) -> str | None:
+    """Of the sampler that asks for a schedule, as the host's list has it; None if unknown."""
+    name = getattr(getattr(getattr(p, "sampler", None), "config", None), "name", None)
+    return name if isinstance(name, str) else None
 
 
 def _running(wrap: Any, p: Any) -> Running:

@@ -330,10 +330,10 @@ class KDiffusionSampler:
         return scheduler.function(n=steps, **ends, **inner, device=torch.device("cpu"))
 
     def sample(self, p: Any, batch: int) -> Any:
-        sigmas = getattr(p, "sigmas", None)
+        sigmas, p.sampler = getattr(p, "sigmas", None), self
         sigmas = self.get_sigmas(p, p.steps) if sigmas is None else sigmas
         noise = torch.randn((batch, CHANNELS, p.height // 8, p.width // 8), generator=torch.Generator().manual_seed(p.seed))
-        p.noise, p.used_sigmas, p.sampler = noise * sigmas[0], sigmas, self
+        p.noise, p.used_sigmas = noise * sigmas[0], sigmas
         denoiser = self.model_wrap_cfg
         denoiser.p, denoiser.step, denoiser.total_steps = p, 0, self.config.total_steps(p.steps)
         cond, uncond = p.conditions
