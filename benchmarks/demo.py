@@ -108,7 +108,7 @@ def draw_samples(results: dict[float, dict], path: Path) -> None:
         steps = "many steps" if name == "converged" else f"{SHOWN_STEPS} steps"
         axis.set_ylabel(f"{name}\n{steps}\nguidance {guidance:g}", rotation=0, ha="right", va="center", fontsize=8)
     axes[0].set_title("The same noise, sampled by each: " + ", ".join(CLASSES), fontsize=9)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def draw_errors(results: dict[float, dict], path: Path) -> None:
