@@ -66,9 +66,9 @@ PER_CHANNEL_BYTES = 64 * 1024
 """What a per-channel file without moments is meant to stay below."""
 MAX_LAMBDA, MAX_GUIDANCE, MAX_VALUE = 30.0, 1000.0, 1e4
 MAX_SCALES, MAX_POINTS, MAX_TEXT = 64, 20_001, 4096
-FITTED_REACH = 2.5
-"""Largest ratio of the guidance scale in use to the fitted one. Measured (`benchmarks/transfer.py`): at a factor of 2 a
-fit keeps most of its gain, at 4 it can lose all of it and more."""
+FITTED_REACH = 0.4, 1.5
+"""Smallest and largest ratio of the guidance scale in use to the fitted one. Measured (`benchmarks/transfer.py`): at half the
+fitted scale a fit keeps most of its gain; at twice it can lose all of it and more, as at a quarter."""
 MAX_FITTED_STEPS, MAX_FITTED_ROWS, MAX_COEFFICIENT = 64, 1024, 1e6
 
 Scalar: TypeAlias = "str | int | float | bool | None"
@@ -320,11 +320,12 @@ class EMSFile:
         return min(scales, key=lambda g: abs(math.log(g / guidance)))
 
     def _fitted_rows(self, guidance: float) -> list[FittedRow]:
-        """The rows of the nearest scale that has any, none if it is too far."""
-        scales = sorted({r.guidance for r in self.meta.fitted})
-        nearest = self._nearest(guidance, scales) if scales and guidance > 0 else math.inf
-        if not 1 / FITTED_REACH <= guidance / nearest <= FITTED_REACH:
+        """The rows of the nearest scale that is near enough."""
+        low, high = FITTED_REACH
+        scales = [g for g in sorted({r.guidance for r in self.meta.fitted}) if low <= guidance / g <= high]
+        if not scales:
             return []
+        nearest = self._nearest(guidance, scales)
         return [r for r in self.meta.fitted if r.guidance == nearest]
 
     def fitted_sigmas(self, steps: int, guidance: float, denoise: float = 1.0) -> Tensor:

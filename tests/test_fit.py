@@ -357,6 +357,8 @@ def test_fitted_sigmas() -> None:
         assert sigmas[0].item() == pytest.approx(math.exp(2.0) if n in (3, 5) else 14.6)
     expected = karras(EDM(0.03, 14.6), 12, to_zero=True)
     assert file.fitted_sigmas(12, 1.0).tolist() == pytest.approx(expected.tolist())
+    assert all(file.covers_fit(3, g) for g in (0.4, 1.5, 3.0, 11.0))
+    assert not any(file.covers_fit(3, g) for g in (0.3, 1.6, 2.9, 11.5))
     far = file.fitted_sigmas(3, 40.0)
     assert far.tolist() == pytest.approx(karras(EDM(0.03, 14.6), 3, to_zero=True).tolist())
     with pytest.warns(UserWarning, match="cover guidance"):
