@@ -51,8 +51,8 @@ TRIVIAL_SIGMA = 0.05
 """A step to 0 from this sigma or less changes next to nothing, so the step before it is the final one.
 
 There the model only removes the little noise that is left: an error of that step stays. Hosts' schedules mostly end so, at the
-model's smallest sigma and then 0. Measured (benchmarks/last_step.py --threshold): the rule lowers the error or leaves it as it is
-below 0.05; where it begins to raise it depends on the schedule, 0.07 to above 0.3.
+model's smallest sigma and then 0. Measured (benchmarks/last_step.py --threshold): below 0.05 the rule lowers the error or
+leaves it as it is; where it begins to raise it depends on the schedule, 0.07 to above 0.3.
 """
 
 
