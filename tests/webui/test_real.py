@@ -291,6 +291,7 @@ def test_fitted_schedule(webui: WebUI) -> None:
         assert replayed < 1e-4
         other = webui.picture(sampler="Euler", scheduler=f"{NAME} fitted")
         assert f"Schedule type: {NAME} fitted" in other.infotext
+        assert f"suit the sampler {NAME} only, not Euler: Karras steps instead" in webui.log()
     finally:
         path.write_bytes(kept)
     webui.picture(scheduler=f"{NAME} fitted")
