@@ -26,7 +26,7 @@ from entrants import host_schedules
 from quality import load_ems
 from torch import Tensor
 
-from dpm_solver_v3.sampler import EMS, plan, sample_dpm_solver_v3
+from dpm_solver_v3.sampler import EMS, LevelTable, karras, plan, sample_dpm_solver_v3
 
 SEED, REFERENCE = 3, 100
 Run = Callable[[Tensor], tuple[Tensor, list[Tensor], list[Tensor]]]
@@ -88,20 +88,14 @@ def rules(run: Run, sigmas: Tensor, clean: Tensor) -> dict[str, float]:
     }
 
 
-def ending_at(last: float, steps: int, rho: float) -> Tensor:
-    """Karras steps to `last`, then 0."""
-    high = NOISE.level_at(torch.tensor([NOISE.time_max], dtype=torch.float64)).item()
-    ends = torch.tensor([high, last], dtype=torch.float64) ** (1 / rho)
-    steps_to = torch.lerp(ends[:1], ends[1:], torch.linspace(0, 1, steps, dtype=torch.float64)) ** rho
-    return torch.cat([steps_to, steps_to.new_zeros(1)])
-
-
 def threshold(run: Run, clean: Tensor, steps: int, title: str) -> None:
     """One line per shape of the steps."""
+    high = SCHEDULES["karras"](1)[0].item()
     for rho in (3.0, 7.0, 1000.0):
         cells = []
         for last in (0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.3):
-            sigmas = ending_at(last, steps, rho)
+            ends = LevelTable(torch.tensor([last, high], dtype=torch.float64))
+            sigmas = karras(ends, steps, rho=rho, to_zero=True)
             errors = []
             for at in (1e9, 0.0):
                 with trivial(at):
