@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpm_solver_v3.ems_tools import file as format_
-from dpm_solver_v3.ems_tools.file import EMSFile, EMSFileError, EMSMeta, EvidenceRow, RecommendedSetting, load_ems_file
+from dpm_solver_v3.ems_tools.file import contents as format_
+from dpm_solver_v3.ems_tools.file.contents import EMSFile, EMSFileError, EMSMeta, EvidenceRow, RecommendedSetting, load_ems_file
 from dpm_solver_v3.sampler import Settings
 
 __all__ = ["KINDS", "corrupted", "example"]

@@ -16,8 +16,8 @@ from common import SIGMA_MAX, SIGMA_MIN, Problem
 from ems_cost import few_step_error
 
 from dpm_solver_v3.ems_tools.embedded import SHAPE, load_denoiser
-from dpm_solver_v3.ems_tools.estimate import Job, JobState, Model, estimate_moments, evaluations_of, uniform_grid
-from dpm_solver_v3.ems_tools.moments import Statistics
+from dpm_solver_v3.ems_tools.estimate.moments import Statistics
+from dpm_solver_v3.ems_tools.estimate.run import Job, JobState, Model, estimate_moments, evaluations_of, uniform_grid
 from dpm_solver_v3.sampler import EMS
 
 LABELS = torch.arange(9)

@@ -22,9 +22,10 @@ from quality import load_ems
 from rivals import RIVALS
 from torch import Tensor
 
-from dpm_solver_v3.ems_tools import fit as F
-from dpm_solver_v3.ems_tools.compute import EFFORTS, Source, job_for
+from dpm_solver_v3.ems_tools.compute import EFFORTS, job_for
 from dpm_solver_v3.ems_tools.embedded import SHAPE, GuidedDenoiser, load_network
+from dpm_solver_v3.ems_tools.estimate.source import Source
+from dpm_solver_v3.ems_tools.fit import run as F
 from dpm_solver_v3.sampler import FittedSteps, karras
 
 SEED = 11

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from dpm_solver_v3.ems_tools import embedded
-from dpm_solver_v3.ems_tools.compute import EFFORTS, Source, compute_ems, job_for, plan_for
-from dpm_solver_v3.ems_tools.estimate import Job
-from dpm_solver_v3.ems_tools.file import EMSFile, EvidenceRow, decode_ems_file, load_ems_file
-from dpm_solver_v3.ems_tools.verify import (
+from dpm_solver_v3.ems_tools.compute import EFFORTS, compute_ems, job_for, plan_for
+from dpm_solver_v3.ems_tools.estimate.run import Job
+from dpm_solver_v3.ems_tools.estimate.source import Source
+from dpm_solver_v3.ems_tools.file.contents import EMSFile, EvidenceRow, decode_ems_file, load_ems_file
+from dpm_solver_v3.ems_tools.judge.spot_check import (
     ALPHA,
     SAMPLES,
     Measured,

@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from safetensors.torch import load, save
 
-from dpm_solver_v3.ems_tools import file as format_
-from dpm_solver_v3.ems_tools.convert import convert_npz
-from dpm_solver_v3.ems_tools.embed import EmbedError, pack, unpack
-from dpm_solver_v3.ems_tools.file import SUFFIX, EMSFile, EMSMeta, EvidenceRow, RecommendedSetting, decode_ems_file
-from dpm_solver_v3.ems_tools.index import decode_index, encode_index, entry_of
-from dpm_solver_v3.ems_tools.library import safe_name
-from dpm_solver_v3.ems_tools.verify import consistency_problems
+from dpm_solver_v3.ems_tools.file import contents as format_
+from dpm_solver_v3.ems_tools.file.contents import SUFFIX, EMSFile, EMSMeta, EvidenceRow, RecommendedSetting, decode_ems_file
+from dpm_solver_v3.ems_tools.file.convert import convert_npz
+from dpm_solver_v3.ems_tools.judge.spot_check import consistency_problems
+from dpm_solver_v3.ems_tools.share.index import decode_index, encode_index, entry_of
+from dpm_solver_v3.ems_tools.share.library import safe_name
+from dpm_solver_v3.ems_tools.share.workflow import EmbedError, pack, unpack
 from dpm_solver_v3.sampler import EMSError, Settings
 
 __all__ = ["KINDS", "run"]

@@ -32,7 +32,7 @@ def command(folder: Path, name: str) -> list[str]:
     """A small job with evidence, over the model above."""
     options = "--model toy:denoiser --shape 2,8,8 --sigma-min 0.05 --sigma-max 20 --guidance 1,3 --effort quick"
     options += " --samples 24 --batch 2 --device cpu --out"
-    return [sys.executable, "-m", "dpm_solver_v3.ems_tools.cli", "compute", *options.split(), str(folder / name)]
+    return [sys.executable, "-m", "dpm_solver_v3.ems_tools.cli.main", "compute", *options.split(), str(folder / name)]
 
 
 def trial(folder: Path, name: str, kill_after: float) -> bytes:

@@ -9,7 +9,7 @@ import torch
 from common import NOISE, Problem, per_sample_error
 
 from dpm_solver_v3.ems_tools.embedded import SHAPE, load_denoiser
-from dpm_solver_v3.ems_tools.estimate import Job, JobState, estimate_moments, uniform_grid
+from dpm_solver_v3.ems_tools.estimate.run import Job, JobState, estimate_moments, uniform_grid
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,26 +13,25 @@ import torch
 from torch import Tensor
 
 from ..sampler import EDM, EMS, Flow, NoiseSchedule, Settings, Space, half_corrector_sigma, karras, uniform_lambda, uniform_time
-from .calibrate import CalibrationPlan, Row, calibrate, evaluations_of_calibration
-from .estimate import (
+from .estimate.moments import Moments
+from .estimate.run import (
     EstimateError,
     Job,
     JobState,
-    Model,
     Progress,
     estimate_moments,
     evaluations_of,
     snapped_grid,
     uniform_grid,
 )
-from .file import EMSFile, EMSMeta, EvidenceRow, FittedRow, RecommendedSetting
-from .fit import FitPlan, evaluations_of_fit, fit_steps
-from .moments import Moments
+from .estimate.source import Source
+from .file.contents import EMSFile, EMSMeta, EvidenceRow, FittedRow, RecommendedSetting
+from .fit.run import FitPlan, evaluations_of_fit, fit_steps
+from .judge.calibrate import CalibrationPlan, Row, calibrate, evaluations_of_calibration
 
 __all__ = [
     "EFFORTS",
     "Effort",
-    "Source",
     "compute_ems",
     "evaluations",
     "job_for",
@@ -71,37 +70,6 @@ EFFORTS = {
     "standard": Effort(32, 60, 1, 8, (5, 6, 8, 10, 15, 20), 2, _FEW, (0.5,), 80, _FIT),
     "thorough": Effort(64, 60, 1, 18, (5, 6, 8, 10, 15, 20), 5, None, (0.5, 0.75), 120, _THOROUGH_FIT),
 }
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model to measure.
-
-    Args:
-        models: the denoiser D(x, level) of each guidance scale.
-        shape: latent [C, ...].
-        schedule: its noise schedule; gives space and noise range.
-        identity: what is known of the model: name, hashes, prediction; strings.
-        levels: the host's own noise levels, if it rounds to them.
-        host_schedules: the host's step schedules to judge on, before the paper's, by name.
-    """
-
-    models: Mapping[float, Model]
-    shape: tuple[int, ...]
-    schedule: NoiseSchedule
-    identity: Mapping[str, str]
-    levels: Tensor | None = None
-    host_schedules: Mapping[str, Callable[[int], Tensor]] | None = None
-
-    def noise_range(self) -> tuple[float, float]:
-        """sigma_min and sigma_max; a flow that begins at t = 1 is measured from t = 0.999 on."""
-        space = self.schedule.space
-        times = torch.tensor([self.schedule.time_min, self.schedule.time_max], dtype=torch.float64)
-        low, high = self.schedule.level_at(times).tolist()
-        high = min(high, 0.999) if space is Space.FLOW else high
-        lam = space.lambda_of(torch.tensor([low, high], dtype=torch.float64))
-        sigma_min, sigma_max = (-lam).exp().tolist()
-        return sigma_min, sigma_max
 
 
 def job_for(subject: Source, effort: Effort, seed: int = 0, **changes: Any) -> Job:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from .calibrate import CalibrationPlan
-from .compute import EFFORTS, Source, evaluations
-from .estimate import EstimateError, Job, Progress, evaluations_of
-from .file import SUFFIX, EMSFile, EMSFileError, load_ems_file
-from .library import safe_name
+from .compute import EFFORTS, evaluations
+from .estimate.run import EstimateError, Job, Progress, evaluations_of
+from .estimate.source import Source
+from .file.contents import SUFFIX, EMSFile, EMSFileError, load_ems_file
+from .judge.calibrate import CalibrationPlan
+from .share.library import safe_name
 
 __all__ = ["PROMPTS", "Watch", "effort_in_words", "place_for", "scales_of"]
 

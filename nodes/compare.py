@@ -180,7 +180,7 @@ def _table(runs: list[_Run], counts: list[int], errors: dict[tuple[_Run, int], f
 
 
 def _panel(runs: list[_Run], counts: list[int], errors: dict[tuple[_Run, int], float]) -> Any:
-    from ..ems_tools.plot import COLOURS, Curve, Panel
+    from ..ems_tools.show.plot import COLOURS, Curve, Panel
 
     xs = tuple(float(n) for n in counts)
     curves = tuple(

@@ -91,8 +91,8 @@ class ComputeNode:
         prompt: Any = None,
     ) -> dict[str, Any]:
         """EMS, path, plot IMAGE and report. Raises HostError or EstimateError with what to do."""
-        from ..ems_tools.describe import lines_of
         from ..ems_tools.hosting import scales_of
+        from ..ems_tools.show.describe import lines_of
         from .find import Handle, identity_of
         from .pictures import ems_picture
         from .session import Request, measure

@@ -41,7 +41,7 @@ class LoadNode:
 
     @classmethod
     def VALIDATE_INPUTS(cls, ems_name: str) -> bool | str:
-        from ..ems_tools.file import SUFFIX
+        from ..ems_tools.file.contents import SUFFIX
 
         if ems_name in dict(library().paths()) or ems_name.endswith(SUFFIX):  # it may be in the workflow: seen when it runs
             return True
@@ -58,8 +58,8 @@ class LoadNode:
 
 def _carried(name: str, extra_pnginfo: Any) -> Handle:
     """The EMS of this name, or the only one, that "Save EMS" put into the workflow."""
-    from ..ems_tools.embed import embedded_files, unpack
-    from ..ems_tools.library import safe_name
+    from ..ems_tools.share.library import safe_name
+    from ..ems_tools.share.workflow import embedded_files, unpack
 
     found = embedded_files(_workflow(extra_pnginfo))
     value = found.get(safe_name(name)) or (next(iter(found.values())) if len(found) == 1 else None)
@@ -150,7 +150,7 @@ class SaveNode:
 
     def _embed(self, ems: Handle, saved_as: str, extra_pnginfo: Any) -> None:
         """Under the name that Load EMS asks for, where the EMS came from a file."""
-        from ..ems_tools.embed import with_file
+        from ..ems_tools.share.workflow import with_file
 
         workflow = _workflow(extra_pnginfo)
         if isinstance(workflow, dict):
@@ -161,8 +161,8 @@ class SaveNode:
 
 def free_path(name: str, data: bytes) -> Path:
     """The first of name, name_2, name_3, ... in output/ems that does not exist or holds these very bytes."""
-    from ..ems_tools.file import SUFFIX
-    from ..ems_tools.library import safe_name
+    from ..ems_tools.file.contents import SUFFIX
+    from ..ems_tools.share.library import safe_name
 
     folder = host.output_folder()
     folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +191,7 @@ class InspectNode:
 
     def inspect(self, ems: Handle) -> dict[str, Any]:
         """IMAGE [1, H, W, 3] and STRING."""
-        from ..ems_tools.describe import lines_of
+        from ..ems_tools.show.describe import lines_of
         from .pictures import ems_picture
 
         bad = [f"refused: {e.name}: {e.problem}" for e in library().entries() if e.file is None]
@@ -217,7 +217,7 @@ class MergeNode:
 
     def merge(self, **parts: Handle) -> tuple[Handle]:
         """Raises EMSFileError that names the EMS which does not fit."""
-        from ..ems_tools.merge import merge_files
+        from ..ems_tools.estimate.merge import merge_files
 
         files = [(handle.name, handle.file) for _, handle in sorted(parts.items()) if handle is not None]
         return (Handle(merge_files(list(files)), " + ".join(name for name, _ in files)),)

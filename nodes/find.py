@@ -14,9 +14,9 @@ from ..sampler import EMS, EMSError
 from . import host
 
 if TYPE_CHECKING:
-    from ..ems_tools.file import EMSFile
-    from ..ems_tools.identity import FingerprintCache, ModelIdentity
-    from ..ems_tools.library import Library
+    from ..ems_tools.file.contents import EMSFile
+    from ..ems_tools.share.identity import FingerprintCache, ModelIdentity
+    from ..ems_tools.share.library import Library
 
 __all__ = ["ATTACHMENT", "Attached", "Found", "Handle", "attach", "channels_of", "find", "find_file", "identity_of", "library"]
 
@@ -57,14 +57,14 @@ class Found:
 
 @lru_cache(maxsize=1)
 def _cache() -> FingerprintCache:
-    from ..ems_tools.identity import FingerprintCache
+    from ..ems_tools.share.identity import FingerprintCache
 
     return FingerprintCache(host.user_file("fingerprints.json"))
 
 
 @lru_cache(maxsize=1)
 def _library() -> Library:
-    from ..ems_tools.library import Library
+    from ..ems_tools.share.library import Library
 
     return Library()
 
@@ -85,7 +85,7 @@ def attach(model: Any, attached: Attached) -> Any:
 
 def identity_of(patcher: Any, place: host.Place) -> ModelIdentity:
     """Identity of a MODEL: its file's fingerprint where the file is known, else its weights'."""
-    from ..ems_tools.identity import ModelIdentity, weights_fingerprint
+    from ..ems_tools.share.identity import ModelIdentity, weights_fingerprint
 
     model = getattr(patcher, "model", None)
     kind = getattr(model, "model_config", None)

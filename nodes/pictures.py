@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..ems_tools.file import EMSFile
-    from ..ems_tools.plot import Panel
+    from ..ems_tools.file.contents import EMSFile
+    from ..ems_tools.show.plot import Panel
 
 __all__ = ["ems_picture", "image_of_png", "labelled_grid", "panels_picture"]
 
@@ -27,14 +27,14 @@ def image_of_png(data: bytes) -> Tensor:
 
 def ems_picture(file: EMSFile, title: str) -> Tensor:
     """l, s, b and the evidence of a file."""
-    from ..ems_tools.plot import panels_of
+    from ..ems_tools.show.plot import panels_of
 
     return panels_picture(panels_of(file), title)
 
 
 def panels_picture(rows: list[list[Panel]], title: str, zoom: float = 1.0) -> Tensor:
     """Any panels."""
-    from ..ems_tools.plot import png_of
+    from ..ems_tools.show.plot import png_of
 
     return image_of_png(png_of(rows, title, zoom))
 
@@ -44,7 +44,7 @@ def labelled_grid(rows: list[list[Tensor]], row_names: list[str], column_names: 
     import numpy as np
     from PIL import Image, ImageDraw
 
-    from ..ems_tools.raster import font
+    from ..ems_tools.show.png import font
 
     zoom = max(1, 128 // min(rows[0][0].shape[:2]))
     rows = [[image.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1) for image in row] for row in rows]

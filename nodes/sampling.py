@@ -67,7 +67,7 @@ def _statistics(run: host.Running, x: Tensor, model_options: dict[str, Any], sam
 
 
 def _half(run: host.Running) -> float:
-    """sigma = exp(-lambda) at half of the host's time."""
+    """Sigma = exp(-lambda) at half of the host's time."""
     table = host.level_table(run.sampling)
     level = table.level_at(torch.tensor(0.5, dtype=torch.float64))
     return float((-table.space.lambda_of(level)).exp())

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ems_tools.calibrate import CalibrationPlan
-from ..ems_tools.compute import EFFORTS, Source, compute_ems, job_for, plan_for
-from ..ems_tools.estimate import EstimateError, Job, Progress
-from ..ems_tools.file import EMSFile
+from ..ems_tools.compute import EFFORTS, compute_ems, job_for, plan_for
+from ..ems_tools.estimate.points import DivergedError
+from ..ems_tools.estimate.run import EstimateError, Job, Progress
+from ..ems_tools.estimate.source import Source
+from ..ems_tools.file.contents import EMSFile
 from ..ems_tools.hosting import Watch, place_for
-from ..ems_tools.points import DivergedError
+from ..ems_tools.judge.calibrate import CalibrationPlan
 from ..sampler import SamplingError, Space
 from . import host
 
@@ -211,7 +212,7 @@ class _Watch:
 
 
 def _previewer(patcher: Any) -> Callable[[Tensor | None], Any]:
-    """denoised -> the host's preview, or None where it makes none."""
+    """Denoised -> the host's preview, or None where it makes none."""
     try:
         import latent_preview
 

@@ -8,7 +8,7 @@ from . import host
 from .find import Handle, channels_of, identity_of, library
 
 if TYPE_CHECKING:
-    from ..ems_tools.identity import ModelIdentity
+    from ..ems_tools.share.identity import ModelIdentity
 
 __all__ = ["FindNode"]
 
@@ -59,9 +59,9 @@ class FindNode:
         return self._fetched(identity, repository.strip())
 
     def _fetched(self, identity: ModelIdentity, repository: str) -> dict[str, Any]:
-        from ..ems_tools.hub import Hub
-        from ..ems_tools.index import Hashes
-        from ..ems_tools.pull import pull
+        from ..ems_tools.share.hub import Hub
+        from ..ems_tools.share.index import Hashes
+        from ..ems_tools.share.pull import pull
 
         if not repository:
             raise host.HostError("Name the repository to look in: user/name.")

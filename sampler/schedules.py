@@ -36,11 +36,20 @@ class NoiseSchedule(Protocol):
     """Time in [time_min, time_max], larger is noisier, and the host's level there."""
 
     @property
-    def space(self) -> Space: ...
+    def space(self) -> Space:
+        """What the host's levels are."""
+        ...
+
     @property
-    def time_min(self) -> float: ...
+    def time_min(self) -> float:
+        """Time of the least noise."""
+        ...
+
     @property
-    def time_max(self) -> float: ...
+    def time_max(self) -> float:
+        """Time of the most noise."""
+        ...
+
     def level_at(self, time: Tensor) -> Tensor:
         """Host level in float64 at `time`, any shape."""
         ...
@@ -76,7 +85,7 @@ class VPDiscrete:
         return cls((1 - betas).cumprod(0))
 
     def level_at(self, time: Tensor) -> Tensor:
-        """sigma at `time` in [1 / N, 1]."""
+        """Sigma at `time` in [1 / N, 1]."""
         a = self.alphas_cumprod.to(torch.float64)
         log_sigma = ((1 - a) / a).log() / 2
         position = (time.to(torch.float64) * len(a) - 1).clamp(0, len(a) - 1)
@@ -95,7 +104,7 @@ class VPContinuous:
     space = Space.SIGMA
 
     def level_at(self, time: Tensor) -> Tensor:
-        """sigma at `time`."""
+        """Sigma at `time`."""
         t = time.to(torch.float64)
         return torch.expm1((self.beta_1 - self.beta_0) * t**2 / 2 + self.beta_0 * t).sqrt()
 
@@ -119,7 +128,7 @@ class EDM:
         return self.sigma_max
 
     def level_at(self, time: Tensor) -> Tensor:
-        """sigma at `time`, the same number."""
+        """Sigma at `time`, the same number."""
         return time.to(torch.float64)
 
 
@@ -133,7 +142,7 @@ class Flow:
     space = Space.FLOW
 
     def level_at(self, time: Tensor) -> Tensor:
-        """t at unshifted `time`."""
+        """T at unshifted `time`."""
         u = time.to(torch.float64)
         return self.shift * u / (1 + (self.shift - 1) * u)
 
@@ -172,7 +181,7 @@ class LevelTable:
 
 
 def half_corrector_sigma(schedule: NoiseSchedule) -> float:
-    """sigma at time 0.5: `corrector_below` for the paper's half corrector ("t <= 0.5")."""
+    """Sigma at time 0.5: `corrector_below` for the paper's half corrector ("t <= 0.5")."""
     level = schedule.level_at(torch.tensor(0.5, dtype=torch.float64))
     return math.exp(-schedule.space.lambda_of(level).item())
 

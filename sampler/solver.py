@@ -236,7 +236,7 @@ def _minus_nonlinear_term(slope: Tensor | float, x: Tensor, denoised: Tensor) ->
 
 
 def _combine(update: _ReadyUpdate, x: Tensor, minus_f: dict[int, Tensor]) -> Tensor:
-    """decay x + offset + sum_j weight_j f_j."""
+    """Decay x + offset + sum_j weight_j f_j."""
     out = x * (update.decay.to(x) if isinstance(update.decay, Tensor) else update.decay)
     if isinstance(update.offset, Tensor):
         out += update.offset.to(x)  # addcmul with two broadcast factors would be four times slower on a CPU

@@ -48,6 +48,6 @@ class Space(str, Enum):
         return torch.sigmoid(-lam) if self is Space.FLOW else (-lam).exp()
 
     def alpha_of(self, level: Tensor) -> Tensor:
-        """alpha in x = alpha y, float64; 0 at t = 1 of a flow."""
+        """Alpha in x = alpha y, float64; 0 at t = 1 of a flow."""
         level = level.to(torch.float64)
         return 1 - level if self is Space.FLOW else torch.ones_like(level)

@@ -170,7 +170,7 @@ def smooth_ems() -> EMS:
     return EMS(lam[:, 0], l, 0.4 * torch.sin(lam + channel) - 0.5, 0.3 * torch.cos(1.3 * lam - channel))
 
 
-@pytest.fixture()
+@pytest.fixture
 def new_tensors() -> Iterator[Callable[[torch.Size], int]]:
     """Number of distinct tensors of a shape that were made since the test began and are alive now."""
 

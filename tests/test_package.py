@@ -99,7 +99,7 @@ def test_direction_check_sees_an_upward_import(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     file = tmp_path / "sampler" / "deep" / "bad.py"
     file.parent.mkdir(parents=True)
-    file.write_text("from ... import nodes\nfrom ...ems_tools.moments import x\nfrom ..ems import EMS\n")
+    file.write_text("from ... import nodes\nfrom ...ems_tools.estimate.moments import x\nfrom ..ems import EMS\n")
     assert list(imported_parts(file)) == ["nodes", "ems_tools", "sampler"]
     file.write_text("import dpm_solver_v3.nodes\n")
     with pytest.raises(AssertionError, match="relative"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..ems_tools.library import Entry, Library
+from ..ems_tools.share.library import Entry, Library
 from ..sampler import EMS, EMSError
 from . import host
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ems_tools.identity import FingerprintCache, ModelIdentity
+from ..ems_tools.share.identity import FingerprintCache, ModelIdentity
 from ..sampler import LevelTable, Space
 
 __all__ = [

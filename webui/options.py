@@ -145,7 +145,7 @@ def _ems_choices() -> list[str]:
 
 
 def _reader(name: str) -> Any:
-    """parameters of a picture -> the accordion's value, or None where the picture says nothing."""
+    """Parameters of a picture -> the accordion's value, or None where the picture says nothing."""
 
     def read(parameters: dict[str, Any]) -> str | None:
         value = parameters.get(f"{_RECORD} {name}")

@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ems_tools.compute import EFFORTS, Source, compute_ems, job_for, plan_for
-from ..ems_tools.estimate import EstimateError, Progress
-from ..ems_tools.file import EMSFile
+from ..ems_tools.compute import EFFORTS, compute_ems, job_for, plan_for
+from ..ems_tools.estimate.points import DivergedError
+from ..ems_tools.estimate.run import EstimateError, Progress
+from ..ems_tools.estimate.source import Source
+from ..ems_tools.file.contents import EMSFile
 from ..ems_tools.hosting import Watch, place_for
-from ..ems_tools.points import DivergedError
 from ..sampler import SamplingError
 from . import host
 from .sampling import MEASURE, NAME

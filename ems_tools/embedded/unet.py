@@ -137,6 +137,7 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), 2)
 
     def forward(self, x: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
+        """D(x, sigma) of x [B, 3, H, W], sigma [B] and label [B]."""
         s = sigma.reshape(-1, 1, 1, 1)
         d = self.config.sigma_data
         total = (s**2 + d**2).sqrt()

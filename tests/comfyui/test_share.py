@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dpm_solver_v3.ems_tools.embed import KEY
+from dpm_solver_v3.ems_tools.share.workflow import KEY
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "travels.ems.safetensors"

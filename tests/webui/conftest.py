@@ -499,7 +499,7 @@ def gradio_names() -> dict[str, Any]:
 @pytest.fixture(params=["A1111", "Forge", "reForge"])
 def host(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     """AUTOMATIC1111 1.10.1, Forge f2.0.1 (June 2025, dfdcbab), reForge (March 2026, 3b56b26); not yet started."""
-    yield Host(request.param, tmp_path, monkeypatch)
+    return Host(request.param, tmp_path, monkeypatch)
 
 
 @pytest.fixture

@@ -1,0 +1,63 @@
+"""Add up statistics files that keep their moments: the same model and grid, computed with different seeds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from os import PathLike
+from typing import Any
+
+import torch
+
+from ..file.contents import EMSFile, EMSFileError
+from .moments import MergeError, Moments
+from .run import EstimateError
+
+__all__ = ["merge_files"]
+
+
+def merge_files(files: list[tuple[str | PathLike[str], EMSFile]]) -> EMSFile:
+    """The file of all samples together. Raises EMSFileError that names the file which does not fit."""
+    if len(files) < 2:
+        raise EstimateError("merging needs at least two files")
+    first_path, first = files[0]
+    totals = _moments(first_path, first)
+    seeds = list(first.meta.estimate.get("seeds", ()))  # type: ignore[arg-type]
+    for path, file in files[1:]:
+        for what, mine, theirs in (
+            ("model", dict(first.meta.model), dict(file.meta.model)),
+            ("guidance scales", first.guidance.tolist(), file.guidance.tolist()),
+            ("source of points", first.meta.estimate.get("points"), file.meta.estimate.get("points")),
+        ):
+            if mine != theirs:
+                raise EMSFileError(path, f"its {what} ({theirs}) differs from {first_path}'s ({mine}): these cannot be merged")
+        repeated = set(seeds) & set(file.meta.estimate.get("seeds", ()))  # type: ignore[arg-type]
+        if repeated:
+            raise EMSFileError(
+                path, f"holds samples of seed {sorted(map(str, repeated))[0]}, counted already: compute it with another --seed"
+            )
+        seeds += list(file.meta.estimate.get("seeds", ()))  # type: ignore[arg-type]
+        try:
+            totals = [a.merged(b) for a, b in zip(totals, _moments(path, file), strict=True)]
+        except MergeError as error:
+            raise EMSFileError(path, str(error)) from error
+    return _with_moments(first, totals, tuple(seeds))
+
+
+def _moments(path: str | PathLike[str], file: EMSFile) -> list[Moments]:
+    names = [(f"sums.{g}", f"count.{g}") for g in range(len(file.guidance))]
+    if not all(name in file.moments for pair in names for name in pair):
+        raise EMSFileError(path, "has no moments: compute it with --keep-moments to merge or extend it")
+    return [Moments(file.lambdas, file.moments[count], file.moments[sums]) for sums, count in names]
+
+
+def _with_moments(file: EMSFile, moments: list[Moments], seeds: tuple[Any, ...]) -> EMSFile:
+    statistics = [m.statistics() for m in moments]
+    stacked = {name: torch.stack([getattr(st, name) for st in statistics]) for name in "lsb"}
+    errors = {name: torch.stack([getattr(st, f"{name}_se") for st in statistics]) for name in "lsb"}
+    kept = {}
+    for g, m in enumerate(moments):
+        kept[f"sums.{g}"], kept[f"count.{g}"] = m.sums, m.count
+    estimate = {**file.meta.estimate, "samples": tuple(m.samples for m in moments), "seeds": seeds}
+    meta = replace(file.meta, estimate=estimate, evidence=(), recommendation=(), fitted=())
+    merged = replace(file, meta=meta, errors=errors, moments={}, **stacked)
+    return replace(merged.compacted(), moments=kept)

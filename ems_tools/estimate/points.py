@@ -1,0 +1,252 @@
+"""Where statistics are measured: points y at each lambda of a grid, with D, its total derivative D' and v * (J v).
+
+Two sources of points (method.md, section 4):
+
+- `trajectory`: points of the model's own ODE trajectories, solved on the grid itself. D along a trajectory is a tabulated
+  function of lambda, so D' is its difference quotient and costs nothing.
+- `renoised`: clean samples (the ends of such trajectories) with fresh noise, y = x0 + sigma n. D' needs a short ODE step
+  to the neighbouring grid points, two more evaluations.
+
+The Jacobian's diagonal comes from Hutchinson probes v of random signs: v * (J v), J v by a one-sided difference of D
+(its bias is odd in v and so vanishes in the mean up to the square of the step) or in forward mode.
+Neither differentiates through the host's time input, and both call D on grid levels only: on a grid of a host's own
+levels, a host that rounds sigma rounds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...sampler import LambdaDenoiser, sample_dpm_solver_v3
+from .moments import MOMENTS
+
+__all__ = ["PROBE_STEP", "DivergedError", "PointSource", "ProbeMethod", "difference_weights", "sample_moments"]
+
+PointSource = Literal["trajectory", "renoised"]
+ProbeMethod = Literal["difference", "forward"]
+PROBE_STEP = 0.1
+"""Length of the finite-difference step for J v, in units of sigma per element. Measured in benchmarks/ems_points.py."""
+
+
+class DivergedError(RuntimeError):
+    """A trajectory left the region of plausible values; the message names sigma."""
+
+
+@dataclass
+class _Sums:
+    """Per-sample moments [9, B, N+1, C, ...] on the model's device, filled point by point."""
+
+    values: Tensor
+    per_element: bool
+
+    def mean(self, v: Tensor) -> Tensor:
+        """[B, C] over positions, or [B, C, ...] per element, in float64."""
+        v = v.to(torch.float64)
+        return v if self.per_element or v.ndim == 2 else v.flatten(2).mean(2)
+
+    def put(self, i: int, y: Tensor, D: Tensor, Dp: Tensor) -> None:
+        products = (y, D, Dp, y * y, y * D, D * D, y * Dp, D * Dp)
+        for row, product in enumerate(products):
+            self.values[row, :, i] = self.mean(product)
+
+    def put_probe(self, i: int, v_jv: Tensor, share: float) -> None:
+        self.values[MOMENTS.index("vJv"), :, i] += share * self.mean(v_jv)
+
+
+def difference_weights(lambdas: Tensor) -> tuple[Tensor, Tensor]:
+    """First node [N+1] and weights [N+1, 3] of the three-point derivative at every grid point (second order)."""
+    n = len(lambdas)
+    first = (torch.arange(n) - 1).clamp(0, n - 3)
+    h = lambdas[first[:, None] + torch.arange(3)] - lambdas[:, None]
+    weights = torch.empty(n, 3, dtype=torch.float64)
+    for j in range(3):
+        a, b = (k for k in range(3) if k != j)
+        weights[:, j] = -(h[:, a] + h[:, b]) / ((h[:, j] - h[:, a]) * (h[:, j] - h[:, b]))
+    return first, weights
+
+
+def sample_moments(
+    denoiser: LambdaDenoiser,
+    lambdas: Tensor,
+    noise: Tensor,
+    generators: list[torch.Generator],
+    *,
+    source: PointSource = "trajectory",
+    statistics_of: LambdaDenoiser | None = None,
+    probes: int = 1,
+    probe_method: ProbeMethod = "difference",
+    per_element: bool = False,
+    tick: Callable[[int], None] = lambda evaluations: None,
+) -> Tensor:
+    """Moments [9, B, N+1, C, ...] of a batch of samples, one trajectory each.
+
+    Args:
+        denoiser: D(y, lambda) whose trajectories (or their ends) give the points.
+        lambdas: [N+1] increasing grid, N >= 2.
+        noise: [B, C, ...] unit start noise.
+        generators: one per sample, for its probes and re-noising: a sample's result does not depend on its batch.
+        source: see the module.
+        statistics_of: the denoiser that is measured, if another (the unguided one at points of the guided one, say);
+            its D' then always needs the short step.
+        probes: Hutchinson probes per point.
+        probe_method: finite differences, or forward-mode differentiation.
+        per_element: keep positions apart.
+        tick: called with the number of samples just evaluated (one per sample and call), for progress and cancelling.
+
+    Raises:
+        SamplingError: the model returned NaN; names the step and sigma.
+        DivergedError: see there.
+    """
+    measured = statistics_of or denoiser
+    kept = noise.shape[1:] if per_element else noise.shape[1:2]
+    values = torch.zeros(len(MOMENTS), len(noise), len(lambdas), *kept, dtype=torch.float64, device=noise.device)
+    sums = _Sums(values, per_element)
+
+    def probe(i: int, y: Tensor, D: Tensor) -> None:
+        for _ in range(probes):
+            v = _signs(y, generators)
+            jv = _jacobian_product(measured, y, lambdas[i].item(), v, D, probe_method)
+            tick(len(y))
+            sums.put_probe(i, v * jv, 1 / probes)
+
+    def short_step(i: int, y: Tensor) -> None:
+        lam = lambdas[i].item()
+        D = measured(y, lam)
+        tick(len(y))
+        sums.put(i, y, D, _short_step_derivative(measured, lambdas, i, y, D, tick))
+        probe(i, y, D)
+
+    if source == "trajectory" and measured is denoiser:
+        _along_trajectory(denoiser, lambdas, noise, sums, probe, tick)
+        return sums.values
+    path: list[Tensor] = []
+    final = _trajectory(denoiser, lambdas, noise, lambda i, y, D: path.append(y), tick)
+    for i in range(len(lambdas)):
+        if source == "trajectory":
+            short_step(i, path[i])
+        else:
+            short_step(i, final + (-lambdas[i]).exp().item() * _normal(final, generators))
+    return sums.values
+
+
+def _along_trajectory(
+    denoiser: LambdaDenoiser,
+    lambdas: Tensor,
+    noise: Tensor,
+    sums: _Sums,
+    probe: Callable[[int, Tensor, Tensor], None],
+    tick: Callable[[int], None],
+) -> None:
+    """Fill `sums` while solving; D' from the last three values of D."""
+    first, weights = difference_weights(lambdas)
+    window: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def settle(i: int) -> None:
+        nodes = range(int(first[i]), int(first[i]) + 3)
+        Dp = sum((window[j][1].to(torch.float64) * weights[i, k].item() for k, j in enumerate(nodes)), torch.tensor(0.0))
+        y, D = window[i]
+        sums.put(i, y.to(torch.float64), D.to(torch.float64), Dp.to(noise.device))
+
+    def visit(i: int, y: Tensor, D: Tensor) -> None:
+        window[i] = (y, D)
+        probe(i, y, D)
+        if i >= 2:
+            settle(i - 1)
+            if i == 2:
+                settle(0)
+            if i == len(lambdas) - 1:
+                settle(i)
+            del window[i - 2]
+
+    _trajectory(denoiser, lambdas, noise, visit, tick)
+
+
+def _trajectory(
+    denoiser: LambdaDenoiser,
+    lambdas: Tensor,
+    noise: Tensor,
+    visit: Callable[[int, Tensor, Tensor], None],
+    tick: Callable[[int], None],
+) -> Tensor:
+    """Solve on the grid from sigma_max * noise, one call a grid point, calling visit(i, y, D); returns the last D."""
+    levels = denoiser.space.level_of(lambdas)
+    alphas = denoiser.space.alpha_of(levels)
+    last: list[Tensor] = []
+
+    def on_step(info: dict[str, object]) -> None:
+        i, x, D = int(info["i"]), info["x"], info["denoised"]  # type: ignore[call-overload]
+        assert isinstance(x, Tensor) and isinstance(D, Tensor)
+        y = x / alphas[i].item()
+        _check_plausible(y, D, lambdas[i].item())
+        tick(len(y))
+        visit(i, y, D)
+        last[:] = [D]
+
+    start = noise * (alphas[0] * (-lambdas[0]).exp()).item()
+    end = torch.cat([levels, levels.new_zeros(1)])  # the step to 0 makes the solver evaluate D at the last grid point
+    sample_dpm_solver_v3(
+        denoiser.model,
+        start,
+        end.to(noise.device),
+        denoiser.extra_args,
+        on_step,
+        True,
+        space=denoiser.space,
+        order=3,
+        predictor="true",
+        corrector="none",
+        lower_order_final=False,
+    )
+    return last[0]
+
+
+def _check_plausible(y: Tensor, D: Tensor, lam: float) -> None:
+    """A denoiser that works removes about sigma of noise; ten times that, and the ODE runs away."""
+    sigma = 2.718281828459045**-lam
+    residual = (y - D).float().square().mean().sqrt().item()
+    if not residual <= 30 * max(sigma, 0.02):
+        raise DivergedError(
+            f"the trajectory diverges at sigma = {sigma:.4g} (lambda = {lam:.3f}): the model moves x by {residual:.3g}, where "
+            f"about {sigma:.3g} of noise is left. Check the prediction type, the noise range and the guidance scale"
+        )
+
+
+def _short_step_derivative(
+    measured: LambdaDenoiser, lambdas: Tensor, i: int, y: Tensor, D: Tensor, tick: Callable[[int], None]
+) -> Tensor:
+    """D' along the ODE of `measured` through y: three-point difference over short steps to neighbouring grid points."""
+    first, weights = difference_weights(lambdas)
+    rate = torch.zeros_like(D, dtype=torch.float64)
+    for k, j in enumerate(range(int(first[i]), int(first[i]) + 3)):
+        if j == i:
+            value = D
+        else:
+            decay = (lambdas[i] - lambdas[j]).exp().item()  # exact for constant D: y' = D + exp(-h) (y - D)
+            value = measured(D + decay * (y - D), lambdas[j].item())
+            tick(len(y))
+        rate += weights[i, k].item() * value.to(torch.float64)
+    return rate
+
+
+def _jacobian_product(denoiser: LambdaDenoiser, y: Tensor, lam: float, v: Tensor, D: Tensor, method: ProbeMethod) -> Tensor:
+    """J v = (dD/dy) v at y [B, C, ...]."""
+    if method == "forward":
+        with torch.enable_grad():
+            product: Tensor = torch.func.jvp(lambda at: denoiser(at, lam), (y,), (v,))[1]
+        return product
+    step = PROBE_STEP * 2.718281828459045**-lam
+    return (denoiser(y + step * v, lam) - D) / step
+
+
+def _signs(like: Tensor, generators: list[torch.Generator]) -> Tensor:
+    draws = [torch.randint(0, 2, like.shape[1:], generator=g, dtype=torch.int8) for g in generators]
+    return torch.stack(draws).to(like.device, like.dtype) * 2 - 1
+
+
+def _normal(like: Tensor, generators: list[torch.Generator]) -> Tensor:
+    return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like.device, like.dtype)

@@ -1,0 +1,5 @@
+"""Fit few steps to a model: where to evaluate it, and how to combine what it returns."""
+
+from .run import FitPlan, evaluations_of_fit, fit_steps
+
+__all__ = ["FitPlan", "evaluations_of_fit", "fit_steps"]

@@ -1,0 +1,272 @@
+"""Judge finished statistics on noise held out of their estimate, and choose the settings that go with them.
+
+Per guidance scale, schedule and step count, on calibration noise: the best settings without EMS (strength 0 is data
+prediction, i.e. multistep DPM-Solver++ with a corrector), the best with EMS, and the factor of `EMS.scaled` that wins.
+What wins is recommended: since strength 0 is among the candidates, a recommendation never loses to the best setting without
+EMS on the noise it was chosen on. What it is worth is then reported on other noise, which played no part.
+
+Errors are mean squared differences, per noise, to the converged solution from the same noise; candidates are
+compared by their geometric mean, because a few start noises carry most of the arithmetic one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ...sampler import EMS, SamplingError, Settings, sample_dpm_solver_v3
+from ..estimate.run import Job, JobState, Meter, Model, Progress, denoiser_for, in_batches, sample_noise
+from ..fit.run import FitPlan
+
+__all__ = ["HELD_OUT", "CalibrationPlan", "Row", "calibrate", "endpoint_errors", "evaluations_of_calibration", "reference"]
+
+HELD_OUT = 1_000_000_000
+"""Index of the first calibration sample; the samples of an estimate count from 0 and never get there."""
+
+_COMBINATIONS = (
+    Settings(order=2, corrector="none"),
+    Settings(order=2, corrector="pseudo"),
+    Settings(order=2, corrector="raised"),
+    Settings(order=3, corrector="none"),
+    Settings(order=3, corrector="pseudo"),
+)
+
+UNUSABLE = 1e30
+"""The error of statistics with which the latent overflows: worse than anything, and a number that the file can hold."""
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """How much to try.
+
+    Args:
+        schedules: host levels (decreasing, n + 1 of them) as a function of the number of steps, by name.
+        steps: step counts.
+        calibration, report: noises of the two disjoint sets.
+        combinations: orders and correctors to try, with and without EMS.
+        strengths: factors tried on the best combination with EMS, beside 1.
+        reference_steps: of the converged solution.
+        fit: of schedules and coefficients, after it; None leaves it out.
+    """
+
+    schedules: Mapping[str, Callable[[int], Tensor]]
+    steps: tuple[int, ...] = (5, 6, 8, 10, 15, 20)
+    calibration: int = 16
+    report: int = 16
+    combinations: tuple[Settings, ...] = _COMBINATIONS
+    strengths: tuple[float, ...] = (0.5, 0.75)
+    reference_steps: int = 120
+    fit: FitPlan | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """Evidence for one guidance scale, schedule and step count. Errors are geometric means over noises.
+
+    `lambdas` are the schedule's (finite ones). `data_prediction` is the error of `best_data`, `recommended` that of
+    `settings`, `full` that of `best_data`'s order and corrector at strength 1; `_report` on noise that chose nothing.
+    """
+
+    guidance: float
+    schedule: str
+    steps: int
+    lambdas: tuple[float, ...]
+    best_data: Settings
+    settings: Settings
+    data_prediction: float
+    recommended: float
+    full: float
+    data_prediction_report: float = math.nan
+    recommended_report: float = math.nan
+    full_report: float = math.nan
+
+
+@dataclass
+class _Bench:
+    """One guidance scale's denoiser with noises and reference end points, and a count of evaluations."""
+
+    job: Job
+    model: Model
+    device: torch.device | str
+    dtype: torch.dtype
+    batch: int
+    tick: Callable[[int], None]
+    ends: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def solve(self, samples: list[int], levels: Tensor, ems: EMS | None, settings: Settings) -> Tensor:
+        """X [B, C, ...] at the end of `levels`."""
+        noise, _ = sample_noise(self.job, samples)
+        denoiser = denoiser_for(self.model, samples, self.job.space)
+        space = self.job.space
+        top = levels[:1].to(torch.float64)
+        start = noise.to(self.device, self.dtype) * (space.alpha_of(top) * (-space.lambda_of(top)).exp()).nan_to_num(1.0).item()
+        return sample_dpm_solver_v3(
+            denoiser.model,
+            start,
+            levels.to(self.device),
+            None,
+            lambda info: self.tick(len(samples)),
+            True,
+            ems=ems,
+            space=space,
+            **settings.__dict__,
+        )
+
+
+def reference(bench: _Bench, samples: list[int], steps: int) -> None:
+    """Converged solutions from these noises over the job's range: x at its clean end, and D there (the end at sigma 0)."""
+    job = bench.job
+    lam = torch.linspace(job.lambdas[0], job.lambdas[-1], steps + 1, dtype=torch.float64)
+    levels = job.space.level_of(lam)
+    settings = Settings(order=3, corrector="none", lower_order_final=False)
+
+    def run(part: list[int]) -> tuple[Tensor, Tensor]:
+        x = bench.solve(part, levels, None, settings)
+        y = x / job.space.alpha_of(levels[-1:]).item()
+        with torch.no_grad():
+            D = denoiser_for(bench.model, part, job.space)(y, lam[-1].item())
+        bench.tick(len(part))
+        return x, D
+
+    for part, (x, D) in in_batches(samples, bench.batch, run):
+        for k, sample in enumerate(part):
+            bench.ends[sample] = (x[k], D[k])
+
+
+def endpoint_errors(bench: _Bench, samples: list[int], levels: Tensor, ems: EMS | None, settings: Settings) -> Tensor:
+    """Mean squared error [K] of the end point against the reference from the same noise."""
+
+    def run(part: list[int]) -> Tensor:
+        x = bench.solve(part, levels, ems, settings)
+        ends = torch.stack([bench.ends[k][1 if levels[-1] == 0 else 0] for k in part])
+        return (x - ends).double().square().flatten(1).mean(1).cpu()
+
+    return torch.cat([errors for _, errors in in_batches(samples, bench.batch, run)])
+
+
+def evaluations_of_calibration(plan: CalibrationPlan, scales: int) -> int:
+    """Denoiser evaluations of `calibrate` for this many guidance scales."""
+    noises = plan.calibration + plan.report
+    tried = 2 * len(plan.combinations) + len(plan.strengths)
+    runs = len(plan.schedules) * sum(plan.steps) * (plan.calibration * tried + plan.report * 3)
+    return scales * (noises * (plan.reference_steps + 1) + runs)
+
+
+def calibrate(
+    model: Model,
+    ems: EMS,
+    job: Job,
+    guidance: float,
+    plan: CalibrationPlan,
+    state: JobState,
+    *,
+    batch: int = 16,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[Progress], None] = lambda p: None,
+) -> list[Row]:
+    """Evidence rows for one guidance scale; rows already in `state` are not computed again.
+
+    Raises whatever the model and `progress` raise; finished rows are in the saved state by then.
+    """
+    rows = {(r.schedule, r.steps): r for r in rows_of(state) if r.guidance == guidance}
+    wanted = [(name, n) for name in plan.schedules for n in plan.steps]
+    if all(key in rows for key in wanted):
+        return [rows[key] for key in wanted]
+    chosen_on = list(range(HELD_OUT, HELD_OUT + plan.calibration))
+    reported_on = list(range(HELD_OUT + plan.calibration, HELD_OUT + plan.calibration + plan.report))
+    meter = Meter(progress, "evidence", evaluations_of_calibration(plan, 1), f"evidence at guidance {guidance:g}")
+    bench = _Bench(job, model, device, dtype, batch, meter.tick)
+    reference(bench, chosen_on + reported_on, plan.reference_steps)
+    for name, steps in wanted:
+        if (name, steps) in rows:
+            continue
+        levels = plan.schedules[name](steps)
+        row = _row(bench, ems, guidance, name, steps, levels, plan, chosen_on, reported_on)
+        rows[name, steps] = row
+        state.facts.setdefault("evidence", []).append(row_to_json(row))
+        state.save()
+    return [rows[key] for key in wanted]
+
+
+def _row(
+    bench: _Bench,
+    ems: EMS,
+    guidance: float,
+    name: str,
+    steps: int,
+    levels: Tensor,
+    plan: CalibrationPlan,
+    chosen_on: list[int],
+    reported_on: list[int],
+) -> Row:
+    def error(samples: list[int], settings: Settings) -> float:
+        try:
+            return _geometric(endpoint_errors(bench, samples, levels, ems if settings.strength else None, settings))
+        except SamplingError:
+            if not settings.strength:
+                raise
+            return UNUSABLE
+
+    data = {replace(c, strength=0.0): 0.0 for c in plan.combinations}
+    full = {replace(c, strength=1.0): 0.0 for c in plan.combinations}
+    for table in (data, full):
+        for settings in table:
+            table[settings] = error(chosen_on, settings)
+    best_data, best_full = min(data, key=data.__getitem__), min(full, key=full.__getitem__)
+    shrunk = {replace(best_full, strength=s): 0.0 for s in plan.strengths}
+    for settings in shrunk:
+        shrunk[settings] = error(chosen_on, settings)
+    everything = {**data, **full, **shrunk}
+    winner = min(everything, key=everything.__getitem__)
+    lambdas = bench.job.space.lambda_of(levels)
+    at_full = replace(best_data, strength=1.0)
+    return Row(
+        guidance,
+        name,
+        steps,
+        tuple(lambdas[lambdas.isfinite()].tolist()),
+        best_data,
+        winner,
+        data[best_data],
+        everything[winner],
+        full[at_full],
+        error(reported_on, best_data),
+        error(reported_on, winner),
+        error(reported_on, at_full),
+    )
+
+
+def _geometric(errors: Tensor) -> float:
+    return errors.clamp(min=1e-30).log().mean().exp().item()
+
+
+def row_to_json(row: Row) -> dict[str, object]:
+    """A row as JSON-serialisable values."""
+    plain = {**row.__dict__, "lambdas": list(row.lambdas)}
+    for name in ("best_data", "settings"):
+        plain[name] = {**plain[name].__dict__}
+        if math.isinf(plain[name]["corrector_below"]):
+            plain[name]["corrector_below"] = None
+    return plain
+
+
+def row_from_json(plain: dict[str, object]) -> Row:
+    """The inverse of `row_to_json`. Raises ValueError or TypeError on anything else."""
+    values = dict(plain)
+    for name in ("best_data", "settings"):
+        settings = dict(values[name])  # type: ignore[call-overload]
+        if settings.get("corrector_below") is None:
+            settings["corrector_below"] = math.inf
+        values[name] = Settings(**settings)
+    values["lambdas"] = tuple(values["lambdas"])  # type: ignore[arg-type]
+    return Row(**values)  # type: ignore[arg-type]
+
+
+def rows_of(state: JobState) -> list[Row]:
+    """Evidence rows that a job has so far."""
+    return [row_from_json(plain) for plain in state.facts.get("evidence", [])]

@@ -1,0 +1,166 @@
+"""A Hugging Face Hub repository of statistics files: fetch one small file, put several in one commit.
+
+Needs huggingface_hub, which is imported only here and only when used. It keeps what it fetched in its own cache, from which a
+machine without a network is served.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...sampler import EMSError
+
+__all__ = ["Hub", "HubError", "NotThere"]
+
+
+class HubError(EMSError):
+    """What failed between here and the Hub, and what to do."""
+
+
+class NotThere(HubError):
+    """The repository or the file does not exist (or is private)."""
+
+
+def _library() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise HubError(
+            "this needs huggingface_hub, which is not installed here: install it with 'pip install huggingface_hub', "
+            "or download the file by hand and put it into the folder of statistics files"
+        ) from None
+    return huggingface_hub
+
+
+@dataclass(frozen=True)
+class Hub:
+    """One repository of models.
+
+    Args:
+        repo: "user/name".
+        endpoint: another address than the Hub's (default: HF_ENDPOINT, else the Hub).
+        cache: another folder than huggingface_hub's own.
+        offline: use the cache only.
+        revision: branch, tag or commit.
+    """
+
+    repo: str
+    endpoint: str | None = None
+    cache: Path | None = None
+    offline: bool = False
+    revision: str = "main"
+
+    def __post_init__(self) -> None:
+        parts = self.repo.split("/")
+        plain = all(p and not p.startswith((".", "-")) and all(c.isalnum() or c in "._-" for c in p) for p in parts)
+        if len(parts) != 2 or not plain or not self.repo.isascii() or ".." in self.repo or len(self.repo) > 96:
+            raise HubError(f"{self.repo!r:.120} is not the name of a Hub repository: give it as user/name")
+
+    def fetch(self, name: str, limit: int) -> bytes:
+        """The bytes of a file in the repository, or those in the cache if the Hub cannot be reached.
+
+        Nothing larger than `limit` is downloaded. Raises NotThere, HubError.
+        """
+        library = _library()
+        if not self.offline:
+            self._check_size(library, name, limit)
+        options: dict[str, Any] = {"revision": self.revision, "cache_dir": self.cache, "endpoint": self.endpoint}
+        options["local_files_only"] = self.offline
+        if "tqdm_class" in inspect.signature(library.hf_hub_download).parameters:
+            options["tqdm_class"] = _bounded(limit)
+        try:
+            path = library.hf_hub_download(self.repo, name, **options)
+            if os.stat(path).st_size > limit:
+                raise HubError(f"{self._place(name)} has more than the {limit} bytes allowed")
+            with open(path, "rb") as file:
+                return file.read(limit + 1)
+        except HubError:
+            raise
+        except Exception as error:  # the library passes on errors of several HTTP libraries
+            raise self._explained(library, name, error) from error
+
+    def _check_size(self, library: Any, name: str, limit: int) -> None:
+        url = library.hf_hub_url(self.repo, name, revision=self.revision, endpoint=self.endpoint)
+        try:
+            size = library.get_hf_file_metadata(url).size
+        except Exception as error:
+            if _is_absent(library, error):
+                raise self._explained(library, name, error) from error
+            return  # not reached: hf_hub_download then serves the cache, or says what is wrong
+        if size is None or size > limit:
+            told = "does not say its size" if size is None else f"has {size} bytes"
+            raise HubError(f"{self._place(name)} {told}; at most {limit} are downloaded")
+
+    def put(self, files: Mapping[str, bytes], message: str, parent: str | None = None) -> str:
+        """Commit files; the commit's address. `parent`: fail if the branch has moved on since. Raises HubError."""
+        library = _library()
+        api = library.HfApi(endpoint=self.endpoint)
+        operations = [library.CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in files.items()]
+        try:
+            done = api.create_commit(
+                self.repo, operations, commit_message=message, revision=self.revision, parent_commit=parent
+            )
+        except Exception as error:
+            raise self._explained(library, "", error) from error
+        return str(getattr(done, "commit_url", ""))
+
+    def head(self, create: bool = False) -> str:
+        """The branch's newest commit. Raises NotThere, HubError."""
+        library = _library()
+        api = library.HfApi(endpoint=self.endpoint)
+        try:
+            if create:
+                api.create_repo(self.repo, exist_ok=True)
+            return str(api.repo_info(self.repo, revision=self.revision).sha)
+        except Exception as error:
+            raise self._explained(library, "", error) from error
+
+    def _place(self, name: str) -> str:
+        return f"{self.repo}: {name}" if name else self.repo
+
+    def _explained(self, library: Any, name: str, error: Exception) -> HubError:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        kind = type(error).__name__
+        if _is_absent(library, error):
+            what = "there is no such file or repository on the Hub (or it is private: log in with 'hf auth login')"
+            return NotThere(f"{self._place(name)}: {what}")
+        if kind == "LocalEntryNotFoundError" or (self.offline and isinstance(error, FileNotFoundError)):
+            where = "is not in the cache" if self.offline else "the Hub cannot be reached, and it is not in the cache"
+            return HubError(f"{self._place(name)}: {where}; try again with a network")
+        if status in (401, 403):
+            return HubError(f"{self._place(name)}: the Hub refuses ({status}): log in with 'hf auth login'")
+        if status in (409, 412):
+            return HubError(f"{self._place(name)}: somebody else changed the repository just now: give the same command again")
+        if status is not None and status >= 500:
+            return HubError(f"{self._place(name)}: the Hub has a problem of its own ({status}): try again later")
+        return HubError(f"{self._place(name)}: {kind}: {' '.join(str(error).split())[:200]}")
+
+
+def _is_absent(library: Any, error: Exception) -> bool:
+    names = ("EntryNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError", "RemoteEntryNotFoundError")
+    mine = {c.__name__ for c in type(error).__mro__}
+    return bool(mine & set(names)) and "LocalEntryNotFoundError" not in mine
+
+
+def _bounded(limit: int) -> type:
+    """A silent progress bar that stops the download beyond `limit` bytes, whatever size the server announced."""
+    from tqdm import tqdm
+
+    class Bounded(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            options.pop("name", None)
+            super().__init__(*args, **{**options, "disable": True})
+            self.received = 0.0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.received += n or 0
+            if self.received > limit:
+                raise HubError(f"the server sends more than the {limit} bytes allowed")
+            return None
+
+    return Bounded

@@ -1,0 +1,118 @@
+"""What a statistics file holds, in words: for `ems inspect`, the nodes and the WebUI's tab."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from ...sampler import Settings
+from ..file.contents import EMSFile, RecommendedSetting, advice_by_case
+
+__all__ = ["facts_of", "lines_of"]
+
+
+def lines_of(file: EMSFile) -> list[str]:
+    """A summary for people: sections of facts, ranges of l, s, b, and the evidence."""
+    lines = []
+    facts = facts_of(file)
+    for name in ("model", "noise", "grid", "statistics", "estimate", "made"):
+        lines += ["", name, *(f"  {key:<18} {_shown(value)}" for key, value in facts[name].items())]
+    lines += ["", "ranges, smallest to largest over the grid (root mean square of the standard errors)"]
+    lines += [f"  {line}" for line in _ranges(file)]
+    lines += ["", "evidence: error with the recommended settings against the best without EMS"]
+    lines += [f"  {line}" for line in _evidence_table(file) or ["none in this file: its statistics have not been tried"]]
+    if file.meta.fitted:
+        lines += ["", "fitted schedules: error on noise of no other use, against the best fixed schedule with these statistics"]
+        lines += [f"  {line}" for line in _fitted_table(file)]
+    return lines
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_shown(v) for v in value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def facts_of(file: EMSFile) -> dict[str, Any]:
+    """What a file says, JSON-serialisable."""
+    meta = file.meta
+    return {
+        "model": dict(meta.model),
+        "noise": {n: getattr(meta, n) for n in ("space", "sigma_min", "sigma_max", "schedule")},
+        "grid": {
+            "points": len(file.lambdas),
+            "lambda": [file.lambdas[0].item(), file.lambdas[-1].item()],
+            **{k: v for k, v in meta.grid.items() if k not in ("points", "lambda")},
+        },
+        "statistics": {
+            "guidance": file.guidance.tolist(),
+            "channels": file.channels,
+            "per element": "x".join(str(n) for n in file.l.shape[3:]) if file.per_element else "no",
+            "type": str(file.l.dtype).removeprefix("torch."),
+            "standard errors": _errors_kept(file),
+            "moments": sorted(file.moments),
+        },
+        "estimate": dict(meta.estimate),
+        "made": {"program": meta.program, "date": meta.date, **meta.foreign},
+        "evidence": [asdict(row) for row in meta.evidence],
+        "recommendation": [_plain(entry) for entry in meta.recommendation],
+        "fitted": [asdict(row) for row in meta.fitted],
+    }
+
+
+def _errors_kept(file: EMSFile) -> str:
+    if file.errors is None:
+        return "none"
+    return "at every point" if file.errors["l"].shape[1] == file.l.shape[1] else "root mean square over the grid"
+
+
+def _plain(entry: RecommendedSetting) -> dict[str, Any]:
+    plain = asdict(entry)
+    if math.isinf(entry.settings.corrector_below):
+        plain["settings"]["corrector_below"] = None
+    return plain
+
+
+def _ranges(file: EMSFile) -> list[str]:
+    lines = []
+    for g, guidance in enumerate(file.guidance.tolist()):
+        for c in range(min(file.channels, 16)):
+            parts = []
+            for name in ("l", "s", "b"):
+                values = getattr(file, name)[g, :, c]
+                error = f" ({file.errors[name][g, :, c].double().square().mean().sqrt():.1e})" if file.errors else ""
+                parts.append(f"{name} {values.min().item():7.3f} to {values.max().item():7.3f}{error}")
+            lines.append(f"guidance {guidance:<5g} channel {c:<2} {'   '.join(parts)}")
+    return lines
+
+
+def _evidence_table(file: EMSFile) -> list[str]:
+    if not file.meta.evidence:
+        return []
+    titles = f"{'without':>9}  {'with':>9}  {'ratio':>6}  recommended"
+    lines = [f"{'guidance':>8}  {'schedule':<20} {'steps':>5}  {'noise':<11}  {titles}"]
+    advice = advice_by_case(file.meta)
+    for r in sorted(file.meta.evidence, key=lambda r: (r.guidance, r.schedule, r.steps, r.split)):
+        ratio = f"{r.ems / r.data_prediction:6.3f}" if r.data_prediction else "     -"
+        errors = f"{r.data_prediction:9.2e}  {r.ems:9.2e}  {ratio}"
+        case = f"{r.guidance:8g}  {r.schedule:<20.20} {r.steps:5}  {r.split:<11}"
+        entry = advice.get((r.guidance, r.schedule, r.steps))
+        lines.append(f"{case}  {errors}  {_in_words(entry.settings) if entry else '-'}")
+    return lines
+
+
+def _fitted_table(file: EMSFile) -> list[str]:
+    lines = [f"{'guidance':>8}  {'steps':>5}  {'fixed':<20} {'error':>9}  {'fitted':>9}  {'ratio':>6}  95 % interval"]
+    for r in sorted(file.meta.fitted, key=lambda r: (r.guidance, r.steps)):
+        value, low, high = r.ratio
+        kept = "" if r.coefficients else "  (the fixed one is kept)"
+        errors = f"{r.fixed[0]:9.2e}  {r.fitted[0]:9.2e}  {value:6.3f}  {low:.3f} to {high:.3f}"
+        lines.append(f"{r.guidance:8g}  {r.steps:5}  {r.fixed_schedule:<20.20} {errors}{kept}")
+    return lines
+
+
+def _in_words(s: Settings) -> str:
+    predictor = " pseudo" if s.predictor == "pseudo" else ""
+    limit = "" if math.isinf(s.corrector_below) else f" below sigma {s.corrector_below:g}"
+    return f"order {s.order}{predictor}, corrector {s.corrector}{limit}, strength {s.strength:g}"

@@ -1,0 +1,181 @@
+"""The command line `ems`: what it prints, its exit status, and one line for every bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+import torch
+
+from dpm_solver_v3.ems_tools import cli
+from dpm_solver_v3.ems_tools.file.contents import EMSFile, EMSMeta, EvidenceRow, RecommendedSetting, load_ems_file
+from dpm_solver_v3.ems_tools.show import plot
+from dpm_solver_v3.sampler import Settings
+
+
+def statistics(channels=3, spatial=(), evidence=True):
+    guidance = torch.tensor([1.0, 7.5], dtype=torch.float64)
+    shape = (2, 21, channels, *spatial)
+    tables = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    rows, advice = [], []
+    for g in guidance.tolist() if evidence else []:
+        for steps in (5, 10):
+            rows.append(EvidenceRow(g, "karras_zero", steps, "calibration", 0.02, 0.01, 0.03))
+            rows.append(EvidenceRow(g, "karras_zero", steps, "report", 0.02, 0.015, 0.03))
+            lambdas = tuple(torch.linspace(-2, 3, steps).tolist())
+            advice.append(RecommendedSetting(g, "karras_zero", lambdas, Settings(order=steps // 5 + 1, corrector="none")))
+    meta = EMSMeta("sigma", 0.03, 14.6, "vp", {"name": "a <b> & $c$"}, evidence=tuple(rows), recommendation=tuple(advice))
+    errors = {name: torch.full(shape, 0.1) for name in "lsb"}
+    return EMSFile(torch.linspace(-2.6, 3.5, 21, dtype=torch.float64), guidance, *tables, meta, errors)
+
+
+@pytest.fixture
+def path(tmp_path):
+    statistics().save(tmp_path / "a.ems.safetensors")
+    return tmp_path / "a.ems.safetensors"
+
+
+def run(capsys, *arguments):
+    status = cli.main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def refused(capsys, *arguments):
+    status, _, error = run(capsys, *arguments)
+    assert status == 1 and error.count("\n") == 1 and error.startswith(f"ems {arguments[0]}: ")
+    return error
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "convert", "plot"])
+def test_help_has_an_example(capsys, command):
+    status, text, _ = run(capsys, command, "--help")
+    assert status == 0 and f"    ems {command} " in text
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["nothing"], ["inspect"], ["convert", "l", "sb", "--out", "x"], ["plot", "a", "--colour", "red"]]
+)
+def test_wrong_usage_is_2(capsys, arguments):
+    status, _, error = run(capsys, *arguments)
+    assert status == 2 and "usage: ems" in error
+
+
+def test_inspect_shows_what_is_in_the_file(capsys, path):
+    status, text, _ = run(capsys, "inspect", path)
+    assert status == 0
+    assert "a <b> & $c$" in text and "1, 7.5" in text
+    line = next(line for line in text.splitlines() if "report" in line and " 10 " in line)
+    assert "0.750" in line and "order 3, corrector none" in line
+
+
+def test_inspect_for_programs(capsys, path):
+    status, text, _ = run(capsys, "inspect", path, "--json")
+    facts = json.loads(text)
+    assert status == 0 and facts["bytes"] == path.stat().st_size
+    assert facts["statistics"]["guidance"] == [1.0, 7.5]
+    assert facts["recommendation"][0]["settings"]["corrector_below"] is None
+    assert len(facts["evidence"]) == 8
+
+
+def test_verify_accepts_good_files_and_notes_the_rest(capsys, path, tmp_path):
+    statistics(evidence=False).save(tmp_path / "b.ems.safetensors")
+    status, text, error = run(capsys, "verify", path, tmp_path / "b.ems.safetensors")
+    assert status == 0 and not error
+    assert "no worse than data prediction in 4 of 4" in text and "have not been tried" in text
+
+
+def test_verify_names_every_bad_file(capsys, path, tmp_path):
+    file = statistics()
+    rows = tuple(dataclasses.replace(r, ems=0.5) for r in file.meta.evidence)
+    dataclasses.replace(file, meta=dataclasses.replace(file.meta, evidence=rows)).save(tmp_path / "worse")
+    (tmp_path / "cut").write_bytes(path.read_bytes()[:-3])
+    status, text, error = run(capsys, "verify", tmp_path / "worse", path, tmp_path / "cut", tmp_path / "none")
+    assert status == 1 and text.count("ok") == 1
+    assert error.count("loses to data prediction") == 4
+    assert "is cut off" in error and "no such file" in error
+
+
+def test_bad_files_are_refused_in_one_line(capsys, tmp_path):
+    (tmp_path / "x").write_bytes(b"not a file of ours" * 9)
+    for command in ("inspect", "plot"):
+        assert "x: " in refused(capsys, command, tmp_path / "x")
+        assert "no such file" in refused(capsys, command, tmp_path / "none")
+
+
+def npz_files(folder):
+    table = np.random.default_rng(0).normal(size=(5, 4, 8, 8)).astype(np.float32)
+    np.savez(folder / "l.npz", l=table)
+    np.savez(folder / "sb.npz", s=table, b=table)
+    return folder / "l.npz", folder / "sb.npz"
+
+
+def test_convert_by_preset_and_by_range(capsys, tmp_path):
+    out = tmp_path / "sd.ems.safetensors"
+    status, text, _ = run(capsys, "convert", *npz_files(tmp_path), "--preset", "sd-v1", "--guidance", 7.5, "--out", out)
+    assert status == 0 and "no evidence" in text
+    file = load_ems_file(out)
+    assert file.guidance.tolist() == [7.5] and file.lambdas[0].item() == pytest.approx(-2.682, abs=1e-3)
+    assert file.channels == 4 and not file.per_element
+    status, *_ = run(
+        capsys, "convert", *npz_files(tmp_path), "--range", "-2", "3", "--per-element", "--name", "n", "--out", out
+    )
+    assert status == 0 and load_ems_file(out).l.shape == (1, 5, 4, 8, 8) and load_ems_file(out).meta.model["name"] == "n"
+
+
+def test_convert_refuses_in_one_line(capsys, tmp_path):
+    l, sb = npz_files(tmp_path)
+    out = tmp_path / "o.ems.safetensors"
+    assert "has no array 's'" in refused(capsys, "convert", l, l, "--preset", "edm", "--out", out)
+    assert "must increase" in refused(capsys, "convert", l, sb, "--range", 3, -2, "--out", out)
+    assert "ends in .ems.safetensors" in refused(capsys, "convert", l, sb, "--preset", "edm", "--out", l)
+    nowhere = tmp_path / "no folder" / out.name
+    assert "No such file" in refused(capsys, "convert", l, sb, "--preset", "edm", "--out", nowhere)
+    assert not out.exists()
+
+
+def test_plot_draws_every_panel_as_svg(capsys, path):
+    status, text, _ = run(capsys, "plot", path)
+    picture = path.with_name("a.svg")
+    assert status == 0 and str(picture) in text
+    root = ET.fromstring(picture.read_bytes())
+    texts = [t.text for t in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"l, guidance 1", "b, guidance 7.5", "channel 2", "karras_zero"} <= set(texts)
+    assert sum(t == "error with EMS / without, guidance 1" for t in texts) == 1
+    lines = list(root.iter("{http://www.w3.org/2000/svg}polyline"))
+    assert len(lines) == 2 * (3 * 3 + 2)  # per scale: three channels of l, s, b; the two curves of one schedule
+
+
+@pytest.mark.parametrize("file", [statistics(), statistics(20, evidence=False), statistics(2, (4, 5))])
+def test_plot_draws_png_with_pillow(tmp_path, file):
+    pytest.importorskip("PIL")
+    plot.plot_ems(file, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_plot_panels_hold_the_files_numbers():
+    file = statistics()
+    panel = plot.panels_of(file)[1][2]
+    assert panel.title == "b, guidance 7.5"
+    assert panel.curves[1].y == pytest.approx(file.b[1, :, 1].tolist())
+    assert panel.curves[1].high == pytest.approx((file.b[1, :, 1] + 0.2).tolist(), abs=1e-6)
+    evidence = plot.panels_of(file)[0][3].curves[0]
+    assert evidence.x == (5.0, 10.0) and evidence.y == pytest.approx((0.75, 0.75))
+
+
+def test_plot_says_what_it_needs(capsys, path, monkeypatch):
+    assert ".svg or a .png" in refused(capsys, "plot", path, "--out", path.with_suffix(".jpg"))
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert "needs Pillow" in refused(capsys, "plot", path, "--out", path.with_suffix(".png"))
+
+
+def test_it_runs_as_a_program_and_survives_a_closed_pipe(path):
+    command = [sys.executable, "-m", "dpm_solver_v3.ems_tools.cli", "inspect", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 1

@@ -1,0 +1,486 @@
+"""Fitted few-step settings: the sampler follows them, the fit earns them on unseen noise, the file keeps and checks them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpm_solver_v3.ems_tools.cli.main import main
+from dpm_solver_v3.ems_tools.compute import with_fit
+from dpm_solver_v3.ems_tools.estimate.run import Job, JobState, uniform_grid
+from dpm_solver_v3.ems_tools.estimate.source import Source
+from dpm_solver_v3.ems_tools.file.contents import EMSFile, EMSMeta, FittedRow, decode_ems_file, fitted_row, fitted_values
+from dpm_solver_v3.ems_tools.fit import run as fit_module
+from dpm_solver_v3.ems_tools.fit.run import FitPlan, evaluations_of_fit, fit_steps
+from dpm_solver_v3.sampler import (
+    EDM,
+    EMS,
+    EMSError,
+    FittedSteps,
+    Recommendation,
+    Space,
+    karras,
+    sample_dpm_solver_v3,
+    uniform_lambda,
+)
+
+LAMBDAS = (-2.0, -0.5, 0.8)
+DDIM = FittedSteps(
+    LAMBDAS,
+    (math.exp(-1.5), math.exp(-1.3), 0.0),
+    ((1 - math.exp(-1.5),), (0.0, 1 - math.exp(-1.3)), (0.0, 0.0, 1.0)),
+)
+"""First-order steps, written as fitted ones."""
+
+
+def ems_with(fitted: FittedSteps | None) -> EMS:
+    recommendation = None if fitted is None else Recommendation((), (fitted,))
+    return dataclasses.replace(EMS.degenerate(2), recommendation=recommendation)
+
+
+def levels_of(lambdas, space=Space.SIGMA):
+    return space.level_of(torch.tensor([*lambdas, math.inf], dtype=torch.float64))
+
+
+# --- The sampler
+
+
+@pytest.mark.parametrize("space", list(Space))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_sampler_follows_fitted_coefficients(mixture, space, dtype) -> None:
+    """DDIM's coefficients give DDIM, in both spaces."""
+    levels = levels_of(LAMBDAS, space)
+    x = (torch.randn(2, 2, 2, 2, dtype=torch.float64) * levels[0]).to(dtype)
+    model = mixture if space is Space.SIGMA else lambda x, t: mixture(x / (1 - t)[:, None, None, None], t / (1 - t))
+    options = {"space": space, "disable": True}
+    fitted = sample_dpm_solver_v3(model, x, levels, ems=ems_with(DDIM), **options)
+    ddim = sample_dpm_solver_v3(model, x, levels, order=1, corrector="none", **options)
+    assert fitted.dtype == dtype
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    assert (fitted - ddim).abs().max() < tolerance
+
+
+def test_older_evaluations_are_used(mixture) -> None:
+    """Every D of the run can enter every later step: against the formula written out."""
+    steps = FittedSteps(LAMBDAS, (0.3, 0.2, 0.1), ((0.6,), (0.3, 0.4), (0.2, -0.3, 1.0)), 1.1)
+    sigmas = levels_of(LAMBDAS)
+    y = torch.randn(3, 2, 2, 2, dtype=torch.float64) * sigmas[0]
+    found = sample_dpm_solver_v3(mixture, y, sigmas, ems=ems_with(steps), disable=True)
+    y = y * 1.1
+    seen: list[torch.Tensor] = []
+    for i in range(3):
+        seen.append(mixture(y, sigmas[i].expand(3)))
+        y = steps.decay[i] * y + sum(w * D for w, D in zip(steps.weights[i], seen, strict=True))
+    assert (found - y).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("change", [{"order": 2}, {"strength": 1.0}, {"corrector": "pseudo"}])
+def test_a_chosen_option_or_another_schedule_switches_them_off(mixture, change) -> None:
+    """They apply with every option at "auto", and on their own schedule only; elsewhere nothing changes."""
+    steps = FittedSteps(LAMBDAS, (0.3, 0.2, 0.1), ((0.6,), (0.3, 0.4), (0.2, -0.3, 1.0)))
+    x = torch.randn(1, 2, 2, 2, dtype=torch.float64) * 7
+    sigmas = levels_of(LAMBDAS)
+    other = torch.cat([sigmas[:1], sigmas[1:2] * 1.01, sigmas[2:]])
+    cases = [(sigmas, change), (other, {}), (sigmas[:-1], {}), (sigmas[1:], {})]
+    for levels, options in cases:
+        found = sample_dpm_solver_v3(mixture, x, levels, ems=ems_with(steps), disable=True, **options)
+        plain = sample_dpm_solver_v3(mixture, x, levels, ems=ems_with(None), disable=True, **options)
+        assert torch.equal(found, plain)
+    used = sample_dpm_solver_v3(mixture, x, sigmas, ems=ems_with(steps), disable=True)
+    assert not torch.allclose(used, sample_dpm_solver_v3(mixture, x, sigmas, ems=ems_with(None), disable=True))
+
+
+@pytest.mark.parametrize(
+    ("lambdas", "decay", "weights"),
+    [
+        ((), (), ()),
+        ((0.0, 1.0), (0.5,), ((1.0,), (0.0, 1.0))),
+        ((0.0, 1.0), (0.5, 0.0), ((1.0,), (1.0,))),
+        ((1.0, 0.0), (0.5, 0.0), ((1.0,), (0.0, 1.0))),
+        ((0.0, math.nan), (0.5, 0.0), ((1.0,), (0.0, 1.0))),
+        ((0.0, 1.0), (0.5, 0.0), ((1.0,), (0.0, math.inf))),
+    ],
+)
+def test_bad_coefficients_are_refused(lambdas, decay, weights) -> None:
+    with pytest.raises(ValueError, match="fitted steps"):
+        FittedSteps(lambdas, decay, weights)
+    with pytest.raises(ValueError, match="fitted steps"):
+        FittedSteps(LAMBDAS, DDIM.decay, DDIM.weights, math.nan)
+
+
+# --- The fit
+
+
+@pytest.fixture
+def job() -> Job:
+    return Job((2, 2, 2), uniform_grid(0.05, 20.0, 40), samples=4)
+
+
+PLAN = FitPlan(
+    (3, 5),
+    noises=16,
+    held_out=16,
+    search=8,
+    moves=5,
+    rounds=1,
+    refined=5,
+    fixed={"karras": lambda n: karras(EDM(0.05, 20.0), n)},
+)
+
+
+def fitted(mixture, job, state=None, plan=PLAN, **options):
+    return fit_steps(mixture, EMS.degenerate(2), job, 1.0, plan, state or JobState(), **options)
+
+
+def test_it_wins_on_noise_that_it_has_not_seen(mixture, job) -> None:
+    """On the mixture: below the best fixed schedule on held-out noise, and on noise of this test's own, as much as it says."""
+    rows = fitted(mixture, job)
+    assert [r.steps for r in rows] == [3, 5]
+    x = torch.randn(200, 2, 2, 2, generator=torch.Generator().manual_seed(99), dtype=torch.float64) * 20
+    fine = {"order": 3, "corrector": "none", "disable": True}
+    exact = sample_dpm_solver_v3(mixture, x, uniform_lambda(EDM(0.05, 20.0), 200, to_zero=True), **fine)
+    for row in rows:
+        assert row.coefficients is not None and row.ratio[0] < 0.9
+        levels = levels_of(row.lambdas)
+        ours = sample_dpm_solver_v3(mixture, x / 20 * levels[0], levels, ems=ems_with(row.coefficients), disable=True)
+        theirs = sample_dpm_solver_v3(mixture, x, karras(EDM(0.05, 20.0), row.steps), disable=True)
+        ratio = ((ours - exact).square().flatten(1).mean(1) / (theirs - exact).square().flatten(1).mean(1)).log().mean().exp()
+        assert ratio < 1 and abs(ratio.log() - math.log(row.ratio[0])) < 1.0
+
+
+def test_every_ingredient_lowers_the_error_on_its_own_noise(mixture, job) -> None:
+    """Search and refinement never end above where they began, on the noise that they use."""
+    bench = fit_module._Bench(job, mixture, "cpu", torch.float32, 16, lambda n: None)
+    samples = range(fit_module.FIT_NOISE, fit_module.FIT_NOISE + 16)
+    teacher = fit_module._teach(bench, samples)
+    spacing = fit_module._search(bench, PLAN, samples, teacher, 4, None)
+    begun = fit_module._solve(bench, samples, teacher, fit_module._starts(teacher, 4)[0].within(job).lambdas(4))
+    found = fit_module._solve(bench, samples, teacher, spacing.lambdas(4))
+    refined = fit_module._refine(bench, samples, teacher, found[0], 2)
+    again = fit_module._solve(bench, samples, teacher, refined.lambdas, refined)
+    values = [fit_module._objective(errors) for errors in (begun[1], found[1], again[1])]
+    assert values[2] < values[1] <= values[0]
+
+
+def test_where_the_model_knows_how_much(mixture, job) -> None:
+    """Against D itself: at the noisy end all is left, and what is left falls to any share asked for."""
+    bench = fit_module._Bench(job, mixture, "cpu", torch.float32, 16, lambda n: None)
+    teacher = fit_module._teach(bench, range(32))
+    gap = (teacher.D.double() - teacher.clean).square().mean(2).log().mean(1)
+    assert teacher.lambda_where_left(1.0) == job.lambdas[0]
+    found = [teacher.lambda_where_left(share) for share in (0.9, 0.5, 0.1, 0.01)]
+    assert found == sorted(found) and found[-1] < job.lambdas[-1]
+    for lam, share in zip(found, (0.9, 0.5, 0.1, 0.01), strict=True):
+        after = next(i for i, v in enumerate(job.lambdas) if v >= lam)
+        assert gap[after] - gap[0] <= math.log(share) + 1e-9
+    assert teacher.lambda_where_left(1e-30) == job.lambdas[-2]
+
+
+def test_a_run_may_begin_below_the_noisy_end(mixture, job) -> None:
+    """Noise scaled to a lower sigma: its factor is fitted, near 1; file and sampler heed it."""
+    far = dataclasses.replace(job, lambdas=uniform_grid(0.05, 400.0, 60))
+    plan = dataclasses.replace(PLAN, steps=(4,), moves=12, fixed={})
+    (found,) = fitted(mixture, far, plan=plan)
+    assert found.lambdas[0] > far.lambdas[0] + 1.5  # an evaluation at sigma 400 would tell nothing
+    assert found.coefficients.start != 1 and abs(found.coefficients.start - 1) < 0.2
+    bench = fit_module._Bench(far, mixture, "cpu", torch.float32, 16, lambda n: None)
+    samples = range(40, 56)
+    judge = fit_module._teach(bench, samples)
+    levels = levels_of(found.lambdas)
+    x = bench.start(samples, found.lambdas[0]).double()
+    kept = fitted_row(fitted_values(found)).coefficients
+    out = sample_dpm_solver_v3(mixture, x, levels, ems=ems_with(kept), disable=True)
+    mine = (out.flatten(1) - judge.clean).square().mean(1)
+    again = fit_module._solve(bench, samples, judge, kept.lambdas, kept)[1]
+    assert torch.allclose(mine, again, rtol=1e-3)
+    unscaled = ems_with(dataclasses.replace(kept, start=1.0))
+    assert not torch.allclose(sample_dpm_solver_v3(mixture, x, levels, ems=unscaled, disable=True), out)
+
+
+def test_same_seed_same_result_whatever_the_batch(mixture, job) -> None:
+    first, second = fitted(mixture, job, batch=16), fitted(mixture, job, batch=5)
+    for a, b in zip(first, second, strict=True):
+        assert a.lambdas == pytest.approx(b.lambdas, abs=1e-3)
+        assert a.fitted[0] == pytest.approx(b.fitted[0], rel=0.02)
+    assert fitted(mixture, job, batch=16) == first
+
+
+def test_killed_and_resumed_ends_the_same(mixture, job, tmp_path) -> None:
+    """Stopped at any evaluation, the same rows come out, and what was finished is not computed again."""
+    calls = [0]
+
+    def dies_at(limit):
+        def model(x, sigma):
+            calls[0] += 1
+            if calls[0] == limit:
+                raise KeyboardInterrupt
+            return mixture(x, sigma)
+
+        return model
+
+    whole = fitted(dies_at(-1), job)
+    total, calls[0] = calls[0], 0
+    path = tmp_path / "fit.partial"
+    for limit in (total // 5, total // 2, total // 4):
+        with pytest.raises(KeyboardInterrupt):
+            fitted(dies_at(limit), job, JobState.open(path, job))
+        calls[0] = 0
+    assert fitted(dies_at(-1), job, JobState.open(path, job)) == whole
+    assert calls[0] < total
+    calls[0] = 0
+    assert fitted(dies_at(-1), job, JobState.open(path, job)) == whole and calls[0] == 0
+
+
+def test_the_cost_is_what_was_announced(mixture, job) -> None:
+    """At most the plan, and not far below it."""
+    counted = [0]
+
+    def model(x, sigma):
+        counted[0] += len(x)
+        return mixture(x, sigma)
+
+    fitted(model, job)
+    announced = evaluations_of_fit(PLAN, len(job.lambdas), 1)
+    assert 0.5 * announced < counted[0] <= announced
+
+
+def test_a_fixed_schedule_that_wins_is_kept(mixture, job, monkeypatch) -> None:
+    """A fit that learns nothing (first-order steps) loses to the solver on a fixed schedule, which then stands in its place."""
+
+    def learns_nothing(teacher, y, history, lam, then):
+        decay = math.exp(lam - then)
+        return decay, [0.0] * (len(history) - 1) + [1 - decay]
+
+    monkeypatch.setattr(fit_module, "_fit_step", learns_nothing)
+    fixed = {"karras": lambda n: karras(EDM(0.05, 20.0), n), "to zero": lambda n: karras(EDM(0.05, 20.0), n, to_zero=True)}
+    (row,) = fitted(mixture, job, plan=FitPlan((8,), noises=4, held_out=16, search=0, fixed=fixed))
+    assert row.coefficients is None and row.fixed_schedule in fixed
+    assert row.ratio[0] > 1 and row.fixed[0] < row.fitted[0]
+    expected = -fixed[row.fixed_schedule](8).log()
+    assert row.lambdas == pytest.approx(expected[expected.isfinite()].tolist(), abs=1e-5)
+
+
+def test_hosts_that_round_sigma_get_their_own_levels(mixture, job) -> None:
+    table = torch.linspace(-math.log(20.0), -math.log(0.05), 50, dtype=torch.float64).neg().exp()
+    own = -table.log()
+    for rounds in (0, 1):
+        plan = dataclasses.replace(PLAN, steps=(4,), rounds=rounds, fixed={})
+        (row,) = fitted(mixture, job, plan=plan, levels=table)
+        assert len(row.lambdas) == 4 and all((own - v).abs().min() < 1e-5 for v in row.lambdas)
+
+
+def test_a_flow_is_fitted_in_its_own_space(mixture) -> None:
+    flow = dataclasses.replace(Job((2, 2, 2), uniform_grid(0.05, 20.0, 40), samples=4), space=Space.FLOW)
+    model = lambda x, t: mixture(x / (1 - t)[:, None, None, None], t / (1 - t))  # noqa: E731
+    plan = dataclasses.replace(PLAN, steps=(4,), rounds=0, fixed={})
+    sigma = Job((2, 2, 2), uniform_grid(0.05, 20.0, 40), samples=4)
+    (a,), (b,) = fitted(model, flow, plan=plan), fitted(mixture, sigma, plan=plan)
+    assert a.lambdas == pytest.approx(b.lambdas, abs=1e-3) and a.fitted[0] == pytest.approx(b.fitted[0], rel=0.05)
+
+
+def test_trajectories_between_grid_points(mixture) -> None:
+    """The cubic through the teacher's points is far nearer than any few-step error."""
+    errors = []
+    for intervals in (20, 40):
+        grid = Job((2, 2, 2), uniform_grid(0.05, 20.0, 240), samples=4)
+        bench = fit_module._Bench(grid, mixture, "cpu", torch.float64, 16, lambda n: None)
+        fine = fit_module._teach(bench, range(8))
+        keep = slice(None, None, 240 // intervals)
+        coarse = fit_module._Teacher(fine.lambdas[keep], fine.elements, fine.y[keep], fine.D[keep])
+        middle = fine.lambdas[120 + 240 // intervals // 2]
+        errors.append((coarse.at(middle) - fine.at(middle)).abs().max().item())
+    assert errors[1] < errors[0] / 8 and errors[1] < 1e-4
+
+
+# --- The file
+
+
+def _example() -> EMSFile:
+    path = Path(__file__).parents[3] / "benchmarks" / "corrupt.py"
+    spec = importlib.util.spec_from_file_location("benchmarks_corrupt", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.example()
+
+
+def row(guidance=1.0, steps=3, lambdas=LAMBDAS, coefficients=DDIM, **changes) -> FittedRow:
+    values = {
+        "fitted": (1.0, 1.1, 1.2),
+        "fixed": (2.0, 2.1, 2.2),
+        "fixed_schedule": "karras",
+        "ratio": (0.5, 0.4, 0.6),
+        "noises": 16,
+    }
+    return FittedRow(guidance, steps, lambdas, coefficients, **{**values, **changes})
+
+
+def file_with(*rows: FittedRow, **meta) -> EMSFile:
+    example = _example()
+    scales = sorted({r.guidance for r in rows})
+    one = {name: getattr(example, name)[:1].expand(len(scales), *getattr(example, name).shape[1:]) for name in "lsb"}
+    kept = {"space": "sigma", "sigma_min": 0.03, "sigma_max": 14.6, **meta}
+    return EMSFile(example.lambdas, torch.tensor(scales, dtype=torch.float64), **one, meta=EMSMeta(**kept, fitted=tuple(rows)))
+
+
+FIVE = (-2.0, -1.2, -0.3, 0.6, 1.4)
+
+
+def test_the_file_keeps_fitted_rows_exactly() -> None:
+    fixed = row(steps=5, lambdas=FIVE, coefficients=None)
+    file = file_with(row(), fixed, row(guidance=7.5))
+    again = decode_ems_file(file.encode())
+    assert again.meta.fitted == file.meta.fitted and again.encode() == file.encode()
+    assert again.at(1.0).recommendation.fitted == (DDIM,)
+    assert fitted_row(fitted_values(fixed)) == fixed
+
+
+def test_files_without_a_fit_are_as_before() -> None:
+    assert b"fitted" not in _example().encode()
+    with pytest.raises(EMSError, match="no fitted schedules"):
+        _example().fitted_sigmas(5, 1.0)
+
+
+def test_fitted_sigmas() -> None:
+    """Its own step counts as they are, Karras steps else; the nearest guidance scale; the tail for denoise below 1."""
+    guided = row(guidance=7.5, lambdas=(-2.0, 0.0, 1.0), coefficients=None)
+    file = file_with(row(), row(steps=5, lambdas=FIVE, coefficients=None), guided)
+    assert file.fitted_sigmas(3, 1.0).tolist() == pytest.approx(levels_of(LAMBDAS).tolist())
+    assert file.fitted_sigmas(3, 6.0).tolist() == pytest.approx(levels_of((-2.0, 0.0, 1.0)).tolist())
+    for n in (1, 2, 3, 4, 5, 7, 12, 40):
+        sigmas = file.fitted_sigmas(n, 1.0)
+        assert len(sigmas) == n + 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
+        assert sigmas[0].item() == pytest.approx(math.exp(2.0) if n in (3, 5) else 14.6)
+    expected = karras(EDM(0.03, 14.6), 12, to_zero=True)
+    assert file.fitted_sigmas(12, 1.0).tolist() == pytest.approx(expected.tolist())
+    assert all(file.covers_fit(3, g) for g in (0.4, 1.5, 3.0, 11.0))
+    assert not any(file.covers_fit(3, g) for g in (0.3, 1.6, 2.9, 11.5))
+    far = file.fitted_sigmas(3, 40.0)
+    assert far.tolist() == pytest.approx(karras(EDM(0.03, 14.6), 3, to_zero=True).tolist())
+    with pytest.warns(UserWarning, match="cover guidance"):
+        assert file.at(40.0).recommendation is None
+    with pytest.warns(UserWarning, match="cover guidance"):
+        assert file.at(0.0).recommendation is None
+    assert torch.equal(file.fitted_sigmas(5, 1.0, denoise=0.5), file.fitted_sigmas(10, 1.0)[-6:])
+    for steps, guidance, denoise in ((0, 1.0, 1.0), (5, 1.0, 0.0), (5, 1.0, 1.5), (5, -1.0, 1.0)):
+        with pytest.raises(EMSError):
+            file.fitted_sigmas(steps, guidance, denoise)
+
+
+def test_schedules_that_end_above_zero() -> None:
+    """Kept fixed schedules may."""
+    sigmas = file_with(row(lambdas=(-2.0, 0.0, 1.0, 3.0), coefficients=None)).fitted_sigmas(3, 1.0)
+    assert len(sigmas) == 4 and sigmas[-1].item() == pytest.approx(math.exp(-3.0))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 0},
+        {"steps": 65},
+        {"steps": 5},
+        {"guidance": -1.0},
+        {"noises": 0},
+        {"fixed_schedule": "x" * 5000},
+        {"fitted": (1.0, 2.0)},
+        {"fitted": (1.0, math.nan, 2.0)},
+        {"ratio": (1.0, 2.0, -1.0)},
+        {"lambdas": (0.0, 0.0, 1.0), "coefficients": None},
+        {"lambdas": (0.0, 1.0, 100.0), "coefficients": None},
+        {"lambdas": (-2.0, -0.5, 0.9)},
+        {"coefficients": "none"},
+        {"coefficients": FittedSteps(LAMBDAS, (1e9, 0.0, 0.0), DDIM.weights)},
+        {"coefficients": FittedSteps(LAMBDAS, DDIM.decay, DDIM.weights, 1e9)},
+    ],
+)
+def test_bad_rows_are_refused(change) -> None:
+    with pytest.raises(EMSError):
+        row(**change)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (2, "text"),
+        (2, [0.0] * 100),
+        (3, None),
+        (3, "1"),
+        (4, None),
+        (4, [0.1]),
+        (5, 7),
+        (5, [[1.0]] * 70),
+        (5, [[1.0], [0.0, True], [0.0, 0.0, 1.0]]),
+        (7, None),
+    ],
+)
+def test_bad_json_is_refused(place, value) -> None:
+    values = fitted_values(row())
+    values[place] = value
+    with pytest.raises(EMSError):
+        fitted_row(values)
+
+
+def test_repeated_or_foreign_rows_are_refused() -> None:
+    with pytest.raises(EMSError, match="each for another"):
+        file_with(row(), row())
+    example = _example()
+    with pytest.raises(EMSError, match="covers"):
+        dataclasses.replace(example, meta=dataclasses.replace(example.meta, fitted=(row(guidance=9.0),)))
+
+
+# --- From end to end
+
+
+def test_a_fit_is_added_to_a_file(mixture, job) -> None:
+    """`with_fit` keeps everything else, notes the cost, and the sampler then uses it by way of the file."""
+    ems = EMS.degenerate(2)
+    values = {name: getattr(ems, name)[None] for name in "lsb"}
+    file = EMSFile(ems.lambdas, torch.tensor([1.0], dtype=torch.float64), **values, meta=EMSMeta("sigma", 0.05, 20.0))
+    source = Source({1.0: mixture}, (2, 2, 2), EDM(0.05, 20.0), {"name": "mixture"})
+    done = decode_ems_file(with_fit(file, source, job, PLAN, JobState()).encode())
+    assert done.meta.estimate["fit_noises"] == 16 and torch.equal(done.l, file.l)
+    noise = torch.randn(50, 2, 2, 2, dtype=torch.float64)
+    x = noise * 20
+    exact = sample_dpm_solver_v3(mixture, x, uniform_lambda(EDM(0.05, 20.0), 200, to_zero=True), order=3, disable=True)
+
+    def error(sigmas, ems):
+        return (sample_dpm_solver_v3(mixture, noise * sigmas[0], sigmas, ems=ems, disable=True) - exact).square().mean()
+
+    assert error(done.fitted_sigmas(5, 1.0), done.at(1.0)) < error(karras(EDM(0.05, 20.0), 5), None)
+
+
+TOY = """
+import torch
+def denoiser(guidance):
+    return lambda x, sigma: torch.tanh(x / (1 + sigma.reshape(-1, 1, 1, 1))) * guidance / (1 + 0.3 * sigma.reshape(-1, 1, 1, 1))
+def stopped(guidance):
+    def D(x, sigma):
+        raise KeyboardInterrupt
+    return D
+"""
+
+
+def test_ems_fit(tmp_path, monkeypatch, capsys) -> None:
+    """`ems compute --no-fit`, then `ems fit`: the plan is shown, the file has the rows, an interrupt says how to go on."""
+    (tmp_path / "fit_toy.py").write_text(TOY)
+    monkeypatch.chdir(tmp_path)
+    model = "--model fit_toy:{} --shape 2,4,4 --sigma-min 0.05 --sigma-max 20 --effort quick --device cpu"
+    compute = ["compute", *model.format("denoiser").split(), "--samples", "4", "--intervals", "12", "--guidance", "1,3"]
+    assert main([*compute, "--no-fit", "--out", "a.ems.safetensors"]) == 0
+    assert "fit for" not in capsys.readouterr().out
+    fit = ["fit", "a.ems.safetensors", *model.format("denoiser").split(), "--steps", "4,5"]
+    assert main([*fit, "--dry-run"]) == 0
+    assert "denoiser evaluations" in capsys.readouterr().out
+    assert main([*fit, "--out", "b.ems.safetensors"]) == 0
+    assert "fitted, 5 steps: error" in capsys.readouterr().out
+    file = decode_ems_file(Path("b.ems.safetensors").read_bytes())
+    assert {(r.guidance, r.steps) for r in file.meta.fitted} == {(g, n) for g in (1.0, 3.0) for n in (4, 5)}
+    assert not list(tmp_path.glob("*.partial"))
+    flow = [*fit, "--space", "flow"]
+    flow[flow.index("20")], flow[flow.index("0.05")] = "0.99", "0.01"
+    assert main(flow) == 1 and "space" in capsys.readouterr().err

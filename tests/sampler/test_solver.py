@@ -1,0 +1,512 @@
+"""The sampler as its callers meet it: schedules, options, dtypes, errors, memory."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dpm_solver_v3.sampler import (
+    DEFAULTS,
+    EMS,
+    EMSError,
+    Recommendation,
+    RecommendationEntry,
+    SamplingError,
+    Settings,
+    Space,
+    sample_dpm_solver_v3,
+    settings_for,
+)
+from dpm_solver_v3.sampler.plan import make_plan
+from dpm_solver_v3.sampler.solver import GROWTH_LIMIT
+
+FULL = {"order": 3, "corrector": "raised"}
+
+
+def run(model, x, sigmas, **options):
+    return sample_dpm_solver_v3(model, x, sigmas, options.pop("extra_args", None), disable=True, **options)
+
+
+def levels(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+class Counting:
+    """A denoiser that keeps what it was called with."""
+
+    def __init__(self, model):
+        self.model, self.calls = model, []
+
+    def __call__(self, x, sigma, **kwargs):
+        self.calls.append((x, sigma, kwargs))
+        return self.model(x, sigma)
+
+
+# Schedules
+
+
+@pytest.mark.parametrize("schedule", [levels(), levels(2.0), levels(2.0, 2.0), levels(0.0)])
+def test_a_schedule_without_a_step_returns_x(schedule, mixture, y_start):
+    model = Counting(mixture)
+    assert run(model, y_start, schedule) is y_start
+    assert not model.calls
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_few_steps_use_the_order_they_can(order, steps, mixture, y_start, sigmas, smooth_ems):
+    """With as many steps as orders or fewer, a higher `order` changes nothing under lower_order_final."""
+    possible = min(order, (steps + 1) // 2)
+    found = run(mixture, y_start, sigmas(steps), ems=smooth_ems, order=order, corrector="none")
+    expected = run(mixture, y_start, sigmas(steps), ems=smooth_ems, order=possible, corrector="none")
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("with_ems", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_last_sigma_of_0_returns_the_last_prediction(steps, with_ems, mixture, y_start, sigmas, smooth_ems):
+    seen = []
+    schedule = torch.cat([sigmas(steps)[:-1], levels(0.0)])
+    ems = smooth_ems if with_ems else None
+    out = sample_dpm_solver_v3(mixture, y_start, schedule, None, seen.append, True, ems=ems, **FULL)
+    assert len(seen) == steps
+    assert torch.equal(out, seen[-1]["denoised"])
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_a_partial_schedule_is_the_rest_of_the_way(order, mixture, y_start, solve_exactly):
+    """img2img: from the middle to a level above 0, against the exact solution over that stretch."""
+    schedule = torch.linspace(math.log(2.0), math.log(0.4), 121, dtype=torch.float64).exp()
+    exact = solve_exactly(mixture, y_start / 3, 2.0, 0.4)
+    out = run(mixture, y_start / 3, schedule, order=order, corrector="none")
+    torch.testing.assert_close(out, exact, rtol=0, atol={1: 2e-2, 2: 5e-4, 3: 1e-4}[order])
+
+
+def test_split_sigmas_continue_each_other(mixture, y_start, sigmas, smooth_ems):
+    """At order 1 there is no history to lose: two halves are the whole, exactly."""
+    whole = run(mixture, y_start, sigmas(8), ems=smooth_ems, order=1, corrector="none")
+    half = run(mixture, y_start, sigmas(8)[:5], ems=smooth_ems, order=1, corrector="none")
+    torch.testing.assert_close(run(mixture, half, sigmas(8)[4:], ems=smooth_ems, order=1, corrector="none"), whole)
+
+
+def test_repeated_sigmas_are_one_node(mixture, y_start, smooth_ems):
+    model = Counting(mixture)
+    found = run(model, y_start, levels(6, 6, 3, 1, 1, 1, 0.4, 0.4), ems=smooth_ems, **FULL)
+    assert len(model.calls) == 3
+    assert torch.equal(found, run(mixture, y_start, levels(6, 3, 1, 0.4), ems=smooth_ems, **FULL))
+
+
+@pytest.mark.parametrize("form_name", ["plain", "flow"])
+def test_a_rising_schedule_undoes_a_falling_one(form_name, form, mixture, y_start, sigmas, smooth_ems):
+    host = form(form_name, mixture)
+    options = {"ems": smooth_ems, "order": 3, "corrector": "raised", "lower_order_final": False}
+    down = host.sample(sample_dpm_solver_v3, y_start, sigmas(400), **options)
+    back = host.sample(sample_dpm_solver_v3, down, sigmas(400).flip(0), **options)
+    assert (down - y_start).norm() > 1
+    torch.testing.assert_close(back, y_start, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("with_ems", [False, True])
+def test_a_flow_from_pure_noise_begins_with_the_exact_data_step(with_ems, form, mixture, y_start, smooth_ems):
+    """x' = (t'/t) x + ((1 - t') - (1 - t) t'/t) D at t = 1, and nothing of that node is used later."""
+    model = form("flow", mixture).model
+    noise = y_start / 6
+    ems = smooth_ems if with_ems else None
+    t = levels(1.0, 0.8, 0.5, 0.2)
+    first = 0.8 * noise + 0.2 * model(noise, torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(run(model, noise, t[:2], ems=ems, space="flow", **FULL), first)
+    whole = run(model, noise, t, ems=ems, space="flow", **FULL)
+    torch.testing.assert_close(whole, run(model, first, t[1:], ems=ems, space="flow", **FULL))
+    assert whole.isfinite().all()
+
+
+def test_one_step_of_a_flow_from_1_to_0_is_the_prediction(form, mixture, y_start):
+    model = form("flow", mixture).model
+    expected = model(y_start / 6, torch.ones(2, dtype=torch.float64))
+    assert torch.equal(run(model, y_start / 6, levels(1.0, 0.0), space="flow"), expected)
+
+
+def test_sigmas_are_followed_as_given(mixture, y_start):
+    model = Counting(mixture)
+    schedule = levels(5.4321, 3.3333333, 0.987654321, 0.2)
+    run(model, y_start, schedule)
+    assert [c[1].tolist() for c in model.calls] == [[s, s] for s in schedule[:-1].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("bad", "space", "message"),
+    [
+        (levels(3, 1, 2), "sigma", r"monotone: from sigmas\[1\] = 1 to sigmas\[2\] = 2 they turn round"),
+        (levels(1, 2, 0.5), "sigma", r"monotone: from sigmas\[1\] = 2 to sigmas\[2\] = 0.5"),
+        (levels(3, 1, -1), "sigma", r"sigmas\[2\] = -1, but noise levels must be >= 0"),
+        (levels(3, math.nan, 1), "sigma", r"sigmas\[1\] is not finite"),
+        (levels(math.inf, 1), "sigma", r"sigmas\[0\] is not finite"),
+        (levels(0, 1, 2), "sigma", "start at 0, where there is no noise"),
+        (
+            levels(1.5, 0.5),
+            "flow",
+            r"sigmas\[0\] = 1.5, but noise levels must be in \[0, 1\] for a rectified-flow model",
+        ),
+        (levels(0.5, 0.8, 1.0), "flow", "end at t = 1, pure noise"),
+        (torch.ones(2, 2), "sigma", r"must be a tensor \[n \+ 1\], not torch.Size\(\[2, 2\]\)"),
+        ([3.0, 1.0], "sigma", r"must be a tensor \[n \+ 1\], not list"),
+    ],
+)
+def test_a_bad_schedule_says_what_and_where(bad, space, message, mixture, y_start):
+    model = Counting(mixture)
+    with pytest.raises(ValueError, match=message):
+        run(model, y_start, bad, space=space)
+    assert not model.calls
+
+
+# Tensors
+
+
+def test_batches_equal_single_samples(mixture, y_start, sigmas, smooth_ems):
+    together = run(mixture, y_start, sigmas(7), ems=smooth_ems, **FULL)
+    alone = [run(mixture, y_start[i : i + 1], sigmas(7), ems=smooth_ems, **FULL) for i in range(2)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 9), (2, 4, 4), (2, 3, 4, 4)], ids=["2-D", "3-D", "4-D", "5-D"])
+def test_latents_of_any_rank(shape, make_mixture, sigmas, smooth_ems, solve_exactly):
+    model = make_mixture(shape)
+    x = 6 * torch.randn(2, *shape, dtype=torch.float64)
+    exact = solve_exactly(model, x, 6.0, 0.15)
+    out = run(model, x, sigmas(200), ems=smooth_ems, order=3, corrector="raised")
+    assert out.shape == x.shape
+    torch.testing.assert_close(out, exact, rtol=0, atol=5e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 6e-2)])
+@pytest.mark.parametrize("with_ems", [False, True])
+def test_latents_of_every_precision(with_ems, dtype, tolerance, mixture, y_start, sigmas, smooth_ems):
+    """The model sees, and the caller gets back, its own dtype; the distance to float64 is that of the dtype."""
+    ems = smooth_ems if with_ems else None
+    model = Counting(mixture)
+    out = run(model, y_start.to(dtype), sigmas(8), ems=ems, order=2, corrector="pseudo")
+    assert out.dtype == dtype
+    assert all(x.dtype == sigma.dtype == dtype for x, sigma, _ in model.calls)
+    exact = run(mixture, y_start, sigmas(8), ems=ems, order=2, corrector="pseudo")
+    assert (out.double() - exact).norm() / exact.norm() < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_gives_what_the_cpu_gives(dtype, mixture, y_start, sigmas, smooth_ems):
+    x, tolerance = y_start.to(dtype), 1e-4 if dtype == torch.float32 else 5e-2
+    expected = run(mixture, x, sigmas(6), ems=smooth_ems, **FULL)
+    found = run(mixture, x.cuda(), sigmas(6).cuda(), ems=smooth_ems, **FULL)
+    assert found.is_cuda
+    torch.testing.assert_close(found.cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [0.0, 0.15])
+def test_nothing_that_came_in_is_written_to(last, dtype, mixture, y_start, sigmas, smooth_ems):
+    schedule = torch.cat([sigmas(5)[:-1], levels(last)])
+    x = y_start.to(dtype)
+    kept = []
+
+    def model(y, sigma):
+        out = mixture(y, sigma)
+        kept.extend((t, t.clone()) for t in (y, sigma, out))
+        return out
+
+    before, schedule_before = x.clone(), schedule.clone()
+    run(model, x, schedule, ems=smooth_ems, **FULL)
+    assert torch.equal(x, before)
+    assert torch.equal(schedule, schedule_before)
+    assert all(torch.equal(now, then) for now, then in kept)
+
+
+def test_no_gradient_graph_is_kept(mixture, y_start, sigmas):
+    assert not run(mixture, y_start.clone().requires_grad_(), sigmas(3)).requires_grad
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("corrector", ["none", "true", "pseudo", "raised"])
+def test_few_tensors_are_held_while_the_model_runs(order, corrector, mixture, sigmas, smooth_ems, new_tensors):
+    """When memory is scarcest: x, the state before, and at most `order` past values. The model's own last output is
+    one more, as a caller's callback may hold it."""
+    x, counts = torch.ones(1, 2, 2, 2, dtype=torch.float64), []
+
+    def model(y, sigma):
+        counts.append(new_tensors(x.shape) - 1)  # the caller's own x
+        return mixture(y, sigma)
+
+    run(model, x, sigmas(9), ems=smooth_ems, order=order, corrector=corrector)
+    assert len(counts) == 9
+    assert max(counts) <= order + 2 + 1
+
+
+# The model's side
+
+
+@pytest.mark.parametrize("corrector", ["none", "true", "pseudo", "raised"])
+@pytest.mark.parametrize("last", [0.0, 0.15])
+def test_one_call_of_the_model_a_step(last, corrector, mixture, y_start, sigmas):
+    model = Counting(mixture)
+    run(model, y_start, torch.cat([sigmas(7)[:-1], levels(last)]), order=3, corrector=corrector)
+    assert len(model.calls) == 7
+
+
+def test_extra_args_reach_the_model_and_stay_as_they_are(mixture, y_start, sigmas):
+    model, extra = Counting(mixture), {"cond": object(), "cond_scale": 7.0}
+    run(model, y_start, sigmas(3), extra_args=extra)
+    assert all(call[2] == extra for call in model.calls)
+    assert list(extra) == ["cond", "cond_scale"]
+
+
+def test_the_callback_is_told_what_k_diffusion_tells(mixture, y_start, sigmas):
+    seen, model = [], Counting(mixture)
+    sample_dpm_solver_v3(model, y_start, sigmas(5), callback=lambda d: seen.append(dict(d)), disable=True)
+    assert [d["i"] for d in seen] == list(range(5))
+    for d, (x, sigma, _), level in zip(seen, model.calls, sigmas(5)):
+        assert set(d) == {"x", "i", "sigma", "sigma_hat", "denoised"}
+        assert d["sigma"] == d["sigma_hat"] == level == sigma[0]
+        assert torch.equal(d["x"], x)
+        assert torch.equal(d["denoised"], mixture(x, sigma))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_from_the_model_names_the_step(value, mixture, y_start, sigmas):
+    def model(y, sigma):
+        out = mixture(y, sigma)
+        if sigma[0] < 1:
+            out[0, 0, 0, 0] = value
+        return out
+
+    step = int((sigmas(8) >= 1).sum()) + 1
+    sigma = f"{sigmas(8)[step - 1].item():.4g}"
+    with pytest.raises(SamplingError, match=rf"1 of 16 values .* at step {step} of 8, sigma = {sigma}"):
+        run(model, y_start, sigmas(8))
+
+
+def test_large_finite_values_are_no_error(y_start, sigmas):
+    """Their float32 sum overflows; only values that are not finite themselves count."""
+    out = run(lambda y, sigma: torch.full_like(y, 1e38), y_start.float(), sigmas(2), order=1, corrector="none")
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("disable", [True, False])
+def test_the_progress_bar_can_be_hidden(disable, mixture, y_start, sigmas, capsys):
+    sample_dpm_solver_v3(mixture, y_start, sigmas(2), disable=disable)
+    assert ("2/2" in capsys.readouterr().err) == (not disable)
+
+
+def test_a_host_without_tqdm_samples_too(mixture, y_start, sigmas, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tqdm.auto", None)
+    assert run(mixture, y_start, sigmas(3)).isfinite().all()
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"order": 4}, "order must be 1, 2 or 3"),
+        ({"order": "two"}, "order must be 1, 2 or 3"),
+        ({"predictor": "exact"}, "predictor must be one of true, pseudo"),
+        ({"corrector": "half"}, "corrector must be one of none, true, pseudo, raised"),
+        ({"corrector": None}, "corrector must be one of none, true, pseudo, raised"),
+        ({"corrector_below": -1.0}, "corrector_below must be a sigma >= 0"),
+        ({"corrector_below": math.nan}, "corrector_below must be a sigma >= 0"),
+        ({"corrector_below": "half"}, "corrector_below must be a sigma >= 0"),
+        ({"strength": 2.5}, r"strength must lie in \[0, 2\]"),
+        ({"strength": math.nan}, r"strength must lie in \[0, 2\]"),
+        ({"strength": "full"}, r"strength must lie in \[0, 2\]"),
+        ({"lower_order_final": 1}, "lower_order_final must be True or False"),
+        ({"space": "latent"}, "unknown space 'latent': choose one of 'sigma', 'flow'"),
+    ],
+)
+def test_a_bad_option_is_named(option, message, mixture, y_start, sigmas):
+    with pytest.raises(ValueError, match=message):
+        run(mixture, y_start, sigmas(3), **option)
+
+
+def test_statistics_of_another_model_are_refused(y_start, mixture, sigmas):
+    three = EMS.degenerate(3)
+    with pytest.raises(EMSError, match="3 channels and the latent has 2"):
+        run(mixture, y_start, sigmas(3), ems=three)
+
+
+@pytest.mark.parametrize("corrector", ["none", "true", "pseudo", "raised"])
+def test_strength_0_is_data_prediction(corrector, mixture, y_start, sigmas, smooth_ems):
+    options = {"order": 3, "corrector": corrector}
+    found = run(mixture, y_start, sigmas(6), ems=smooth_ems, strength=0, **options)
+    torch.testing.assert_close(found, run(mixture, y_start, sigmas(6), **options), rtol=1e-13, atol=1e-13)
+
+
+def test_strength_scales_the_statistics(mixture, y_start, sigmas, smooth_ems):
+    found = run(mixture, y_start, sigmas(6), ems=smooth_ems, strength=0.5, **FULL)
+    assert torch.equal(found, run(mixture, y_start, sigmas(6), ems=smooth_ems.scaled(0.5), **FULL))
+
+
+def test_corrector_below_restricts_the_corrector_to_low_noise(mixture, y_start, sigmas):
+    """Nodes above it go uncorrected: 0 is no corrector, infinity is all nodes, trajectories part at the level."""
+    schedule = sigmas(8)
+
+    def states(**options):
+        model = Counting(mixture)
+        run(model, y_start, schedule, order=2, **options)
+        return [call[0] for call in model.calls]
+
+    without, below, always = (
+        states(corrector="none"),
+        states(corrector="pseudo", corrector_below=schedule[4].item() * 1.001),
+        states(corrector="pseudo"),
+    )
+    same = [torch.equal(a, b) for a, b in zip(without, below)]
+    assert same == [True] * 5 + [False] * 3  # node 4 is corrected first, and node 5 is the first to show it
+    zero = states(corrector="pseudo", corrector_below=0)
+    assert all(torch.equal(a, b) for a, b in zip(zero, without))
+    assert not torch.equal(always[2], without[2])
+
+
+def test_lower_order_final_lowers_the_last_steps_only(mixture, y_start, sigmas):
+    def states(flag):
+        model = Counting(mixture)
+        out = run(model, y_start, sigmas(8), order=3, corrector="none", lower_order_final=flag)
+        return [call[0] for call in model.calls] + [out]
+
+    same = [torch.equal(a, b) for a, b in zip(states(True), states(False))]
+    assert same == [True] * 7 + [False] * 2  # steps 7 and 8 are of orders 2 and 1
+
+
+@pytest.mark.parametrize("form_name", ["plain", "flow"])
+@pytest.mark.parametrize(("last", "counted"), [(0.03, False), (0.2, True)])
+def test_a_step_to_0_from_next_to_nothing_is_not_the_last_one(last, counted, form_name, form, mixture, y_start, smooth_ems):
+    """To a tiny sigma and then 0: what the run that ends at the tiny sigma gives, denoised. Elsewhere the step to 0 counts."""
+    space = form(form_name, mixture)
+    sigmas = levels(10.0, 4.0, 1.5, 0.6, last, 0.0)
+    options = {"ems": smooth_ems, "order": 3, "corrector": "none"}
+    whole = space.sample(sample_dpm_solver_v3, y_start, sigmas, **options)
+    end = space.sample(sample_dpm_solver_v3, y_start, sigmas[:-1], **options)
+    denoised = mixture(end, torch.full((len(end),), last, dtype=torch.float64))
+    assert torch.allclose(whole, denoised, atol=1e-9) != counted
+    free = {**options, "lower_order_final": False}
+    end = space.sample(sample_dpm_solver_v3, y_start, sigmas[:-1], **free)
+    denoised = mixture(end, torch.full((len(end),), last, dtype=torch.float64))
+    assert torch.allclose(space.sample(sample_dpm_solver_v3, y_start, sigmas, **free), denoised, atol=1e-9)
+
+
+def test_a_plan_is_made_once_a_schedule(mixture, y_start, sigmas, smooth_ems):
+    make_plan.cache_clear()
+    for _ in range(3):
+        run(mixture, y_start, sigmas(6), ems=smooth_ems)
+    assert (make_plan.cache_info().misses, make_plan.cache_info().hits) == (1, 2)
+    run(mixture, y_start, sigmas(7), ems=smooth_ems)
+    assert make_plan.cache_info().misses == 2
+
+
+# What "auto" means
+
+
+def recommending(ems, *entries):
+    """`ems` with these (lambdas, settings) recommended."""
+    return EMS(
+        ems.lambdas,
+        ems.l,
+        ems.s,
+        ems.b,
+        recommendation=Recommendation(tuple(RecommendationEntry(tuple(a), b) for a, b in entries)),
+    )
+
+
+def lambdas_of(schedule):
+    return (-schedule.log()).tolist()
+
+
+def test_auto_without_statistics_is_the_default(mixture, y_start, sigmas):
+    assert torch.equal(run(mixture, y_start, sigmas(6)), run(mixture, y_start, sigmas(6), **DEFAULTS.__dict__))
+
+
+def test_auto_with_statistics_is_their_default(mixture, y_start, sigmas, smooth_ems):
+    expected = run(mixture, y_start, sigmas(6), ems=smooth_ems, **DEFAULTS.__dict__)
+    assert torch.equal(run(mixture, y_start, sigmas(6), ems=smooth_ems), expected)
+
+
+@pytest.mark.parametrize("last", [0.0, 0.15])
+def test_auto_follows_the_recommendation(last, mixture, y_start, sigmas, smooth_ems):
+    advised = Settings(
+        order=3, predictor="pseudo", corrector="true", corrector_below=2.0, lower_order_final=False, strength=0.4
+    )
+    schedule = torch.cat([sigmas(6)[:-1], levels(last)])
+    ems = recommending(smooth_ems, (lambdas_of(sigmas(6)), advised))
+    expected = run(mixture, y_start, schedule, ems=smooth_ems, **advised.__dict__)
+    assert torch.equal(run(mixture, y_start, schedule, ems=ems), expected)
+
+
+def test_an_explicit_option_wins_over_the_recommendation(mixture, y_start, sigmas, smooth_ems):
+    ems = recommending(smooth_ems, (lambdas_of(sigmas(6)), Settings(order=3, corrector="true", strength=0.4)))
+    expected = run(mixture, y_start, sigmas(6), ems=smooth_ems, order=1, corrector="true", strength=0.4)
+    assert torch.equal(run(mixture, y_start, sigmas(6), ems=ems, order=1), expected)
+
+
+@pytest.mark.parametrize(("steps", "high", "expected"), [(5, 6.0, 1), (6, 6.0, 1), (12, 6.0, 2), (30, 6.0, 2), (10, 1.0, 3)])
+def test_the_nearest_schedule_is_recommended(steps, high, expected, sigmas):
+    """By the number of steps first, then by where the nodes lie."""
+    advice = Recommendation(
+        (
+            RecommendationEntry(tuple(lambdas_of(sigmas(5))), Settings(order=1)),
+            RecommendationEntry(tuple(lambdas_of(sigmas(10))), Settings(order=2)),
+            RecommendationEntry(tuple(lambdas_of(sigmas(10, 1.0))), Settings(order=3)),
+        )
+    )
+    assert advice.best_for(lambdas_of(sigmas(steps, high))).order == expected
+
+
+def test_no_recommendation_where_there_is_nothing_to_compare(sigmas):
+    assert Recommendation().best_for([0.0, 1.0]) is None
+    entry = RecommendationEntry(tuple(lambdas_of(sigmas(5))), Settings())
+    assert Recommendation((entry,)).best_for([0.0]) is None
+    assert Recommendation((RecommendationEntry((0.0,), Settings(order=1)),)).best_for([0.0, 1.0]).order == 1
+
+
+def wild_statistics(recommendation: Recommendation | None = None) -> EMS:
+    """s of 6 everywhere: f grows by e^6 for each unit of lambda."""
+    lambdas = torch.linspace(-5, 5, 41, dtype=torch.float64)
+    ones = torch.ones(41, 3, dtype=torch.float64)
+    return EMS(lambdas, ones, 6 * ones, 0 * ones, recommendation=recommendation)
+
+
+def test_growth_is_the_largest_integral_of_s_over_a_step() -> None:
+    assert wild_statistics().growth(torch.tensor([-4.0, -3.0, -1.5])) == pytest.approx(9.0)
+    assert wild_statistics().growth(torch.tensor([-9.0, -4.5])) == pytest.approx(3.0)  # s = 0 outside the grid
+    assert EMS.degenerate().growth(torch.tensor([-1.0, 1.0])) == 0
+    assert wild_statistics().growth(torch.tensor([1.0])) == 0
+
+
+def test_statistics_are_held_back_on_schedules_that_they_were_not_measured_on() -> None:
+    sigmas = torch.tensor([10.0, 2.0, 0.5, 0.1, 0.0])
+    auto = dict.fromkeys(("order", "predictor", "corrector", "corrector_below", "lower_order_final", "strength"), "auto")
+    assert wild_statistics().growth(-sigmas[:-1].log()) > GROWTH_LIMIT
+    assert settings_for(sigmas, Space.SIGMA, wild_statistics(), auto).strength == 0
+    assert settings_for(sigmas, Space.SIGMA, replaced(wild_statistics(), 0.5), auto).strength == 1
+    assert settings_for(sigmas, Space.SIGMA, wild_statistics(), {**auto, "strength": 1.0}).strength == 1.0
+    measured = Recommendation((RecommendationEntry(tuple((-sigmas[:-1].log()).tolist()), Settings()),))
+    assert settings_for(sigmas, Space.SIGMA, wild_statistics(measured), auto).strength == 1.0
+    other = torch.tensor([10.0, 3.0, 0.5, 0.1, 0.0])
+    assert settings_for(other, Space.SIGMA, wild_statistics(measured), auto).strength == 0
+
+
+def test_the_defaults_without_statistics_depend_on_the_guidance() -> None:
+    auto = dict.fromkeys(("order", "predictor", "corrector", "corrector_below", "lower_order_final", "strength"), "auto")
+    found = [settings_for(torch.tensor([10.0, 1.0, 0.0]), Space.SIGMA, None, auto, g) for g in (None, 1.0, 4.0, 7.5)]
+    assert [s.corrector for s in found] == ["pseudo", "pseudo", "pseudo", "none"]
+
+
+def test_statistics_that_blow_up_are_named_as_the_cause() -> None:
+    sigmas = torch.tensor([80.0, 20.0, 5.0, 1.0, 0.2, 0.05, 0.01])
+    with pytest.raises(SamplingError, match="the statistics \\(EMS\\) do not suit this model"):
+        sample_dpm_solver_v3(
+            lambda x, sigma: x * 0.9, torch.ones(1, 3, 4, 4) * 80, sigmas, ems=replaced(wild_statistics(), 200.0), strength=2.0
+        )
+
+
+def replaced(ems: EMS, s: float) -> EMS:
+    return EMS(ems.lambdas, ems.l, torch.full_like(ems.s, s), ems.b)
