@@ -8,8 +8,8 @@ each over the same pictures of the embedded model:
 
 - squared: mean squared difference to the converged picture from the same start noise (geometric mean over the pictures);
 - paired: mean squared distance between the features of a picture and those of its converged picture;
-- kernel: the kernel distance (KID, Binkowski et al. 2018: the unbiased estimate of MMD^2 with the kernel (x.y / d + 1)^3) between
-  the features of a sampler's pictures and those of converged pictures from *other* start noise. The row "converged"
+- kernel: the kernel distance (KID, Binkowski et al. 2018, the unbiased estimate of MMD^2 for the kernel (x.y / d + 1)^3) of
+  the features of a sampler's pictures from those of converged pictures from *other* start noise. The row "converged"
   says where zero is.
 
 Features are the 1,280 averaged channels of efficientnet-lite0, trained on ImageNet, of the pictures enlarged to 128 x 128.
