@@ -14,7 +14,7 @@ from ..ems_tools.estimate.run import EstimateError
 from ..ems_tools.file.contents import EMSFile, EMSFileError, evidence_problems, load_ems_file
 from ..ems_tools.hosting import PROMPTS, effort_in_words, scales_of
 from ..ems_tools.show.describe import lines_of
-from ..ems_tools.show.plot import plot_ems
+from ..ems_tools.show.draw import plot_ems
 from . import host
 from .find import fingerprint, library
 from .session import Request, Work, begin, current
