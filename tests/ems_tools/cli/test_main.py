@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from dpm_solver_v3.ems_tools import cli
-from dpm_solver_v3.ems_tools.file.contents import EMSFile, EMSMeta, EvidenceRow, RecommendedSetting, load_ems_file
+from dpm_solver_v3.ems_tools.file.contents import EMSFile
+from dpm_solver_v3.ems_tools.file.reader import load_ems_file
+from dpm_solver_v3.ems_tools.file.rows import EMSMeta, EvidenceRow, RecommendedSetting
 from dpm_solver_v3.ems_tools.show import plot
 from dpm_solver_v3.sampler import Settings
 
