@@ -30,13 +30,7 @@ from dpm_solver_v3.ems_tools.file.reader import decode_ems_file, load_ems_file
 from dpm_solver_v3.ems_tools.file.rows import EvidenceRow
 from dpm_solver_v3.ems_tools.judge.consistency import consistency_problems
 from dpm_solver_v3.ems_tools.judge.measure import SAMPLES, Measured, measure
-from dpm_solver_v3.ems_tools.judge.spot_check import (
-    ALPHA,
-    SpotCheck,
-    confirmed,
-    judge,
-    statistics_checks,
-)
+from dpm_solver_v3.ems_tools.judge.spot_check import ALPHA, SpotCheck, confirmed, judge, statistics_checks
 from dpm_solver_v3.sampler import VPDiscrete
 
 __all__ = ["FORGERIES", "forged", "right_files", "verdict"]

@@ -16,7 +16,7 @@ from ..ems_tools.file.reader import EMSFileError, load_ems_file
 from ..ems_tools.hosting import PROMPTS, effort_in_words, scales_of
 from ..ems_tools.judge.consistency import evidence_problems
 from ..ems_tools.show.describe import lines_of
-from ..ems_tools.show.plot import plot_ems
+from ..ems_tools.show.draw import plot_ems
 from . import host
 from .find import fingerprint, library
 from .session import Request, Work, begin, current

@@ -22,7 +22,7 @@ from ..judge.consistency import consistency_problems
 from ..judge.measure import SAMPLES
 from ..judge.spot_check import ALPHA, spot_check
 from ..show.describe import facts_of, lines_of
-from ..show.plot import plot_ems
+from ..show.draw import plot_ems
 from .model import add_model_options, add_running_options, source_of
 
 __all__ = ["add_convert", "add_inspect", "add_merge", "add_plot", "add_verify", "command"]

@@ -11,7 +11,7 @@ from typing import Any
 from ...sampler import EMSError, SamplingError
 from ..estimate.moments import MergeError
 from ..estimate.run import EstimateError
-from ..show.plot import PlotError
+from ..show.draw import PlotError
 from .compute import add_compute, add_fit
 from .files import add_convert, add_inspect, add_merge, add_plot, add_verify
 from .share import add_index, add_pull, add_share

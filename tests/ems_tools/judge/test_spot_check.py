@@ -20,12 +20,7 @@ from dpm_solver_v3.ems_tools.file.reader import load_ems_file
 from dpm_solver_v3.ems_tools.file.rows import EMSMeta
 from dpm_solver_v3.ems_tools.judge.consistency import consistency_problems
 from dpm_solver_v3.ems_tools.judge.measure import measure, nodes_of
-from dpm_solver_v3.ems_tools.judge.spot_check import (
-    Check,
-    SpotCheck,
-    spot_check,
-    statistics_checks,
-)
+from dpm_solver_v3.ems_tools.judge.spot_check import Check, SpotCheck, spot_check, statistics_checks
 from dpm_solver_v3.ems_tools.judge.student import p_value, student_tail
 from dpm_solver_v3.sampler import EDM, EMSError
 
