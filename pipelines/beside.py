@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..ems_tools.file.contents import SUFFIX, EMSFile, EMSFileError
+from ..ems_tools.file.contents import EMSFile
+from ..ems_tools.file.layout import SUFFIX
+from ..ems_tools.file.reader import EMSFileError
 
 __all__ = ["NAME", "absolute", "find", "saved"]
 

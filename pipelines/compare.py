@@ -46,10 +46,11 @@ class Comparison:
     errors: dict[str, tuple[float, ...]]
 
 
-def entrants(pipe: Any, replay: Replay, file: Path | None, guidance: float) -> dict[str, Any]:
+def entrants(replay: Replay, file: Path | None, guidance: float) -> dict[str, Any]:
     """Schedulers by name: the pipeline's own first, then diffusers' common ones, then ours without and with statistics."""
     import diffusers
 
+    pipe = replay.pipe
     config = dict(pipe.scheduler.config)
     flow = replay.noise.space is Space.FLOW
     own = type(pipe.scheduler).__name__
@@ -67,7 +68,6 @@ def entrants(pipe: Any, replay: Replay, file: Path | None, guidance: float) -> d
 
 
 def compare(
-    pipe: Any,
     replay: Replay,
     schedulers: dict[str, Any],
     guidance: float,
@@ -83,8 +83,7 @@ def compare(
     """Run the pipeline with every scheduler. A scheduler that cannot do it is left out, with a warning.
 
     Args:
-        pipe: the pipeline, whose scheduler stays what it is.
-        replay: of the same pipeline.
+        replay: of the pipeline, whose scheduler stays what it is.
         schedulers: see `entrants`.
         guidance: the scale that the pipeline is called with.
         model: its name, for the table.
@@ -95,7 +94,7 @@ def compare(
         seed: of the noises.
         progress: told what is being run.
     """
-    draw, device = torch.Generator().manual_seed(seed), pipe._execution_device
+    draw, device = torch.Generator().manual_seed(seed), replay.pipe._execution_device
     noise = torch.randn(samples, *replay.native, generator=draw)
     parts = [list(range(k, min(k + batch, samples))) for k in range(0, samples, batch)]
     progress(f"converged latents: {reference_steps} steps")

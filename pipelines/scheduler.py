@@ -18,7 +18,8 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
-from ..ems_tools.file.contents import EMSFile, load_ems_file
+from ..ems_tools.file.contents import EMSFile
+from ..ems_tools.file.reader import load_ems_file
 from ..ems_tools.hosting.runs import Run, choose_statistics, choose_steps
 from ..sampler import AUTO, EMS
 from . import beside

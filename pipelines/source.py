@@ -19,10 +19,10 @@ from ..ems_tools.hosting.jobs import request_facts
 from ..ems_tools.share.identity import ModelIdentity
 from ..ems_tools.share.index import Hashes
 from .embedded import EmbeddedPipeline
-from .replay import Inputs, PipelineDenoiser, Replay, inputs_of
+from .replay import PipelineDenoiser, Replay, inputs_of
 from .spacing import end_level, spaced_levels
 
-__all__ = ["PipelineRequest", "identity_of", "load_pipeline", "source_for"]
+__all__ = ["PipelineRequest", "identity_of", "load_pipeline", "replay_of", "source_for"]
 
 EMBEDDED = "embedded"
 _ARCHITECTURES = {
@@ -119,10 +119,15 @@ def _single_file(place: str, dtype: torch.dtype) -> Any:
 
 def source_for(pipe: Any, request: PipelineRequest, scales: Sequence[float]) -> Source:
     """What `ems_tools` measures: the pipeline's denoisers at these guidance scales. Raises EstimateError."""
-    replay = Replay(pipe, inputs_of(pipe, request.prompts, request.size, request.extra))
+    replay = replay_of(pipe, request)
     models = {float(g): PipelineDenoiser(replay, float(g)) for g in scales}
     facts = {**identity_of(pipe, request).facts(), **request_facts("\0".join(request.prompts))}
     return Source(models, replay.shape, replay.noise.schedule, facts, host_schedules={"diffusers": own_schedule(replay)})
+
+
+def replay_of(pipe: Any, request: PipelineRequest) -> Replay:
+    """The pipeline, ready to be asked for its denoiser. Raises EstimateError."""
+    return Replay(pipe, inputs_of(pipe, request.prompts, request.size, request.extra))
 
 
 def own_schedule(replay: Replay) -> Callable[[int], Tensor]:
