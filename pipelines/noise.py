@@ -119,15 +119,16 @@ class VPNoise:
 
 @dataclass(frozen=True)
 class FlowNoise:
-    """Rectified flow: SD3, Flux, Wan. `steps` is N, the number of trained time steps."""
+    """Rectified flow: SD3, Flux, Wan. `steps` is N, the number of trained time steps; `shift` as in `sampler.Flow`."""
 
     steps: int = 1000
+    shift: float = 1.0
     space = Space.FLOW
 
     @property
     def schedule(self) -> Flow:
-        """From t = 1 / N to 1."""
-        return Flow(time_min=1 / self.steps)
+        """From the shifted 1 / N to 1."""
+        return Flow(self.shift, time_min=1 / self.steps)
 
     def time_of(self, level: Tensor) -> Tensor:
         """N t."""
@@ -208,7 +209,7 @@ def noise_of(config: Mapping[str, Any]) -> Noise:
         low, high = config["sigma_min"] or 0.002, config["sigma_max"] or 80.0
         return EDMNoise(EDM(low, high), config["sigma_data"])
     if config["use_flow_sigmas"]:
-        return FlowNoise(config["num_train_timesteps"])
+        return FlowNoise(config["num_train_timesteps"], config["flow_shift"])
     return VPNoise(VPDiscrete(_alphas_cumprod(config)), config["timestep_type"] == "continuous")
 
 

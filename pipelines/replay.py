@@ -12,7 +12,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..ems_tools.estimate.run import EstimateError
 from .layout import Layout, layout_for
-from .noise import Noise
+from .noise import FlowNoise, Noise
 from .scheduler import DPMSolverV3Scheduler
+from .spacing import flow_shift
 
 __all__ = ["PipelineDenoiser", "Replay", "inputs_of"]
 
@@ -54,6 +55,8 @@ class _OneStep(DPMSolverV3Scheduler):
     ) -> None:
         """The one step; what dynamic shifting would have been is kept."""
         self.mu = mu
+        if isinstance(self._noise, FlowNoise) and mu is not None:
+            self._noise = replace(self._noise, shift=flow_shift(self.config, mu))
         self._settle(torch.tensor([self.level], dtype=torch.float64), 0.0, device, 1.0)
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **options: Any) -> Any:

@@ -9,7 +9,7 @@ A pipeline saved with this scheduler names this module: its path, and the class'
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from ..ems_tools.file.contents import EMSFile
 from ..ems_tools.file.reader import load_ems_file
-from ..ems_tools.hosting.runs import Run, choose_statistics, choose_steps
+from ..ems_tools.hosting.runs import Run, choose_statistics, choose_steps, unfitted_steps
 from ..sampler import AUTO, EMS
 from . import beside
 from .layout import layout_for
 from .noise import EDMNoise, FlowNoise, VPNoise, noise_of
-from .spacing import end_level, given_sigmas, given_timesteps, spaced_levels
+from .spacing import SHAPES, end_level, flow_shift, given_sigmas, given_timesteps, spaced_levels
 from .stepping import Stepping
 
 __all__ = ["DPMSolverV3Scheduler", "DPMSolverV3SchedulerOutput"]
@@ -133,16 +133,15 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The scheduler for the model that another scheduler's `config` describes; `kwargs` override it, as in diffusers.
 
-        Flow-matching schedulers' configurations do not say that they are flows, and call the shift otherwise: added here.
+        The configurations of flow-matching and EDM schedulers are told by their names for the shift and the data's deviation.
         """
-        if isinstance(config, Mapping) and str(config.get("_class_name", "")).startswith("FlowMatch"):
+        if isinstance(config, Mapping) and "beta_schedule" not in config:
             if config.get("invert_sigmas"):
                 raise ValueError("invert_sigmas (Mochi) is not supported: its times run backwards")
-            shift = float(config.get("shift", 1.0) or 1.0)
-            flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
-            config = {**config, **{name: value for name, value in flow.items() if name not in kwargs}}
-        elif isinstance(config, Mapping) and str(config.get("_class_name", "")).startswith("EDM"):
-            config = {**config, "sigma_data": config.get("sigma_data", 0.5)}
+            if "shift" in config:
+                kwargs = {"prediction_type": "flow_prediction", "flow_shift": float(config["shift"] or 1.0), **kwargs}
+            elif "sigma_data" in config:  # a default value counts as not given
+                kwargs = {"sigma_data": config["sigma_data"], **kwargs}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
@@ -171,8 +170,9 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Choose the steps of the next run, and forget the last one.
 
         Args:
-            num_inference_steps: model calls. With a guidance scale and statistics that hold a schedule fitted for this count,
-                that one is used; else the configured spacing.
+            num_inference_steps: model calls. With statistics that hold a schedule fitted for this count and the guidance scale,
+                that one is used; with others the best steps that need no fit; without any, or with use_karras_sigmas and
+                its like, the configured spacing.
             device: of `timesteps`.
             sigmas: the caller's own levels, for a flow before shifting and without the end (see `spacing.given_sigmas`).
             timesteps: the caller's own time steps of the model.
@@ -183,6 +183,8 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         if sum(v is not None for v in (sigmas, timesteps)) > 1 or (sigmas is timesteps is num_inference_steps is None):
             raise ValueError("give num_inference_steps, or timesteps, or sigmas")
+        if isinstance(self._noise, FlowNoise) and self.config.use_dynamic_shifting and mu is not None:
+            self._noise = replace(self._noise, shift=flow_shift(self.config, mu))
         config, noise, start = self.config, self._noise, None
         end = end_level(noise, config)
         if sigmas is not None:
@@ -191,9 +193,9 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             levels = given_timesteps(noise, timesteps)
         else:
             assert num_inference_steps is not None
-            start, fitted = self._fitted_steps(num_inference_steps)
-            levels = spaced_levels(noise, config, num_inference_steps, mu) if fitted is None else fitted[:-1]
-            end = end if fitted is None else fitted[-1].item()
+            start, advised = self._steps_of_file(num_inference_steps)
+            levels = spaced_levels(noise, config, num_inference_steps, mu) if advised is None else advised[:-1]
+            end = end if advised is None else advised[-1].item()
         if num_inference_steps is not None and num_inference_steps != len(levels):
             raise ValueError(f"num_inference_steps is {num_inference_steps}, but {len(levels)} sigmas or timesteps are given")
         self._settle(levels, end, device, start)
@@ -221,24 +223,25 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         unknown = "the guidance scale is not known: give the scheduler guidance_scale=..., the one that you call the pipeline with"
         return Run(self._noise.schedule, guidance, unknown=unknown)
 
-    def _fitted_steps(self, n: int) -> tuple[float | None, Tensor | None]:
-        """Start and levels [n + 1] of the schedule fitted for n steps, if the file has one for this model and guidance scale.
+    def _steps_of_file(self, n: int) -> tuple[float | None, Tensor | None]:
+        """Start and levels [n + 1] that the statistics file advises: fitted for n steps, or the best that need no fit.
 
-        Fitted steps begin with unit noise times a number. Pipelines of flows begin with unit noise itself: near enough, or not.
+        None where there is no file, or the configuration names a shape of steps. Fitted steps begin with unit noise times a
+        number; pipelines of flows begin with unit noise itself, which is near enough, or not.
         """
         run = self._run()
-        if self._file is None or any(self.config[name] != AUTO for name in _OPTIONS.values()):
+        if self._file is None or any(self.config[name] for name in SHAPES):
             return None, None
         steps = choose_steps(self._file, str(self.config.ems), run, n)
-        if not steps.fitted or run.guidance is None:
-            return None, None
+        if not steps.fitted or run.guidance is None or any(self.config[name] != AUTO for name in _OPTIONS.values()):
+            return None, unfitted_steps(run.schedule, n)[1]
         advice = self._file.at(run.guidance).recommendation
         found = advice and advice.fitted_for(self._noise.space.lambda_of(steps.levels).tolist())
         first = steps.levels[0].item()
         start = first * self._noise.scale(first) * (found.start if found else 1.0)
         if isinstance(self._noise, FlowNoise) and abs(start - 1) > _FLOW_START:
             logger.info(f"fitted steps begin at {start:.3f} times the noise, and a flow's pipeline begins at 1: not used")
-            return None, None
+            return None, unfitted_steps(run.schedule, n)[1]
         return start, steps.levels
 
     @property

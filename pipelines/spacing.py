@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .noise import EDMNoise, FlowNoise, Noise, VPNoise
 
-__all__ = ["end_level", "given_sigmas", "given_timesteps", "spaced_levels"]
+__all__ = ["SHAPES", "end_level", "flow_shift", "given_sigmas", "given_timesteps", "spaced_levels"]
 
 SHAPES = ("use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas", "use_beta_sigmas")
 
@@ -96,13 +96,18 @@ def _last_step(noise: VPNoise, config: Mapping[str, Any]) -> int:
     return int((-noise.level_of(steps).log() >= config["lambda_min_clipped"]).sum())
 
 
+def flow_shift(config: Mapping[str, Any], mu: float | None) -> float:
+    """The shift of a flow's times: the configured one, or with dynamic shifting what follows from `mu`. Raises ValueError."""
+    if not config["use_dynamic_shifting"]:
+        return float(config["flow_shift"])
+    if mu is None:
+        raise ValueError("use_dynamic_shifting needs `mu`, which depends on the size of the image: the pipeline passes it")
+    return math.exp(mu) if config["time_shift_type"] == "exponential" else mu
+
+
 def _shifted(t: Tensor, config: Mapping[str, Any], mu: float | None) -> Tensor:
     """A flow's times moved towards noise, s t / (1 + (s - 1) t), then stretched to end at `shift_terminal`."""
-    shift = config["flow_shift"]
-    if config["use_dynamic_shifting"]:
-        if mu is None:
-            raise ValueError("use_dynamic_shifting needs `mu`, which depends on the size of the image: the pipeline passes it")
-        shift = math.exp(mu) if config["time_shift_type"] == "exponential" else mu
+    shift = flow_shift(config, mu)
     t = shift * t / (1 + (shift - 1) * t)
     if config["shift_terminal"]:
         t = 1 - (1 - t) * (1 - config["shift_terminal"]) / (1 - t[-1])

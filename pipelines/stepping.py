@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sampler import EMS
+from ..sampler import EMS, Run, plan_for
 from .layout import Layout
 from .noise import Noise
 
@@ -47,31 +47,32 @@ class Stepping:
         self._levels = levels.tolist()
         self._noise, self._prediction, self._layout, self._threshold = noise, prediction, layout, threshold
         self._done = 0
-        self._solver = SamplerRun(levels, noise.space, ems, chosen, guidance)
-        self._given: Tensor | None = None
+        self._plan = plan_for(levels, ems=ems, space=noise.space, guidance=guidance, **chosen)
+        self._run: Run | None = None
+        self._given: Tensor | None = None  # what the pipeline got from the last step
 
     def step(self, output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
         """(latents of the next step, denoised) from the model's output at `sample`; all as the pipeline holds them."""
-        i, scale = self._done, self._noise.scale(self._levels[self._done])
-        dtype = sample.dtype if sample.dtype == torch.float64 else torch.float32
-        x = self._taken_over(sample, dtype, scale)
-        denoised = self._denoised(self._layout.channels_first(output).to(dtype), x, self._levels[i])
+        level, following = self._levels[self._done : self._done + 2]
+        run = self._run = self._taken_over(sample, self._noise.scale(level))
+        denoised = self._denoised(self._layout.channels_first(output).to(run.x.dtype), run.x, level)
         self._done += 1
-        if self._levels[i + 1] != self._levels[i]:
-            x = self._solver.step(x, denoised)
-        self._x = x
-        out = x * self._noise.scale(self._levels[i + 1])
-        given = self._layout.as_given(out).to(sample.dtype)
+        if following != level:
+            run.observe(denoised)
+            run.advance()
+        given = self._layout.as_given(run.x * self._noise.scale(following)).to(sample.dtype)
         self._given = given.clone()  # the pipeline may write into what it gets
         return given, self._layout.as_given(denoised).to(sample.dtype)
 
-    def _taken_over(self, sample: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
-        """The solver's x [B, C, ...] at which the model was called."""
-        if self._given is None:
-            return self._layout.channels_first(sample).to(dtype) / scale
+    def _taken_over(self, sample: Tensor, scale: float) -> Run:
+        """The sampler's run, at the x [B, C, ...] at which the model was called."""
+        dtype = sample.dtype if sample.dtype == torch.float64 else torch.float32
+        if self._run is None or self._given is None:
+            first = self._layout.channels_first(sample).to(dtype) / (scale * self._plan.start)  # `Run` puts the start in again
+            return Run(self._plan, first)
         changed = sample.to(dtype) - self._given.to(dtype)
-        self._given = None
-        return torch.add(self._x, self._layout.channels_first(changed), alpha=1 / scale)
+        self._run.move(self._layout.channels_first(changed) / scale)
+        return self._run
 
     def _denoised(self, output: Tensor, x: Tensor, level: float) -> Tensor:
         p, q = self._noise.factors(level, self._prediction)
@@ -83,38 +84,3 @@ def _thresholded(denoised: Tensor, ratio: float, most: float) -> Tensor:
     """Dynamic thresholding (Saharia et al. 2022, section 2.3), for models of pixels."""
     size = denoised.abs().flatten(1).quantile(ratio, dim=1).clamp(1, most).reshape(-1, *(1,) * (denoised.ndim - 1))
     return denoised.clamp(-size, size) / size
-
-
-# --- to be replaced by the sampler's own
-from ..sampler.plan import DataStep, check_levels, fitted_plan, make_plan
-from ..sampler import solver as _s
-
-
-class SamplerRun:
-    def __init__(self, levels, space, ems, chosen, guidance):
-        nodes = torch.unique_consecutive(levels)
-        check_levels(nodes, space)
-        settings = _s.settings_for(nodes, space, ems, chosen, guidance)
-        fitted = _s._fitted_for(nodes, space, ems, chosen)
-        host = tuple(nodes.tolist())
-        self.plan = fitted_plan(host, space, fitted) if fitted else make_plan(host, space, _s._NO_EMS if ems is None else ems, settings)
-        self.i, self.history = 0, {}
-
-    def step(self, x, denoised):
-        if self.i == 0:
-            self.steps = _s._ready_steps(self.plan, x.device, x.dtype, x.ndim)
-            self.before = x
-        i, step = self.i, self.steps[self.i]
-        self.i += 1
-        if isinstance(step.predictor, DataStep):
-            self.before = x
-            self.history.clear()
-            return _s._data_step(step.predictor, x, denoised)
-        self.history[i] = _s._minus_nonlinear_term(step.x_slope, x, denoised)
-        if step.corrector is not None:
-            x = _s._combine(step.corrector, self.before, self.history)
-        self.before = x
-        out = _s._combine(step.predictor, x, self.history)
-        for j in [j for j in self.history if j <= i - self.plan.keep]:
-            del self.history[j]
-        return out
