@@ -60,7 +60,7 @@ def find(cls: Any, place: str | os.PathLike[str], subfolder: str | None, options
         return path
     from huggingface_hub import hf_hub_download
 
-    return str(hf_hub_download(place, wanted, subfolder=subfolder, **{k: v for k, v in options.items() if k in _HUB}))
+    return str(hf_hub_download(str(place), wanted, subfolder=subfolder, **{k: v for k, v in options.items() if k in _HUB}))
 
 
 _HUB = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")

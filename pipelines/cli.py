@@ -43,7 +43,7 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
     group.add_argument("--weights", choices=("float32", "float16", "bfloat16"), help="dtype of the pipeline (float32)")
     group.add_argument("--size", type=int, help="height and width in pixels (the pipeline's own)")
     group.add_argument("--offload", choices=("model", "sequential"), default="", help="keep weights in main memory until used")
-    group.add_argument("--checkpoint", type=Path, help="the model as one file, as ComfyUI and the WebUIs load it: they find by it")
+    group.add_argument("--checkpoint", type=Path, help="the model as the one file that other hosts load, and know it by")
     group.add_argument("--call", type=_arguments, metavar="JSON", help="""more arguments of its call: '{"num_frames": 17}'""")
 
 

@@ -1,8 +1,8 @@
 """The paper's table for one pipeline: how far each scheduler's latents are from the converged ones, by number of steps.
 
-Every scheduler begins with the same noise and solves the same ODE; its error is the root-mean-square distance, over all elements
-and relative to the converged latents' own size, of where it ends. The converged latents are this project's solver's, of order 3 and
-without statistics, on very many steps: what it is compared with has no part in them.
+Every scheduler begins with the same noise and solves the same ODE; its error is the root-mean-square distance of where it ends,
+over all elements and relative to the converged latents' own size. The converged latents are those of this project's solver, of
+order 3 and without statistics, on very many steps.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ def _start_factor(scheduler: Any, n: int, replay: Replay) -> float:
 
 def table_of(result: Comparison) -> list[str]:
     """Lines of a Markdown table for a model card."""
-    head = f"Error of {result.model} at guidance {result.guidance:g}: distance to the converged latents, relative; {result.samples} noises."
+    case = f"{result.model}, guidance {result.guidance:g}, {result.samples} noises"
+    head = f"{case}: distance to the converged latents, relative to their size."
     lines = [head, "", "| scheduler | " + " | ".join(f"{n} steps" for n in result.steps) + " |"]
     lines.append("| --- |" + " --- |" * len(result.steps))
     best = [min(errors[k] for errors in result.errors.values()) for k in range(len(result.steps))]

@@ -1,7 +1,7 @@
 """The embedded model as a pipeline of diffusers: something to try the scheduler on without a download.
 
-    pipe = EmbeddedPipeline.load()
-    image = pipe(class_labels=[3], guidance_scale=4.0, num_inference_steps=8).images[0]
+pipe = EmbeddedPipeline.load()
+image = pipe(class_labels=[3], guidance_scale=4.0, num_inference_steps=8).images[0]
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, ImagePipelineOutput
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
 
 from ..ems_tools.embedded import NULL_CLASS, SHAPE, VPHost, load_network
 

@@ -1,7 +1,7 @@
 """Where the channels of a pipeline's latents are.
 
-The statistics have one value per channel of the model's latents [B, C, ...]. Some pipelines hold them otherwise: Flux and its
-kin pack patches of p values per channel into tokens, [B, tokens, C p], and some video models have frames first, [B, F, C, H, W].
+The statistics have one value per channel of the model's latents [B, C, ...]. Some pipelines hold them otherwise: Flux packs
+patches of p values per channel into tokens, [B, tokens, C p], and some video models have frames first, [B, F, C, H, W].
 Both are seen as [B, C, ...] here without a copy.
 """
 

@@ -50,7 +50,7 @@ class Noise(Protocol):
         ...
 
     def scale(self, level: float) -> float:
-        """diffusers' x over the solver's x."""
+        """Diffusers' x over the solver's x."""
         ...
 
     def parts(self, level: float) -> tuple[float, float]:
@@ -102,7 +102,7 @@ class VPNoise:
         return 1.0
 
     def factors(self, level: float, prediction: str) -> tuple[float, float]:
-        """eps = (y - D) / sigma and v = alpha eps - sigma alpha D."""
+        """Eps = (y - D) / sigma and v = alpha eps - sigma alpha D."""
         alpha = self.scale(level)
         if prediction == "epsilon":
             return 1.0, -level
@@ -151,7 +151,7 @@ class FlowNoise:
         return 1.0
 
     def factors(self, level: float, prediction: str) -> tuple[float, float]:
-        """u = n - x0; eps and v for models that were trained on a flow's levels with another target."""
+        """U = n - x0; eps and v for models that were trained on a flow's levels with another target."""
         a, s = 1 - level, level
         if prediction == "flow_prediction":
             return 1.0, -s

@@ -1,8 +1,8 @@
 """The guided denoiser of any pipeline, without knowing its parts: the pipeline itself is run, for one step at a time.
 
-A scheduler is put into the pipeline whose only time step is the one that is asked for, and whose `step` takes the model's output
-(guidance, packing and conditioning are the pipeline's own work by then), turns it into the denoised latents, and leaves
-the pipeline by an exception. So nothing here knows Stable Diffusion from Flux, and nothing runs after the model.
+The pipeline gets a scheduler whose only time step is the one that is asked for, and whose `step` leaves the pipeline with the
+model's output by an exception. Conditioning, guidance and packing are the pipeline's own work by then. So nothing here
+knows Stable Diffusion from Flux, and nothing runs after the model.
 Prompts are encoded once for each batch: what `encode_prompt` returns is kept.
 """
 
@@ -31,7 +31,7 @@ _KEPT = 4
 """Encoded batches of prompts that are kept; a trajectory uses one."""
 
 
-class _Answer(Exception):  # noqa: N818 - no error: the way out of a pipeline
+class _Answer(Exception):
     """The model's output, and the latents that it was called with."""
 
     def __init__(self, output: Tensor, sample: Tensor) -> None:

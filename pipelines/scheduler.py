@@ -1,7 +1,7 @@
 """`DPMSolverV3Scheduler`: the sampler of this project as a scheduler of diffusers.
 
-The step is the sampler's own (`sampler.Stepper`); this module turns diffusers' conventions into it: latents and outputs (`noise`),
-schedules (`spacing`), places of channels (`layout`), and the statistics file beside the configuration (`beside`).
+The steps are the sampler's own (`sampler.Run`, by `stepping`). diffusers' conventions are turned into the sampler's: latents
+and outputs in `noise`, schedules in `spacing`, places of channels in `layout`; `beside` keeps the statistics file.
 
 A pipeline saved with this scheduler names this module: its path, and the class's name, are for ever.
 """
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
+
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import BaseOutput, logging
-from torch import Tensor
 
 from ..ems_tools.file.contents import EMSFile
 from ..ems_tools.file.reader import load_ems_file
@@ -31,10 +32,17 @@ from .stepping import Stepping
 __all__ = ["DPMSolverV3Scheduler", "DPMSolverV3SchedulerOutput"]
 
 logger = logging.get_logger(__name__)
-_OTHERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
-_OTHERS += ("EDMDPMSolverMultistepScheduler", "SASolverScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
-_OPTIONS = {"order": "order", "predictor": "predictor", "corrector": "corrector", "corrector_below": "corrector_below"}
-_OPTIONS |= {"lower_order_final": "lower_order_at_end", "strength": "strength"}
+_OTHERS = (
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "SASolverScheduler",
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
+)
+_OPTIONS = {name: name for name in ("order", "predictor", "corrector", "corrector_below", "strength")}
+_OPTIONS["lower_order_final"] = "lower_order_at_end"
 """The sampler's options by its names, and ours; `lower_order_final` means another thing in other schedulers' configurations."""
 
 _FLOW_START = 0.03
@@ -74,7 +82,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         EMSFileError: a statistics file that is not there or not whole.
     """
 
-    _compatibles = [*(e.name for e in KarrasDiffusionSchedulers), *_OTHERS]
+    _compatibles: ClassVar[list[str]] = [*(e.name for e in KarrasDiffusionSchedulers), *_OTHERS]
     order = 1
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -146,7 +154,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """As in diffusers, from a folder or a repository of the Hub; the statistics file beside the configuration comes along."""
+        """As in diffusers, from a folder or a repository of the Hub, together with the statistics file that lies there."""
         if "ems" not in kwargs:
             found = beside.find(cls, pretrained_model_name_or_path, subfolder, kwargs)
             kwargs |= {} if found is None else {"ems": found}
@@ -181,7 +189,9 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             ValueError: nothing or contradictory things are given, or levels that cannot be a schedule.
         """
-        if sum(v is not None for v in (sigmas, timesteps)) > 1 or (sigmas is timesteps is num_inference_steps is None):
+        if sum(v is not None for v in (sigmas, timesteps)) > 1 or all(
+            v is None for v in (sigmas, timesteps, num_inference_steps)
+        ):
             raise ValueError("give num_inference_steps, or timesteps, or sigmas")
         if isinstance(self._noise, FlowNoise) and self.config.use_dynamic_shifting and mu is not None:
             self._noise = replace(self._noise, shift=flow_shift(self.config, mu))
@@ -220,7 +230,9 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         guidance = self.config.guidance_scale
         if guidance is None and self._file is not None and len(self._file.guidance) == 1:
             guidance = self._file.guidance.item()
-        unknown = "the guidance scale is not known: give the scheduler guidance_scale=..., the one that you call the pipeline with"
+        unknown = (
+            "the guidance scale is not known: give the scheduler guidance_scale=..., the one that you call the pipeline with"
+        )
         return Run(self._noise.schedule, guidance, unknown=unknown)
 
     def _steps_of_file(self, n: int) -> tuple[float | None, Tensor | None]:
@@ -292,8 +304,8 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Args:
             model_output: [B, C, ...] what the model predicted, guidance included; [B, 2 C, ...] with variance_type.
             timestep: where the run begins, if `set_begin_index` did not say; later ones are counted, not looked up.
-            sample: [B, C, ...] (or as `layout` says) the latents that the model saw. What a pipeline changed in them since the last
-                step, as inpainting does, stays changed.
+            sample: [B, C, ...] (or as `layout` says) the latents that the model saw. What a pipeline changed in them since the
+                last step, as inpainting does, stays changed.
             generator: ignored: the steps draw no noise.
             return_dict: False for a tuple.
 
@@ -348,7 +360,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return self.add_noise(sample, noise, torch.as_tensor(timestep).reshape(-1))
 
     def _levels_for(self, timesteps: Tensor) -> list[float]:
-        """In a run the level where it stands, as pipelines ask for time steps before and after a step alike; else the time's."""
+        """In a run the level where it stands, which is what pipelines mean before and after a step; else the time's."""
         timesteps = torch.as_tensor(timesteps).reshape(-1)
         at = self._step_index if self._step_index is not None else self._begin_index
         if at is not None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
+
+from diffusers import DiffusionPipeline
 
 from ..ems_tools.estimate.run import EstimateError
 from ..ems_tools.estimate.source import Source
@@ -44,7 +45,7 @@ class PipelineRequest:
     """Which pipeline, and how it is loaded and called.
 
     Args:
-        place: a folder, a single-file checkpoint, a repository of the Hub, "embedded", or module:function that makes a pipeline.
+        place: a folder, a one-file checkpoint, a repository of the Hub, "embedded", or module:function that makes a pipeline.
         prompts: of the samples in turn.
         variant: of the weights' files, such as "fp16".
         dtype: of the weights.
@@ -86,12 +87,14 @@ def load_pipeline(request: PipelineRequest) -> Any:
         raise EstimateError(f"--diffusers {place} is {type(pipe).__name__}, no pipeline with a scheduler")
     if request.offload:
         try:
-            offload = {"model": pipe.enable_model_cpu_offload, "sequential": pipe.enable_sequential_cpu_offload}[request.offload]
+            offload = {"model": pipe.enable_model_cpu_offload, "sequential": pipe.enable_sequential_cpu_offload}[
+                request.offload
+            ]
             offload(device=request.device)
         except (ImportError, RuntimeError, ValueError) as error:
             raise EstimateError(f"--offload {request.offload} is not possible here: {error}") from error
         return pipe
-    return pipe.to(request.device, request.dtype)
+    return pipe.to(request.device)  # its dtype is what it was loaded or made with
 
 
 def _made(place: str) -> Any:
@@ -154,7 +157,7 @@ def identity_of(pipe: Any, request: PipelineRequest) -> ModelIdentity:
     name = request.name or (file.stem if file is not None and file.parent == place else place.name.split(":")[-1])
     identity = ModelIdentity(name=name, architecture=architecture, prediction=_PREDICTIONS.get(prediction, prediction))
     if request.place == EMBEDDED:
-        from ..ems_tools.embedded.denoiser import WEIGHTS as file  # noqa: N811 - its weights are its checkpoint
+        from ..ems_tools.embedded.denoiser import WEIGHTS as file
     if file is None:
         return identity
     try:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .noise import EDMNoise, FlowNoise, Noise, VPNoise
+from .noise import FlowNoise, Noise, VPNoise
 
 __all__ = ["SHAPES", "end_level", "flow_shift", "given_sigmas", "given_timesteps", "spaced_levels"]
 
@@ -91,7 +91,7 @@ def _spaced_steps(noise: VPNoise, config: Mapping[str, Any], n: int) -> Tensor:
 
 
 def _last_step(noise: VPNoise, config: Mapping[str, Any]) -> int:
-    """How many trained steps there are from the clean end to lambda_min_clipped (cosine schedules end too near to pure noise)."""
+    """How many trained steps have lambda above lambda_min_clipped: cosine schedules end too near to pure noise."""
     steps = torch.arange(len(noise.schedule.alphas_cumprod))
     return int((-noise.level_of(steps).log() >= config["lambda_min_clipped"]).sum())
 
@@ -120,7 +120,7 @@ def _shaped(shape: str, low: float, high: float, n: int) -> Tensor:
     if shape == "use_karras_sigmas":
         return (high ** (1 / 7) + (low ** (1 / 7) - high ** (1 / 7)) * u) ** 7
     if shape == "use_beta_sigmas":
-        from scipy.stats import beta
+        from scipy.stats import beta  # type: ignore[import-untyped]
 
         return low + (high - low) * torch.from_numpy(beta.ppf(1 - u.numpy(), 0.6, 0.6))
     return torch.exp(math.log(high) + (math.log(low) - math.log(high)) * u)

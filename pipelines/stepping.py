@@ -1,8 +1,8 @@
 """One run of a scheduler: the sampler's steps on the latents that a pipeline holds.
 
-The pipeline owns the latents between two steps, rounds them to its dtype and may change them (inpainting writes the known region
-back). The run keeps its own latents in float32, and takes over what changed against the ones that it gave away: nothing if the
-pipeline gives them back as they were.
+The pipeline owns the latents between two steps, rounds them to its dtype and may change them (inpainting writes the known
+region back). The run keeps its own latents in float32, and takes over what changed against the ones that it gave away:
+nothing if the pipeline gives them back as they were.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def run_compute(args: argparse.Namespace) -> int:
 
 
 def _place(source: Source) -> Path:
-    """The file to write where none is given: by the model's name, and the hash of its checkpoint that Civitai shows, if known."""
+    """The file to write where none is given: the model's name, with the hash of its checkpoint that Civitai shows."""
     stem, digest = source.identity["name"], source.identity.get("sha256", "")
     known = digest and "architecture" in source.identity  # a host's checkpoint; the embedded model is one of a kind
     return Path(safe_name(f"{stem}-{digest[:10]}" if known else stem))

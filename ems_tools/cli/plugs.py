@@ -1,7 +1,7 @@
 """What packages above `ems_tools` add to the command line. They are found by name: nothing here imports upward.
 
-A plug is a module that offers `add_model_options(parser)`, `source_of(args)`, which returns a `Source` or None if its options are
-not given, and `COMMANDS`, functions that register one command each. It imports its heavy parts when they are used.
+A plug is a module that offers `add_model_options(parser)`, `source_of(args)`, which returns a `Source`, or None if its options
+are not given, and `COMMANDS`, functions that register one command each. It imports its heavy parts when they are used.
 """
 
 from __future__ import annotations

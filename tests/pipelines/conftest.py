@@ -12,6 +12,8 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers")
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+"""Stable Diffusion's."""
 WIDTH = 8
 """Of the text encoders."""
 
@@ -60,15 +62,24 @@ def unet(**more: Any) -> Any:
     """A U-Net with cross-attention."""
     from diffusers import UNet2DConditionModel
 
-    blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
-    sizes = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4}
-    return UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, **{"cross_attention_dim": WIDTH, **more}, **blocks, **sizes)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        **{"cross_attention_dim": WIDTH, **more},
+    )
 
 
 def stable_diffusion(folder: Path) -> Any:
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 
-    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
+    scheduler = PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1)
     return StableDiffusionPipeline(
         autoencoder(), text_encoder(False), tokenizer_in(folder), unet(), scheduler, None, None, requires_safety_checker=False
     )
@@ -77,10 +88,9 @@ def stable_diffusion(folder: Path) -> Any:
 def stable_diffusion_xl(folder: Path) -> Any:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-    times = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 6 * 4 + WIDTH}
-    scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
-    )
+    times = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+    times["projection_class_embeddings_input_dim"] = 6 * 4 + WIDTH
+    scheduler = EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1)
     tokenizer = tokenizer_in(folder)
     encoders = text_encoder(False), text_encoder(True), tokenizer, tokenizer
     return StableDiffusionXLPipeline(autoencoder(), *encoders, unet(cross_attention_dim=2 * WIDTH, **times), scheduler)
@@ -121,6 +131,7 @@ def flux(folder: Path) -> Any:
         guidance_embeds=True,
         axes_dims_rope=(4, 4, 8),
     )
+
     class FluxPipelineWithoutText(FluxPipeline):
         """The same embeddings for every prompt."""
 
