@@ -25,7 +25,7 @@ from .estimate.run import (
     uniform_grid,
 )
 from .estimate.source import Source
-from .file.contents import EMSFile, EMSMeta, EvidenceRow, FittedRow, RecommendedSetting
+from .file.contents import MAX_FITTED_STEPS, EMSFile, EMSMeta, EvidenceRow, FittedRow, RecommendedSetting
 from .fit.run import FitPlan, evaluations_of_fit, fit_steps
 from .judge.calibrate import CalibrationPlan, Row, calibrate, evaluations_of_calibration
 
@@ -89,8 +89,17 @@ def job_for(subject: Source, effort: Effort, seed: int = 0, **changes: Any) -> J
     return replace(job, **changes)
 
 
-def plan_for(source: Source, effort: Effort) -> CalibrationPlan:
-    """The calibration: the host's own schedules, then those that end at 0 as hosts do and the paper's to sigma_min."""
+def plan_for(source: Source, effort: Effort, steps: tuple[int, ...] = ()) -> CalibrationPlan:
+    """The calibration: the host's own schedules, then those that end at 0 as hosts do and the paper's to sigma_min.
+
+    `steps`, where given, are the only step counts that are fitted and judged: who uses one or two pays for no others.
+    Raises EstimateError unless each lies between 2 and 64.
+    """
+    if any(not 2 <= n <= MAX_FITTED_STEPS for n in steps):
+        raise EstimateError(f"step counts to fit must lie between 2 and {MAX_FITTED_STEPS}, not {', '.join(map(str, steps))}")
+    if steps:
+        chosen = tuple(sorted(set(steps)))
+        effort = replace(effort, steps=chosen, fit=replace(effort.fit, steps=chosen))
     s = source.schedule
     own: dict[str, Callable[[int], Tensor]] = {
         "uniform_lambda": lambda n: uniform_lambda(s, n),
