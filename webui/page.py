@@ -13,8 +13,8 @@ from pathlib import Path
 from ..ems_tools.file.contents import EMSFile, EvidenceRow, FittedRow
 from ..ems_tools.share.library import Entry
 from ..ems_tools.show.describe import lines_of
-from ..ems_tools.show.panels import panels_of
-from ..ems_tools.show.svg import svg_panel
+from ..ems_tools.show.draw import svg_of
+from ..ems_tools.show.panels import Panel, statistics_of, summary_of
 from . import host
 from .find import fingerprint, library
 from .sampling import FITTED_LABEL, NAME
@@ -39,14 +39,16 @@ STYLE = """<style>
 .dpmv3-quiet { opacity: 0.8; margin: 0.2em 0 0.5em }
 .dpmv3-name { overflow-wrap: anywhere; margin: 0.6em 0 0.2em; font-size: 1.15em; font-weight: 600 }
 .dpmv3-head { margin: 0.7em 0 0.2em; font-weight: 600 }
-.dpmv3-plot { display: grid; grid-template-columns: repeat(auto-fit, minmax(290px, 1fr)); gap: 0.4em }
-.dpmv3-plot svg { width: 100%; height: auto; color: inherit }
+.dpmv3-plot { display: grid; grid-template-columns: repeat(auto-fit, minmax(310px, 1fr)); gap: 0.2em 0.8em }
+.dpmv3-plot svg { width: 100%; max-width: 520px; height: auto }
+.dpmv3-plot svg > rect { fill: transparent }
+.dpmv3-plot svg text { fill: currentColor }
+.dpmv3-plot svg [stroke="#e2e2e2"] { stroke: currentColor; stroke-opacity: 0.15 }
+.dpmv3-plot svg [stroke="#000000"] { stroke: currentColor }
+.dpmv3-plot svg [fill="#000000"] { fill: currentColor }
 .dpmv3-text { overflow: auto; max-height: 30em; white-space: pre; font-family: monospace; font-size: 0.85em; margin: 0.4em 0 }
 details.dpmv3 > summary { cursor: pointer; margin: 0.5em 0 }
 </style>"""
-
-_SHOWN_SCALES = 3
-"""Guidance scales whose curves the page draws; more would make it many screens long. `ems plot` draws up to six."""
 
 
 def box(text: str, kind: str = "", share: float | None = None) -> str:
@@ -140,9 +142,10 @@ def details(name: str, path: Path, file: EMSFile) -> str:
     parts = [f'<p class="dpmv3-name">{escape(name)}</p>']
     about = f"{facts}; CFG scales {scales}; {file.channels} latent channels; fingerprint {fingerprint(path)}"
     parts.append(f'<p class="dpmv3-quiet">{escape(about)}</p>')
+    parts.append(_drawn(summary_of(file)[0]))
     parts.append(_fitted(file.meta.fitted))
     parts.append(_evidence(file.meta.evidence))
-    parts.append(f'<details class="dpmv3" open><summary>Curves of the statistics</summary>{_plot(file)}</details>')
+    parts.append(f'<details class="dpmv3"><summary>Curves of the statistics</summary>{_plot(file)}</details>')
     text = preformatted("\n".join(lines_of(file)))
     parts.append(f'<details class="dpmv3"><summary>Everything in the file, as text</summary>{text}</details>')
     return "".join(parts)
@@ -187,8 +190,14 @@ def _evidence(rows: Sequence[EvidenceRow]) -> str:
 
 
 def _plot(file: EMSFile) -> str:
-    rows = panels_of(file, _SHOWN_SCALES)
-    return f'<div class="dpmv3-plot">{"".join(svg_panel(panel) for row in rows for panel in row)}</div>'
+    rows = statistics_of(file)
+    shown = sorted({0, len(rows) // 2, len(rows) - 1})
+    return _drawn([panel for k in shown for panel in rows[k]])
+
+
+def _drawn(panels: Sequence[Panel]) -> str:
+    """Each panel as an SVG of its own, so that they find their places in a page of any width."""
+    return f'<div class="dpmv3-plot">{"".join(svg_of([[panel]], "").decode() for panel in panels)}</div>'
 
 
 def preformatted(text: str) -> str:
