@@ -24,6 +24,7 @@ __all__ = [
     "NoiseSchedule",
     "VPContinuous",
     "VPDiscrete",
+    "cosine_time",
     "half_corrector_sigma",
     "karras",
     "quadratic_time",
@@ -195,6 +196,20 @@ def quadratic_time(schedule: NoiseSchedule, n: int, *, to_zero: bool = False) ->
     """Steps uniform in the square root of time (DDIM's quadratic spacing) [time_quadratic]."""
     ends = schedule.time_max**0.5, schedule.time_min**0.5
     return _assemble(lambda u: schedule.level_at(_line(*ends, u) ** 2), n, to_zero)
+
+
+def cosine_time(schedule: NoiseSchedule, n: int, *, to_zero: bool = False) -> Tensor:
+    """Steps that are short at both ends of time: time falls as (1 + cos(pi u)) / 2, the roots of Chebyshev's polynomials.
+
+    With `to_zero` node k of n stands at u = k / n, so the steps shorten towards 0 and no step is lost at the end.
+    """
+    if n > 0 and to_zero:
+        u = torch.arange(n, dtype=torch.float64) / n
+        levels = schedule.level_at(_line(schedule.time_max, schedule.time_min, (1 - torch.cos(math.pi * u)) / 2))
+        return torch.cat([levels, levels.new_zeros(1)])
+    return _assemble(
+        lambda u: schedule.level_at(_line(schedule.time_max, schedule.time_min, (1 - torch.cos(math.pi * u)) / 2)), n, to_zero
+    )
 
 
 def uniform_lambda(schedule: NoiseSchedule, n: int, *, to_zero: bool = False) -> Tensor:

@@ -1,22 +1,33 @@
-"""What every host's "compute" does alike: scales and prompts, the file to write, progress in words."""
+"""What every host's "compute" does alike: scales and prompts, what an effort costs, the file to write, progress in words."""
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
-from .compute import EFFORTS, evaluations
-from .estimate.run import EstimateError, Job, Progress, evaluations_of
-from .estimate.source import Source
-from .file.contents import SUFFIX, EMSFile, EMSFileError, load_ems_file
-from .judge.calibrate import CalibrationPlan
-from .share.library import safe_name
+from ...sampler import VPDiscrete
+from ..compute import EFFORTS, evaluations, job_for, plan_for
+from ..estimate.run import EstimateError, Job, Progress, evaluations_of
+from ..estimate.source import Source
+from ..file.contents import SUFFIX, EMSFile, EMSFileError, load_ems_file
+from ..judge.calibrate import CalibrationPlan
+from ..share.library import safe_name
 
-__all__ = ["PROMPTS", "Watch", "effort_in_words", "place_for", "scales_of"]
+__all__ = [
+    "PROMPTS",
+    "Watch",
+    "effort_in_words",
+    "evaluations_of_effort",
+    "in_words",
+    "place_for",
+    "request_facts",
+    "scales_of",
+]
 
 PROMPTS = (
     "a photograph of an old fisherman mending a net in a harbour at dawn",
@@ -35,7 +46,7 @@ PROMPTS = (
     "a crystal chess set, studio lighting, shallow depth of field",
     "a cosy cottage kitchen, children's book illustration",
 )
-"""Beside the user's own: statistics of one prompt are that prompt's."""
+"""Used beside the user's own prompt: statistics of one prompt do not carry over to others."""
 
 
 def scales_of(text: str) -> tuple[float, ...]:
@@ -49,24 +60,59 @@ def scales_of(text: str) -> tuple[float, ...]:
     return scales
 
 
+def evaluations_of_effort(effort: str, scales: int = 1) -> int:
+    """Denoiser evaluations of an effort for this many guidance scales, as `compute_ems` would make them."""
+    models = {float(k + 1): _no_model for k in range(scales)}
+    source = Source(models=models, shape=(1, 1, 1), schedule=VPDiscrete.linear(), identity={})
+    return evaluations(job_for(source, EFFORTS[effort]), plan_for(source, EFFORTS[effort]))
+
+
+def _no_model(x: Tensor, level: Tensor) -> Tensor:
+    """Counting needs no model."""
+    raise NotImplementedError
+
+
 def effort_in_words() -> str:
     """What each effort costs."""
-    lines = []
-    for name, e in EFFORTS.items():
-        job = Job((1, 1, 1), tuple(float(k) for k in range(e.intervals + 1)), samples=e.samples, probes=e.probes)
-        plan = CalibrationPlan({str(k): torch.zeros for k in range(e.schedules)}, e.steps, e.noises, e.noises)
-        if e.combinations is not None:
-            plan = CalibrationPlan(plan.schedules, e.steps, e.noises, e.noises, e.combinations, e.strengths, e.reference_steps)
-        plan = replace(plan, fit=replace(e.fit, fixed=plan.schedules))
-        total = evaluations(job, plan)
-        lines.append(f"{name}: about {total} model evaluations for each guidance scale")
-    return "; ".join(lines) + ". The time is shown once it runs."
+    lines = [f"{name}: {evaluations_of_effort(name):,} model evaluations for each guidance scale" for name in EFFORTS]
+    return "; ".join(lines) + ". The time that is left is shown while it runs."
+
+
+def request_facts(prompts: str, schedules: Sequence[str] = ()) -> dict[str, str]:
+    """What tells one request from another beside the model and the job, for a file's identity: as a digest.
+
+    Args:
+        prompts: all that the prompts say (texts, or a host's encodings of them as text).
+        schedules: names of the host's step schedules that are judged on.
+    """
+    text = "\0".join([prompts, *schedules])
+    return {"request": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]}
 
 
 def place_for(
-    folder: Path, name: str, source: Source, job: Job, plan: CalibrationPlan, log: Callable[[str], None]
+    folder: Path,
+    name: str,
+    source: Source,
+    job: Job,
+    plan: CalibrationPlan,
+    log: Callable[[str], None],
+    *,
+    keep_moments: bool = False,
 ) -> tuple[Path, EMSFile | None]:
-    """The file to write, and the finished file if this very job was done before. Other files are never written over."""
+    """The file to write, and the finished file if this very job was done before. Other files are never written over.
+
+    Args:
+        folder: where files lie.
+        name: as the user typed it, or the checkpoint's.
+        source: the model; its identity holds `request_facts`.
+        job: the estimate.
+        plan: its calibration and fit.
+        log: told of files that cannot be read, and of one that is used again.
+        keep_moments: whether a file without moments will not do.
+
+    Raises:
+        EstimateError: 999 files of that name.
+    """
     stem = safe_name(name).removesuffix(SUFFIX)
     for k in range(1, 1000):
         path = folder / f"{stem if k == 1 else f'{stem}_{k}'}{SUFFIX}"
@@ -77,22 +123,31 @@ def place_for(
         except EMSFileError as error:
             log(str(error))
             continue
-        if _same(file, source, job, plan):
+        if _same(file, source, job, plan) and (file.moments or not keep_moments):
             log(f"{path} was computed before with the same settings: used as it is")
             return path, file
     raise EstimateError(f"{folder} holds 999 files called {stem}: choose another name")
 
 
 def _same(file: EMSFile, source: Source, job: Job, plan: CalibrationPlan) -> bool:
+    """Whether `file` is what this request would make."""
     facts = file.meta.estimate
-    mine = {
+    fit = plan.fit
+    mine: dict[str, object] = {
         "samples": tuple(job.samples for _ in job.guidance),
+        "probes": job.probes,
         "seed": job.seed,
         "resolution": job.shape,
         "calibration_noises": plan.calibration,
-        "fit_noises": plan.fit.noises if plan.fit else None,
+        "report_noises": plan.report,
+        "reference_steps": plan.reference_steps,
+        "evaluations": evaluations(job, plan),
+        "fit_noises": fit.noises if fit else None,
+        "fit_held_out": fit.held_out if fit else None,
     }
     same = all(facts.get(key) == value for key, value in mine.items())
+    fitted = {row.steps for row in file.meta.fitted} == (set(fit.steps) if fit else set())
+    same = same and fitted and len(file.lambdas) == len(job.lambdas)
     return same and dict(file.meta.model) == dict(source.identity) and tuple(file.guidance.tolist()) == job.guidance
 
 
@@ -122,10 +177,11 @@ class Watch:
         if self._start < 0:
             self._start, self._began = self.done, now
         new = self.done - self._start
-        left = f", {_duration((now - self._began) / new * (self.total - self.done))} left" if new > 0 else ""
+        left = f", {in_words((now - self._began) / new * (self.total - self.done))} left" if new > 0 else ""
         return f"{100 * self.done // self.total} % of {self.total} evaluations{left}: {p.note}"
 
 
-def _duration(seconds: float) -> str:
+def in_words(seconds: float) -> str:
+    """A duration, as "40 s", "12 min" or "1.5 h"."""
     minutes = max(seconds, 0) / 60
     return f"{60 * minutes:.0f} s" if minutes < 1.5 else f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,35 @@
+"""Every decision that ComfyUI and the WebUIs share, so that a rule is written and tested once.
+
+`runs`: which statistics and which steps a run uses, and what the user is told. `jobs`: the scales, prompts, file and progress
+of a computation. Nothing here knows a host: hosts hand over plain facts and show the answers.
+"""
+
+from .jobs import (
+    PROMPTS,
+    Watch,
+    effort_in_words,
+    evaluations_of_effort,
+    in_words,
+    place_for,
+    request_facts,
+    scales_of,
+)
+from .runs import Run, Statistics, Steps, choose_statistics, choose_steps, one_line, unfitted_steps
+
+__all__ = [
+    "PROMPTS",
+    "Run",
+    "Statistics",
+    "Steps",
+    "Watch",
+    "choose_statistics",
+    "choose_steps",
+    "effort_in_words",
+    "evaluations_of_effort",
+    "in_words",
+    "one_line",
+    "place_for",
+    "request_facts",
+    "scales_of",
+    "unfitted_steps",
+]

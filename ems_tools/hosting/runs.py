@@ -1,0 +1,196 @@
+"""Which statistics and which steps a run uses, from plain facts that any host can give.
+
+Fitted steps hold for the denoiser that they were fitted to: they are used only where the guidance scale, the noise space, the
+noise range and what changes the guidance are known and agree with the file. Everything else gets the best schedule that needs
+no fit (`unfitted_steps`), and a message that says why and what to do.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...sampler import EMS, EMSError, NoiseSchedule, Recommendation, Space, cosine_time, karras
+from ..file import EMSFile
+
+__all__ = ["GUIDER", "Run", "Statistics", "Steps", "choose_statistics", "choose_steps", "one_line", "unfitted_steps"]
+
+GUIDER = "guider"
+"""Key in a file's `meta.model`: what changed the guidance while its statistics were computed; absent for plain guidance."""
+SAMPLER = "dpm_solver_v3"
+KARRAS_FROM = 8
+"""Steps from which Karras steps are the better ones in sigma space; see `unfitted_steps`."""
+_NEAR = 0.05
+"""Largest difference in lambda at the noisy end between a file's noise range and a model's."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a host knows of a run before its first evaluation; None where it does not say.
+
+    Args:
+        schedule: the model's noise levels as the host has them now, patches included.
+        guidance: the guidance scale.
+        guider: what changes classifier-free guidance ("" for nothing), in the words that `GUIDER` keeps in a file.
+        sampler: name of the sampler that will follow the steps.
+        unknown: why guidance or guider is not known, and what to do; a whole clause for the message.
+    """
+
+    schedule: NoiseSchedule
+    guidance: float | None = None
+    guider: str | None = ""
+    sampler: str | None = None
+    unknown: str = "the guidance scale of this run is not known"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics for a run, or None: data prediction. `message` says what was found, `warn` whether it needs attention."""
+
+    ems: EMS | None
+    message: str
+    warn: bool = False
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Host levels [n + 1] in float64, whether they were fitted to the model, and what to tell the user."""
+
+    levels: Tensor
+    fitted: bool
+    message: str
+
+
+def choose_statistics(file: EMSFile, name: str, reason: str, run: Run, shape: tuple[int, ...]) -> Statistics:
+    """The statistics of `file` for a run, and their message. A file that does not fit is refused in words; nothing is raised.
+
+    Args:
+        file: found by the host.
+        name: of the file, for the message.
+        reason: why it was chosen, for the message.
+        run: what is known of the run.
+        shape: of the latents [B, C, ...].
+    """
+    why = _other_noise(file, run.schedule)
+    if not why and run.guidance is None:
+        why = run.unknown
+    if why:
+        return Statistics(None, f"EMS {name} not used: {why}. Sampling with data prediction", True)
+    assert run.guidance is not None
+    try:
+        ems, notes = file.for_latents(run.guidance, shape)
+    except EMSError as error:
+        return Statistics(None, f"EMS {name} does not fit: {error}. Sampling with data prediction", True)
+    other = _other_guider(file, run)
+    if other:
+        notes = [*notes, other]
+        ems = _without_fit(ems)
+    text = "".join(f"; {note}" for note in notes)
+    return Statistics(ems, f"EMS {name}, {reason}, guidance {run.guidance:g}{text}", bool(notes))
+
+
+def choose_steps(file: EMSFile | None, name: str, run: Run, steps: int, denoise: float = 1.0) -> Steps:
+    """The steps of a host's "fitted" schedule: those of `file`, or unfitted ones with the reason.
+
+    Args:
+        file: the model's statistics file, None if there is none.
+        name: of the file; without one, why there is none.
+        run: what is known of the run.
+        steps: evaluations.
+        denoise: below 1 the last part of a schedule of round(steps / denoise) steps, as hosts do it.
+
+    Raises:
+        ValueError: `steps` below 1 or `denoise` not in (0, 1].
+    """
+    if steps < 1 or not 0 < denoise <= 1:
+        raise ValueError(f"steps must be at least 1 and denoise in (0, 1], not {steps} and {denoise}")
+    why = name if file is None else _why_not(file, name, run, steps, denoise)
+    if file is not None and not why:
+        assert run.guidance is not None
+        levels = file.fitted_sigmas(steps, run.guidance, denoise)
+        return Steps(levels, True, f"schedule fitted for {steps} steps at cfg {run.guidance:g}, from {name}")
+    title, levels = unfitted_steps(run.schedule, max(round(steps / denoise), steps))
+    return Steps(levels[-(steps + 1) :], False, f"{why}: {title} steps instead")
+
+
+def unfitted_steps(schedule: NoiseSchedule, steps: int) -> tuple[str, Tensor]:
+    """The schedule for a model without fitted steps: its title, and host levels [steps + 1] that end at 0.
+
+    Chosen by `benchmarks/unfitted_steps.py`, with this sampler and no statistics, for each family of models.
+    """
+    if schedule.space is Space.FLOW or steps < KARRAS_FROM:
+        return "cosine", cosine_time(schedule, steps, to_zero=True)
+    return "Karras", karras(schedule, steps, to_zero=True)
+
+
+def one_line(*messages: str) -> str:
+    """Several messages to one place as one line, without repeating one."""
+    return "; ".join(dict.fromkeys(text.strip() for text in messages if text.strip()))
+
+
+def _why_not(file: EMSFile, name: str, run: Run, steps: int, denoise: float) -> str:
+    """Why this file's fitted steps are not for this run, "" if they are."""
+    if run.sampler is not None and run.sampler.casefold().replace("-", "_") != SAMPLER:
+        return f"fitted steps suit the sampler {SAMPLER} only, not {run.sampler}"
+    noise = _other_noise(file, run.schedule)
+    if noise:
+        return f"fitted steps of {name} are not for this model: {noise}"
+    if run.guidance is None or run.guider is None:
+        return run.unknown
+    guider = _other_guider(file, run)
+    if guider:
+        return f"fitted steps of {name} are not used: {guider}"
+    if not file.covers_fit(steps, run.guidance, denoise):
+        return f"{name} has no schedule fitted for {steps} steps at cfg {run.guidance:g}"
+    return _beyond(file.fitted_sigmas(steps, run.guidance, denoise), name, run.schedule)
+
+
+def _other_noise(file: EMSFile, schedule: NoiseSchedule) -> str:
+    """How the file's noise space or noisy end differs from the model's, "" if they agree.
+
+    The clean end may differ: a shifted flow has the same network and another table, and ends elsewhere.
+    """
+    if file.meta.space != schedule.space.value:
+        words = {"flow": "a rectified flow", "sigma": "a model of the EPS or v kind"}
+        return f"it was made for {words[file.meta.space]}, this is {words[schedule.space.value]}"
+    _, high = _ends(schedule)
+    if abs(math.log(high) - math.log(file.meta.sigma_max)) > _NEAR:
+        return f"it was made for noise up to sigma {file.meta.sigma_max:.4g}, this model's begins at {high:.4g}"
+    return ""
+
+
+def _beyond(levels: Tensor, name: str, schedule: NoiseSchedule) -> str:
+    """What is wrong if a fitted level lies below the model's least noise, "" if none does."""
+    low, _ = _ends(schedule)
+    sigmas = (-schedule.space.lambda_of(levels[levels > 0])).exp()
+    if float(sigmas.min()) < low * (1 - _NEAR):
+        return f"the steps of {name} go down to sigma {float(sigmas.min()):.3g}, this model's noise ends at {low:.3g}"
+    return ""
+
+
+def _ends(schedule: NoiseSchedule) -> tuple[float, float]:
+    """Smallest and largest sigma = exp(-lambda); a flow that begins at t = 1 counts from t = 0.999, as in files."""
+    times = torch.tensor([schedule.time_min, schedule.time_max], dtype=torch.float64)
+    levels = schedule.level_at(times)
+    levels = levels.clamp(max=0.999) if schedule.space is Space.FLOW else levels
+    low, high = (-schedule.space.lambda_of(levels)).exp().tolist()
+    return low, high
+
+
+def _other_guider(file: EMSFile, run: Run) -> str:
+    """How the guidance differs from the one that the file was computed under, "" if it agrees or is not known."""
+    if run.guider is None:
+        return run.unknown
+    made = file.meta.model.get(GUIDER, "")
+    if made == run.guider:
+        return ""
+    return f"computed under {made or 'plain guidance'}, this run has {run.guider or 'plain guidance'}"
+
+
+def _without_fit(ems: EMS) -> EMS:
+    """The same statistics and settings without fitted coefficients."""
+    advice = ems.recommendation
+    return ems if advice is None else replace(ems, recommendation=Recommendation(advice.entries) if advice.entries else None)
