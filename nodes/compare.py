@@ -180,15 +180,14 @@ def _table(runs: list[_Run], counts: list[int], errors: dict[tuple[_Run, int], f
 
 
 def _panel(runs: list[_Run], counts: list[int], errors: dict[tuple[_Run, int], float]) -> Any:
-    from ..ems_tools.show.plot import COLOURS, Curve, Panel
+    from ..ems_tools.show.panels import Curve, Panel, style_of
 
     xs = tuple(float(n) for n in counts)
     curves = tuple(
-        Curve(str(run), xs, tuple(math.log10(max(errors[run, n], 1e-30)) for n in counts), colour=COLOURS[k % len(COLOURS)])
+        Curve(str(run), xs, tuple(math.log10(max(errors[run, n], 1e-30)) for n in counts), (), (), *style_of(k))
         for k, run in enumerate(runs)
     )
-    lowest = min(min(c.y) for c in curves)
-    return Panel("mean squared difference to the converged latent", "steps", curves, lowest, log=True)
+    return Panel("mean squared difference to the converged latent", "steps", curves, log=True)
 
 
 def _grid(vae: Any, runs: list[_Run], counts: list[int], found: dict[tuple[_Run, int], Tensor], reference: Tensor) -> Tensor:

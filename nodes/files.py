@@ -182,21 +182,25 @@ class InspectNode:
     RETURN_TYPES = ("IMAGE", "STRING")
     RETURN_NAMES = ("plot", "text")
     OUTPUT_NODE = True
-    DESCRIPTION = "Draw l, s, b and the evidence of an EMS, and print what it holds. Lists refused files of the folders."
+    DESCRIPTION = "Draw what an EMS gains, and print all that it holds. Lists refused files of the folders."
     SEARCH_ALIASES = ("inspect ems", "dpm_solver_v3", "plot ems")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"ems": ("EMS",)}}
+        tooltip = "Draw the statistics l, s and b themselves, too, not only what they gain."
+        return {
+            "required": {"ems": ("EMS",)},
+            "optional": {"statistics": ("BOOLEAN", {"default": False, "tooltip": tooltip})},
+        }
 
-    def inspect(self, ems: Handle) -> dict[str, Any]:
+    def inspect(self, ems: Handle, statistics: bool = False) -> dict[str, Any]:
         """IMAGE [1, H, W, 3] and STRING."""
         from ..ems_tools.show.describe import lines_of
         from .pictures import ems_picture
 
         bad = [f"refused: {e.name}: {e.problem}" for e in library().entries() if e.file is None]
         text = "\n".join([ems.name, *lines_of(ems.file), *(["", *bad] if bad else [])])
-        return {"ui": {"text": [text]}, "result": (ems_picture(ems.file, ems.name), text)}
+        return {"ui": {"text": [text]}, "result": (ems_picture(ems.file, ems.name, statistics), text)}
 
 
 class MergeNode:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ..ems_tools.file.contents import EMSFile
-    from ..ems_tools.show.plot import Panel
+    from ..ems_tools.show.panels import Panel
 
 __all__ = ["ems_picture", "image_of_png", "labelled_grid", "panels_picture"]
 
@@ -25,16 +25,16 @@ def image_of_png(data: bytes) -> Tensor:
     return torch.from_numpy(pixels.copy())[None]
 
 
-def ems_picture(file: EMSFile, title: str) -> Tensor:
-    """l, s, b and the evidence of a file."""
-    from ..ems_tools.show.plot import panels_of
+def ems_picture(file: EMSFile, title: str, statistics: bool = False) -> Tensor:
+    """What a file gains, readable at a node's size; or all of it: l, s, b and the evidence."""
+    from ..ems_tools.show.panels import statistics_of, summary_of
 
-    return panels_picture(panels_of(file), title)
+    return panels_picture(statistics_of(file), title) if statistics else panels_picture(summary_of(file), title, 1.6)
 
 
 def panels_picture(rows: list[list[Panel]], title: str, zoom: float = 1.0) -> Tensor:
     """Any panels."""
-    from ..ems_tools.show.plot import png_of
+    from ..ems_tools.show.draw import png_of
 
     return image_of_png(png_of(rows, title, zoom))
 

@@ -17,7 +17,8 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from dpm_solver_v3.ems_tools.embedded.hosts import FlowHost, VPHost
-from dpm_solver_v3.sampler import EMS, VPDiscrete
+from dpm_solver_v3.ems_tools.file.contents import EMSFile, EMSMeta, EvidenceRow, RecommendedSetting
+from dpm_solver_v3.sampler import EMS, Settings, VPDiscrete
 
 torch.set_num_threads(1)  # tiny tensors: more threads are slower, and on a busy machine far slower
 
@@ -108,6 +109,30 @@ def exact_solution(denoiser: Callable[..., Tensor], y: Tensor, sigma_start: floa
     span = (-math.log(sigma_start), -math.log(sigma_end))
     found = solve_ivp(slope, span, y.double().flatten().numpy(), method="DOP853", rtol=1e-13, atol=1e-13)
     return torch.from_numpy(found.y[:, -1]).reshape(y.shape)
+
+
+def ems_file_of(channels: int = 3, spatial: tuple[int, ...] = (), evidence: bool = True) -> EMSFile:
+    """A file with random statistics at guidance 1 and 7.5, standard errors 0.1, and evidence on one schedule."""
+    guidance = torch.tensor([1.0, 7.5], dtype=torch.float64)
+    shape = (2, 21, channels, *spatial)
+    tables = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    rows: list[EvidenceRow] = []
+    advice: list[RecommendedSetting] = []
+    for g in guidance.tolist() if evidence else []:
+        for steps in (5, 10):
+            rows.append(EvidenceRow(g, "karras_zero", steps, "calibration", 0.02, 0.01, 0.03))
+            rows.append(EvidenceRow(g, "karras_zero", steps, "report", 0.02, 0.015, 0.03))
+            lambdas = tuple(torch.linspace(-2, 3, steps).tolist())
+            advice.append(RecommendedSetting(g, "karras_zero", lambdas, Settings(order=steps // 5 + 1, corrector="none")))
+    meta = EMSMeta("sigma", 0.03, 14.6, "vp", {"name": "a <b> & $c$"}, evidence=tuple(rows), recommendation=tuple(advice))
+    errors = {name: torch.full(shape, 0.1) for name in "lsb"}
+    return EMSFile(torch.linspace(-2.6, 3.5, 21, dtype=torch.float64), guidance, *tables, meta, errors)
+
+
+@pytest.fixture(scope="session")
+def make_ems_file() -> Callable[..., EMSFile]:
+    """`ems_file_of`."""
+    return ems_file_of
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..ems_tools.share.identity import FingerprintCache, ModelIdentity
+from ..ems_tools.share.identity import FingerprintCache, ModelIdentity, one_line_of
 from ..sampler import LevelTable, Space
 from . import host
 from .objects import Denoiser, Model, Processing, Wrap
@@ -124,7 +124,7 @@ def guider_of(run: Running) -> str:
         own = "hr_distilled_cfg" if getattr(run.p, "is_hr_pass", False) else "distilled_cfg_scale"
         scale = getattr(run.p, own, None)
         found += [f"distilled CFG {float(scale):g}"] if isinstance(scale, (int, float)) else []
-    return ", ".join(dict.fromkeys(found))
+    return one_line_of(", ".join(dict.fromkeys(found)))
 
 
 def _function_name(function: object) -> str:

@@ -6,24 +6,15 @@ They say what is expected, not what is promised: an attribute can be missing in 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol, TypedDict
+from typing import Any, Protocol
 
 from torch import Tensor
 
-__all__ = ["CheckpointInfo", "Denoiser", "Model", "Processing", "StepState", "StepTold", "Wrap"]
+__all__ = ["CheckpointInfo", "Denoiser", "Model", "Processing", "StepTold", "Wrap"]
 
 
-class StepState(TypedDict, total=False):
-    """What k-diffusion's samplers tell their callback before each step."""
-
-    i: int
-    x: Tensor
-    sigma: Tensor
-    sigma_hat: Tensor
-    denoised: Tensor
-
-
-StepTold = Callable[[StepState], None]
+StepTold = Callable[[dict[str, Any]], None]
+"""A callback of k-diffusion's samplers: told "i", "x" [B, C, h, w], "sigma", "denoised" and more before each step."""
 
 
 class CheckpointInfo(Protocol):

@@ -52,7 +52,13 @@ details.dpmv3 > summary { cursor: pointer; margin: 0.5em 0 }
 
 
 def box(text: str, kind: str = "", share: float | None = None) -> str:
-    """Text in a box, a paragraph for each line; `kind` "error", "done", "stopped" or "" colours it; `share` in 0..1 adds a bar."""
+    """Text in a box, a paragraph for each line.
+
+    Args:
+        text: what to say.
+        kind: "error", "done", "stopped" or "", by which it is coloured.
+        share: of the work that is done, 0 to 1; adds a bar.
+    """
     bar = "" if share is None else f'<progress value="{100 * share:.1f}" max="100"></progress>'
     label = "<b>Error.</b> " if kind == "error" else ""
     paragraphs = "".join(f"<p>{label if k == 0 else ''}{escape(line)}</p>" for k, line in enumerate(text.splitlines()))
@@ -182,8 +188,8 @@ def _evidence(rows: Sequence[EvidenceRow]) -> str:
         table.append([f"{r.guidance:g}", r.schedule, str(r.steps), plain(r.data_prediction), plain(r.ems), ratio])
     noise = "that took no part in choosing the settings" if judged[0].split == "report" else "that also chose the settings"
     about = (
-        "Mean squared distance, in latent space, of a picture of few steps from the one that many steps give, without this file "
-        f"and with it, on start noise {noise}. A ratio below 1 means that the file helps."
+        "Mean squared distance, in latent space, of a picture of few steps from the one that many steps give, without this "
+        f"file and with it, on start noise {noise}. A ratio below 1 means that the file helps."
     )
     heads = ["CFG scale", "Schedule type", "Steps", "Error without", "Error with", "Ratio"]
     return _head("Other schedule types", about) + _table(heads, table)

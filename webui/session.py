@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -19,9 +19,11 @@ from ..ems_tools.estimate.points import DivergedError
 from ..ems_tools.estimate.run import EstimateError, Progress
 from ..ems_tools.estimate.source import Source
 from ..ems_tools.file.contents import EMSFile
-from ..ems_tools.hosting import PROMPTS, Watch, place_for, scales_of
+from ..ems_tools.hosting import GUIDER, PROMPTS, Watch, evaluations_of_effort, in_words, place_for, request_facts, scales_of
+from ..ems_tools.share.identity import ModelIdentity, one_line_of
 from ..sampler import SamplingError
-from . import host
+from . import host, model, passes
+from .objects import Denoiser
 from .sampling import MEASURE, NAME
 
 __all__ = ["BusyError", "Request", "Work", "begin", "cost_in_words", "current", "request_of", "steps_of"]
@@ -80,9 +82,7 @@ def request_of(
     if not 1 <= at_once <= 1024:
         raise EstimateError(f"'Samples at once' must lie between 1 and 1024, not {at_once}")
     size = int(width or 512), int(height or 512)
-    return Request(
-        prompts, negative, *size, scales_of(scales), effort, steps_of(steps), name.strip(), at_once, int(seed or 0)
-    )
+    return Request(prompts, negative, *size, scales_of(scales), effort, steps_of(steps), name.strip(), at_once, int(seed or 0))
 
 
 def steps_of(text: str) -> tuple[int, ...]:
@@ -99,7 +99,7 @@ def cost_in_words(scales: str, effort: str, steps: str) -> str:
     evaluations = evaluations_of_effort(effort, len(found), counts)
     text = f"{evaluations:,} evaluations of the model for {len(found)} CFG scale{'s' if len(found) > 1 else ''}"
     if _SPEED:
-        return f"{text}: about {duration(evaluations * _SPEED[-1])} at the speed of the last computation."
+        return f"{text}: about {in_words(evaluations * _SPEED[-1])} at the speed of the last computation."
     return f"{text}. The time that is left is shown a few seconds after the start."
 
 
@@ -130,7 +130,7 @@ class Work:
     def run(self) -> None:
         """Measure; how it ended is in `state` and `message`."""
         try:
-            with host.session("EMS") as call:
+            with passes.session("EMS") as call:
                 call(self._generate)
             self.message = self._ending()
         except Exception as error:
@@ -159,7 +159,7 @@ class Work:
             return
         self.stopped, self.message = True, "Stopping"
         if self.begun:
-            host.interrupt()
+            passes.interrupt()
 
     def _generate(self) -> None:
         self.begun = True
@@ -167,30 +167,31 @@ class Work:
             return
         r = self.request
         mark = {MEASURE: self._measure}
-        host.generate(list(r.prompts), r.negative, r.width, r.height, NAME, mark, lambda: self.file is not None or self.stopped)
+        size = (r.width, r.height)
+        passes.generate(list(r.prompts), r.negative, size, NAME, mark, lambda: self.file is not None or self.stopped)
 
-    def _measure(self, denoiser: Any, x: Tensor, extra_args: dict[str, Any]) -> Any:
+    def _measure(self, denoiser: Denoiser, x: Tensor, extra_args: dict[str, object]) -> Tensor:
         """What the sampler function does in this pass; x [prompts, C, h, w]."""
         try:
             self._compute(denoiser, x, extra_args)
         except BaseException:  # the host's interrupt is one
-            if not host.interrupted():
+            if not passes.interrupted():
                 raise
             self.stopped = True
-        return host.no_images(x)
+        return passes.no_images(x)
 
-    def _compute(self, denoiser: Any, x: Tensor, extra_args: dict[str, Any]) -> None:
+    def _compute(self, denoiser: Denoiser, x: Tensor, extra_args: dict[str, object]) -> None:
         r, effort = self.request, EFFORTS[self.request.effort]
-        run = host.running(denoiser)
-        identity = host.identity_of(run)
-        table = host.level_table(run)
+        run = model.running(denoiser)
+        identity = model.identity_of(run)
+        table, schedules = model.level_table(run), model.step_schedules(run)
         source = Source(
             models={g: _Denoiser(denoiser, extra_args, g, len(r.prompts)) for g in r.scales},
             shape=tuple(x.shape[1:]),
             schedule=table,
-            identity={**identity.facts(), "prompts": f"{len(r.prompts)}, the first: {r.prompts[0]:.200}"},
-            levels=table.levels if host.rounds_levels(run) else None,
-            host_schedules=host.step_schedules(run),
+            identity=self._identity(run, identity, list(schedules)),
+            levels=table.levels if model.rounds_levels(run) else None,
+            host_schedules=schedules,
         )
         job, plan = job_for(source, effort, r.seed), plan_for(source, effort, r.steps)
         self.path, done = place_for(host.output_folder(), r.name or identity.name or "model", source, job, plan, host.log)
@@ -201,19 +202,26 @@ class Work:
             done = compute_ems(source, job, plan, self.path, batch=r.batch, device=x.device, progress=show)
         self.file = done
 
+    def _identity(self, run: model.Running, identity: ModelIdentity, schedules: list[str]) -> dict[str, str]:
+        """What the file says of the model, and what tells this request from another one."""
+        r, guider = self.request, model.guider_of(run)
+        prompts = f"{len(r.prompts)}, the first: {one_line_of(r.prompts[0], 200)}"
+        request = request_facts("\0".join((*r.prompts, r.negative)), schedules)
+        return {**identity.facts(), "prompts": prompts, **request, **({GUIDER: one_line_of(guider)} if guider else {})}
+
     def _show(self, watch: Watch, p: Progress) -> None:
         if not self.stopped:
             self.message = watch.update(p)
             self.share = watch.done / watch.total
-        host.report_progress(watch.done, watch.total, self.message)
+        passes.report_progress(watch.done, watch.total, self.message)
 
 
 @dataclass
 class _Denoiser:
     """D(x, level) at one guidance scale; `samples` tell which prompt each row has."""
 
-    denoiser: Any
-    extra_args: dict[str, Any]
+    denoiser: Denoiser
+    extra_args: dict[str, object]
     scale: float
     prompts: int
     samples: Sequence[int] | None = None
@@ -224,7 +232,7 @@ class _Denoiser:
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
         rows = [k % self.prompts for k in self.samples] if self.samples and len(self.samples) == len(x) else [0] * len(x)
-        return host.evaluate(self.denoiser, x, level, self.extra_args, rows, self.scale)
+        return passes.evaluate(self.denoiser, x, level, self.extra_args, rows, self.scale)
 
 
 _CURRENT: list[Work] = []

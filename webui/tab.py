@@ -13,9 +13,9 @@ from ..ems_tools.compute import EFFORTS
 from ..ems_tools.estimate.run import EstimateError
 from ..ems_tools.file.contents import EMSFileError, evidence_problems, load_ems_file
 from ..ems_tools.hosting import PROMPTS
-from . import host, page
+from . import page, passes
 from .find import library
-from .session import BusyError, Request, Work, begin, cost_in_words, current, request_of
+from .session import BusyError, Work, begin, cost_in_words, current, request_of
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -54,7 +54,7 @@ def make_tab() -> list[tuple[Any, str, str]]:
                     refresh = gr.Button("Refresh", size="sm", elem_id="dpm_solver_v3_refresh")
         shown = gr.HTML(elem_id="dpm_solver_v3_shown")
         results = [status, start, stop, files, names, shown]
-        streams = host.streams()
+        streams = passes.streams()
         open_end = _without_limit(start.click)
         start.click(_start if streams else _last(_start), inputs=inputs, outputs=results, show_progress=False, **open_end)
         tab.load(_watch if streams else _now, inputs=[], outputs=results, show_progress=False, **open_end)
@@ -73,7 +73,7 @@ _PRICED = (5, 6, 7)
 
 
 def _without_limit(event: Callable[..., Any]) -> dict[str, Any]:
-    """gradio 4 runs a handler once at a time unless told otherwise; each page watches by itself."""
+    """Gradio 4 runs a handler once at a time unless told otherwise; each page watches by itself."""
     return {"concurrency_limit": None} if "concurrency_limit" in reflection.signature(event).parameters else {}
 
 

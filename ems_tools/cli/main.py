@@ -25,7 +25,7 @@ from ..file.contents import (
 from ..file.convert import PRESETS, convert_npz, lambda_range
 from ..judge.spot_check import ALPHA, SAMPLES, consistency_problems, spot_check
 from ..show.describe import facts_of, lines_of
-from ..show.plot import PlotError, plot_ems
+from ..show.draw import PlotError, plot_ems
 from .compute import add_compute, add_fit, add_merge, add_model_options, add_running_options, source_of
 from .share import add_index, add_pull, add_share
 

@@ -60,11 +60,14 @@ def scales_of(text: str) -> tuple[float, ...]:
     return scales
 
 
-def evaluations_of_effort(effort: str, scales: int = 1) -> int:
-    """Denoiser evaluations of an effort for this many guidance scales, as `compute_ems` would make them."""
+def evaluations_of_effort(effort: str, scales: int = 1, steps: tuple[int, ...] = ()) -> int:
+    """Denoiser evaluations of an effort for this many guidance scales, as `compute_ems` would make them.
+
+    `steps` are the step counts to fit, those of the effort if empty. Raises EstimateError for step counts that cannot be.
+    """
     models = {float(k + 1): _no_model for k in range(scales)}
     source = Source(models=models, shape=(1, 1, 1), schedule=VPDiscrete.linear(), identity={})
-    return evaluations(job_for(source, EFFORTS[effort]), plan_for(source, EFFORTS[effort]))
+    return evaluations(job_for(source, EFFORTS[effort]), plan_for(source, EFFORTS[effort], steps))
 
 
 def _no_model(x: Tensor, level: Tensor) -> Tensor:

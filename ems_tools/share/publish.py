@@ -19,7 +19,7 @@ from ..file.contents import MAX_FILE_BYTES, SUFFIX, EMSFile, Fact, decode_ems_fi
 from ..file.storage import write_atomic
 from ..judge.spot_check import consistency_problems
 from ..show.describe import lines_of
-from ..show.plot import plot_ems
+from ..show.draw import plot_ems
 from .hub import Hub, NotThere
 from .identity import ModelIdentity
 from .index import INDEX, MAX_INDEX_BYTES, Hashes, IndexEntry, decode_index, encode_index, entry_of

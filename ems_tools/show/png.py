@@ -1,4 +1,4 @@
-"""Panels drawn with Pillow, for hosts without matplotlib. Drawn at twice the size and reduced, for smooth lines."""
+"""A pen that draws with Pillow, for hosts without matplotlib. It draws at twice the size and reduces, for smooth lines."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import io
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .plot import Curve, Panel
+    from PIL.ImageFont import FreeTypeFont, ImageFont
 
-__all__ = ["font", "render"]
+__all__ = ["PNGPen", "font"]
 
 _SCALE = 2
-_WIDTH, _HEIGHT = 420, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 30, 44
-_GREY, _GRID = (120, 120, 120), (225, 225, 225)
+_DASHES = {"dashed": (6.0, 10.0), "dotted": (2.0, 5.0)}
+"""Length of the drawn part, and of a period."""
+_ANCHORS = {"left": "lm", "middle": "mm", "right": "rm"}
 
 
-def font(size: int) -> Any:
+def font(size: int) -> FreeTypeFont | ImageFont:
     """Pillow's own font at this size (a fixed small one in Pillow before 10.1)."""
     from PIL import ImageFont
 
@@ -29,113 +29,75 @@ def font(size: int) -> Any:
         return ImageFont.load_default()
 
 
-def render(rows: list[list[Panel]], title: str, zoom: float = 1.0) -> bytes:
-    """A PNG of the panels. Raises ImportError without Pillow."""
-    from PIL import Image, ImageDraw
+class PNGPen:
+    """Draws on a white page of `width` x `height` pixels, `zoom` times as large in the file; see `draw.Pen`.
 
-    columns = max(len(row) for row in rows)
-    size = (columns * _WIDTH * _SCALE, (len(rows) * _HEIGHT + 34) * _SCALE)
-    image = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(image, "RGBA")
-    draw.text((size[0] / 2, 18 * _SCALE), title, fill="black", font=font(16 * _SCALE), anchor="mm")
-    for r, row in enumerate(rows):
-        for c, panel in enumerate(row):
-            _Axes(draw, panel, c * _WIDTH, r * _HEIGHT + 34).draw()
-    data = io.BytesIO()
-    small = round(size[0] * zoom / _SCALE), round(size[1] * zoom / _SCALE)
-    image.resize(small, Image.Resampling.LANCZOS).save(data, "PNG")
-    return data.getvalue()
+    Raises:
+        ImportError: without Pillow.
+    """
 
+    def __init__(self, width: int, height: int, zoom: float = 1.0) -> None:
+        from PIL import Image, ImageDraw
 
-class _Axes:
-    """One panel at (x0, y0) in unscaled pixels."""
+        self._size = round(width * zoom), round(height * zoom)
+        self._scale = zoom * _SCALE
+        self._image = Image.new("RGB", (self._size[0] * _SCALE, self._size[1] * _SCALE), "white")
+        self._draw = ImageDraw.Draw(self._image, "RGBA")
 
-    def __init__(self, pen: Any, panel: Panel, x0: int, y0: int) -> None:
-        from .plot import limits_of
-
-        self.pen, self.panel = pen, panel
-        self.x_limits, self.y_limits = limits_of(panel)
-        self.left, self.right = x0 + _LEFT, x0 + _WIDTH - _RIGHT
-        self.top, self.bottom = y0 + _TOP, y0 + _HEIGHT - _BOTTOM
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        (a, b), (c, d) = self.x_limits, self.y_limits
-        u = self.left + (x - a) / (b - a) * (self.right - self.left)
-        v = self.bottom - (y - c) / (d - c) * (self.bottom - self.top)
-        return u * _SCALE, v * _SCALE
-
-    def text(self, u: float, v: float, text: str, size: int, anchor: str, colour: Any = "black") -> None:
-        self.pen.text((u * _SCALE, v * _SCALE), text, fill=colour, font=font(size * _SCALE), anchor=anchor)
-
-    def line(self, points: Sequence[tuple[float, float]], colour: Any, width: float = 1.0, dash: str = "solid") -> None:
-        thickness = max(1, round(width * _SCALE))
+    def line(self, points: Sequence[tuple[float, float]], colour: str, width: float, dash: str = "solid") -> None:
+        """A line through the points."""
+        thickness = max(1, round(width * self._scale))
+        scaled = [self._at(point) for point in points]
         if dash == "solid":
-            self.pen.line(list(points), fill=colour, width=thickness, joint="curve")
+            self._draw.line(scaled, fill=colour, width=thickness, joint="curve")
             return
-        on, period = (6 * _SCALE, 10 * _SCALE) if dash == "dashed" else (2 * _SCALE, 5 * _SCALE)
-        for piece in _dashes(points, on, period):
-            self.pen.line(piece, fill=colour, width=thickness)
+        on, period = (length * self._scale for length in _DASHES[dash])
+        for piece in _dashes(scaled, on, period):
+            self._draw.line(piece, fill=colour, width=thickness)
 
-    def draw(self) -> None:
-        from .plot import ticks_between
-
-        panel = self.panel
-        middle = (self.left + self.right) / 2
-        self.text(middle, self.top - 14, panel.title, 13, "mm")
-        self.text(middle, self.bottom + 34, panel.x_label, 11, "mm")
-        for value in ticks_between(*self.x_limits):
-            u, _ = self.at(value, 0)
-            self.pen.line([(u, self.top * _SCALE), (u, self.bottom * _SCALE)], fill=_GRID, width=_SCALE // 2)
-            self.text(u / _SCALE, self.bottom + 12, f"{value:g}", 10, "mm")
-        for value in ticks_between(*self.y_limits):
-            _, v = self.at(0, value)
-            self.pen.line([(self.left * _SCALE, v), (self.right * _SCALE, v)], fill=_GRID, width=_SCALE // 2)
-            self.text(self.left - 5, v / _SCALE, panel.y_tick(value), 10, "rm")
-        self.line([self.at(self.x_limits[0], panel.level), self.at(self.x_limits[1], panel.level)], _GREY, 0.7)
-        for curve in panel.curves:
-            self.curve(curve)
-        box = [self.left * _SCALE, self.top * _SCALE, self.right * _SCALE, self.bottom * _SCALE]
-        self.pen.rectangle(box, outline=_GREY, width=_SCALE // 2)
-        if panel.note:
-            self.text(middle, self.top + 14, panel.note, 11, "mm")
-        if panel.legend:
-            self.legend()
-
-    def legend(self) -> None:
-        curves = self.panel.named
-        width = max(font(10 * _SCALE).getlength(c.name) for c in curves) / _SCALE + 36
-        box = [self.right - width, self.top + 3, self.right - 3, self.top + 7 + 14 * len(curves)]
-        self.pen.rectangle([v * _SCALE for v in box], fill=(255, 255, 255, 190))
-        for k, curve in enumerate(curves):
-            v = self.top + 12 + 14 * k
-            sample = [((self.right - 24) * _SCALE, v * _SCALE), ((self.right - 6) * _SCALE, v * _SCALE)]
-            self.line(sample, curve.colour, 1.5, curve.dash)
-            self.text(self.right - 28, v, curve.name, 10, "rm")
-
-    def curve(self, curve: Curve) -> None:
+    def area(self, points: Sequence[tuple[float, float]], colour: str, opacity: float) -> None:
+        """The inside of a polygon."""
         from PIL import ImageColor
 
-        points = [self.at(x, y) for x, y in zip(curve.x, curve.y, strict=True)]
-        if curve.low:
-            edge = [self.at(x, y) for x, y in zip(curve.x, curve.low, strict=True)]
-            edge += [self.at(x, y) for x, y in reversed(list(zip(curve.x, curve.high, strict=True)))]
-            self.pen.polygon(edge, fill=(*ImageColor.getrgb(curve.colour), 50))
-        self.line(points, curve.colour, 1.5, curve.dash)
-        if len(points) < 12:
-            for u, v in points:
-                self.pen.ellipse([u - 5, v - 5, u + 5, v + 5], fill=curve.colour)
+        red, green, blue = ImageColor.getrgb(colour)[:3]
+        self._draw.polygon([self._at(point) for point in points], fill=(red, green, blue, round(255 * opacity)))
+
+    def dot(self, at: tuple[float, float], radius: float, colour: str) -> None:
+        """A filled circle."""
+        (u, v), r = self._at(at), radius * self._scale
+        self._draw.ellipse([u - r, v - r, u + r, v + r], fill=colour)
+
+    def text(self, at: tuple[float, float], text: str, size: int, anchor: str = "middle") -> None:
+        """One line of text, vertically centred."""
+        self._draw.text(self._at(at), text, fill="black", font=self._font(size), anchor=_ANCHORS[anchor])
+
+    def width_of(self, text: str, size: int) -> float:
+        """Width of a text."""
+        return self._font(size).getlength(text) / self._scale
+
+    def finish(self) -> bytes:
+        """The file's bytes."""
+        from PIL import Image
+
+        data = io.BytesIO()
+        self._image.resize(self._size, Image.Resampling.LANCZOS).save(data, "PNG")
+        return data.getvalue()
+
+    def _at(self, point: tuple[float, float]) -> tuple[float, float]:
+        return point[0] * self._scale, point[1] * self._scale
+
+    def _font(self, size: int) -> FreeTypeFont | ImageFont:
+        return font(round(size * self._scale))
 
 
 def _dashes(points: Sequence[tuple[float, float]], on: float, period: float) -> list[list[tuple[float, float]]]:
-    pieces, travelled = [], 0.0
+    """The drawn pieces of a dashed line through the points; the pattern runs on across corners."""
+    pieces, start = [], 0.0  # of the segment, along the line
     for (u, v), (p, q) in pairwise(points):
         length = math.hypot(p - u, q - v)
-        while length > 0:
-            phase = travelled % period
-            drawing = phase < on
-            part = min((on if drawing else period) - phase, length)
-            end = (u + (p - u) * part / length, v + (q - v) * part / length)
-            if drawing:
-                pieces.append([(u, v), end])
-            travelled, length, (u, v) = travelled + part, length - part, end
+        for k in range(math.floor(start / period), math.ceil((start + length) / period)):
+            ends = (max(k * period - start, 0.0), min(k * period + on - start, length))
+            if ends[0] < ends[1]:
+                pieces.append([(u + (p - u) * e / length, v + (q - v) * e / length) for e in ends])
+        start += length
     return pieces

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpm_solver_v3.ems_tools.embedded import CLASSES, load_denoiser
 from dpm_solver_v3.ems_tools.file.contents import load_ems_file
-from dpm_solver_v3.ems_tools.show.plot import panels_of, png_of
+from dpm_solver_v3.ems_tools.show import png_of, summary_of
 from dpm_solver_v3.sampler import VPDiscrete, karras, sample_dpm_solver_v3
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,8 +51,8 @@ def main() -> None:
     functions = (sample_dpm_solver_v3, rivals.sample_dpmpp_2m, rivals.sample_euler)
     rows = [[run(5, f)[2], run(8, f)[2], exact[2]] for f in functions]
     grid(rows).save(FOLDER / "Compare samplers.jpg", quality=88)
-    panels = [row[:2] for row in panels_of(file)[:2]]
-    Image.open(io.BytesIO(png_of(panels, ""))).convert("RGB").resize((SIDE, 320)).save(FOLDER / "Compute EMS.jpg", quality=88)
+    plot = Image.open(io.BytesIO(png_of(summary_of(file), "Compute EMS"))).convert("RGB")
+    plot.save(FOLDER / "Compute EMS.jpg", quality=88)
 
 
 if __name__ == "__main__":

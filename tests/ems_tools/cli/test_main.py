@@ -10,33 +10,14 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
-import torch
 
 from dpm_solver_v3.ems_tools import cli
-from dpm_solver_v3.ems_tools.file.contents import EMSFile, EMSMeta, EvidenceRow, RecommendedSetting, load_ems_file
-from dpm_solver_v3.ems_tools.show import plot
-from dpm_solver_v3.sampler import Settings
-
-
-def statistics(channels=3, spatial=(), evidence=True):
-    guidance = torch.tensor([1.0, 7.5], dtype=torch.float64)
-    shape = (2, 21, channels, *spatial)
-    tables = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    rows, advice = [], []
-    for g in guidance.tolist() if evidence else []:
-        for steps in (5, 10):
-            rows.append(EvidenceRow(g, "karras_zero", steps, "calibration", 0.02, 0.01, 0.03))
-            rows.append(EvidenceRow(g, "karras_zero", steps, "report", 0.02, 0.015, 0.03))
-            lambdas = tuple(torch.linspace(-2, 3, steps).tolist())
-            advice.append(RecommendedSetting(g, "karras_zero", lambdas, Settings(order=steps // 5 + 1, corrector="none")))
-    meta = EMSMeta("sigma", 0.03, 14.6, "vp", {"name": "a <b> & $c$"}, evidence=tuple(rows), recommendation=tuple(advice))
-    errors = {name: torch.full(shape, 0.1) for name in "lsb"}
-    return EMSFile(torch.linspace(-2.6, 3.5, 21, dtype=torch.float64), guidance, *tables, meta, errors)
+from dpm_solver_v3.ems_tools.file.contents import load_ems_file
 
 
 @pytest.fixture
-def path(tmp_path):
-    statistics().save(tmp_path / "a.ems.safetensors")
+def path(tmp_path, make_ems_file):
+    make_ems_file().save(tmp_path / "a.ems.safetensors")
     return tmp_path / "a.ems.safetensors"
 
 
@@ -83,15 +64,15 @@ def test_inspect_for_programs(capsys, path):
     assert len(facts["evidence"]) == 8
 
 
-def test_verify_accepts_good_files_and_notes_the_rest(capsys, path, tmp_path):
-    statistics(evidence=False).save(tmp_path / "b.ems.safetensors")
+def test_verify_accepts_good_files_and_notes_the_rest(capsys, path, tmp_path, make_ems_file):
+    make_ems_file(evidence=False).save(tmp_path / "b.ems.safetensors")
     status, text, error = run(capsys, "verify", path, tmp_path / "b.ems.safetensors")
     assert status == 0 and not error
     assert "no worse than data prediction in 4 of 4" in text and "have not been tried" in text
 
 
-def test_verify_names_every_bad_file(capsys, path, tmp_path):
-    file = statistics()
+def test_verify_names_every_bad_file(capsys, path, tmp_path, make_ems_file):
+    file = make_ems_file()
     rows = tuple(dataclasses.replace(r, ems=0.5) for r in file.meta.evidence)
     dataclasses.replace(file, meta=dataclasses.replace(file.meta, evidence=rows)).save(tmp_path / "worse")
     (tmp_path / "cut").write_bytes(path.read_bytes()[:-3])
@@ -147,25 +128,9 @@ def test_plot_draws_every_panel_as_svg(capsys, path):
     texts = [t.text for t in root.iter("{http://www.w3.org/2000/svg}text")]
     assert {"l, guidance 1", "b, guidance 7.5", "channel 2", "karras_zero"} <= set(texts)
     assert sum(t == "error with EMS / without, guidance 1" for t in texts) == 1
-    lines = list(root.iter("{http://www.w3.org/2000/svg}polyline"))
-    assert len(lines) == 2 * (3 * 3 + 2)  # per scale: three channels of l, s, b; the two curves of one schedule
-
-
-@pytest.mark.parametrize("file", [statistics(), statistics(20, evidence=False), statistics(2, (4, 5))])
-def test_plot_draws_png_with_pillow(tmp_path, file):
-    pytest.importorskip("PIL")
-    plot.plot_ems(file, tmp_path / "a.png")
-    assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-def test_plot_panels_hold_the_files_numbers():
-    file = statistics()
-    panel = plot.panels_of(file)[1][2]
-    assert panel.title == "b, guidance 7.5"
-    assert panel.curves[1].y == pytest.approx(file.b[1, :, 1].tolist())
-    assert panel.curves[1].high == pytest.approx((file.b[1, :, 1] + 0.2).tolist(), abs=1e-6)
-    evidence = plot.panels_of(file)[0][3].curves[0]
-    assert evidence.x == (5.0, 10.0) and evidence.y == pytest.approx((0.75, 0.75))
+    lines = root.iter("{http://www.w3.org/2000/svg}polyline")
+    curves = [line for line in lines if line.get("stroke-width") == "1.8"]
+    assert len(curves) == 2 * (3 * 3 + 2)  # per scale: three channels of l, s, b; the two curves of one schedule
 
 
 def test_plot_says_what_it_needs(capsys, path, monkeypatch):
