@@ -32,8 +32,9 @@ STYLE = """<style>
 .dpmv3-box progress { width: 100%; height: 1em }
 .dpmv3-scroll { overflow: auto; max-height: 21em; margin-bottom: 0.8em; border: 1px solid var(--border-color-primary, #888) }
 .dpmv3-scroll table { border-collapse: collapse; width: 100%; margin: 0 }
-.dpmv3-scroll th, .dpmv3-scroll td { padding: 0.25em 0.7em; text-align: left; border: 0;
-  border-bottom: 1px solid var(--border-color-primary, #8884); vertical-align: top }
+.dpmv3-scroll table, .dpmv3-scroll tr { border: 0 !important }
+.dpmv3-scroll th, .dpmv3-scroll td { padding: 0.25em 0.7em !important; text-align: left; border: 0 !important;
+  border-bottom: 1px solid var(--border-color-primary, #888) !important; vertical-align: top }
 .dpmv3-scroll th { position: sticky; top: 0; background: var(--background-fill-secondary, #888); font-weight: 600 }
 .dpmv3-scroll td.dpmv3-number { white-space: nowrap; font-variant-numeric: tabular-nums }
 .dpmv3-quiet { opacity: 0.8; margin: 0.2em 0 0.5em }

@@ -97,7 +97,7 @@ def cost_in_words(scales: str, effort: str, steps: str) -> str:
     """What a computation with these fields costs. Raises EstimateError for fields that cannot be used."""
     found, counts = scales_of(scales), steps_of(steps)
     evaluations = evaluations_of_effort(effort, len(found), counts)
-    text = f"{evaluations:,} evaluations of the model for {len(found)} CFG scale{'s' if len(found) > 1 else ''}"
+    text = f"About {evaluations:,} evaluations of the model for {len(found)} CFG scale{'s' if len(found) > 1 else ''}"
     if _SPEED:
         return f"{text}: about {in_words(evaluations * _SPEED[-1])} at the speed of the last computation."
     return f"{text}. The time that is left is shown a few seconds after the start."
@@ -210,9 +210,12 @@ class Work:
         return {**identity.facts(), "prompts": prompts, **request, **({GUIDER: one_line_of(guider)} if guider else {})}
 
     def _show(self, watch: Watch, p: Progress) -> None:
+        text, each = watch.update(p), watch.seconds_each
+        self.share = watch.done / watch.total
         if not self.stopped:
-            self.message = watch.update(p)
-            self.share = watch.done / watch.total
+            self.message = text
+        if each is not None:
+            _SPEED[:] = [each]
         passes.report_progress(watch.done, watch.total, self.message)
 
 

@@ -46,12 +46,12 @@ def make_tab() -> list[tuple[Any, str, str]]:
                     start = gr.Button("Compute", variant="primary", elem_id="dpm_solver_v3_compute")
                     stop = gr.Button("Interrupt", interactive=False, elem_id="dpm_solver_v3_interrupt")
                 status = gr.HTML(elem_id="dpm_solver_v3_status")
-                files = gr.HTML(elem_id="dpm_solver_v3_files")
-                with gr.Row():
-                    names = gr.Dropdown(_names(), value=None, label="File", scale=4, elem_id="dpm_solver_v3_file")
-                    inspect = gr.Button("Inspect", size="sm", elem_id="dpm_solver_v3_inspect")
-                    verify = gr.Button("Verify all", size="sm", elem_id="dpm_solver_v3_verify")
-                    refresh = gr.Button("Refresh", size="sm", elem_id="dpm_solver_v3_refresh")
+        files = gr.HTML(elem_id="dpm_solver_v3_files")
+        with gr.Row():
+            names = gr.Dropdown(_names(), value=None, label="File", scale=4, elem_id="dpm_solver_v3_file")
+            inspect = gr.Button("Inspect", size="sm", elem_id="dpm_solver_v3_inspect")
+            verify = gr.Button("Verify all", size="sm", elem_id="dpm_solver_v3_verify")
+            refresh = gr.Button("Refresh", size="sm", elem_id="dpm_solver_v3_refresh")
         shown = gr.HTML(elem_id="dpm_solver_v3_shown")
         results = [status, start, stop, files, names, shown]
         streams = passes.streams()

@@ -14,7 +14,7 @@ from torch import Tensor
 from dpm_solver_v3.ems_tools.file.contents import EMSFile, EMSMeta, FittedRow
 from dpm_solver_v3.ems_tools.share.identity import content_fingerprint
 from dpm_solver_v3.sampler import EMS, FittedSteps, sample_dpm_solver_v3
-from dpm_solver_v3.webui import find, options, sampling
+from dpm_solver_v3.webui import find, model, options, sampling
 from dpm_solver_v3.webui.host import HostError
 
 NAME = "DPM-Solver-v3"
@@ -84,7 +84,7 @@ def test_statistics_by_checkpoint(host: Any, by: str, capsys: pytest.CaptureFixt
 
 def test_same_architecture_only_if_allowed(host: Any) -> None:
     host.start()
-    identity = find.host.identity_of(find.host.running(type("D", (), {"inner_model": None, "p": None})))
+    identity = model.identity_of(model.running(type("D", (), {"inner_model": None, "p": None})))
     write(host, "kin", {"name": "kin", "architecture": identity.architecture, "prediction": "EPS"})
     assert recorded(host.make())["EMS"] == "none"
     host.modules["modules.shared"].opts.data["dpm_solver_v3_same_architecture"] = True
