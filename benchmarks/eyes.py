@@ -32,7 +32,8 @@ from rivals import RIVALS, Rival
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dpm_solver_v3.ems_tools.file.contents import EMSFile, load_ems_file
+from dpm_solver_v3.ems_tools.file.contents import EMSFile
+from dpm_solver_v3.ems_tools.file.reader import load_ems_file
 from dpm_solver_v3.sampler import EMS, sample_dpm_solver_v3
 
 SHIPPED = Path(__file__).resolve().parents[1] / "stats" / "embedded-emoji.ems.safetensors"

@@ -103,7 +103,7 @@ def record(p: Processing | None, choice: Choice, title: str, settings: Settings 
     if not isinstance(parameters, dict):
         return
     used = {"EMS": title, **{name: AUTO if settings is None else getattr(settings, name) for name in ("order", "corrector")}}
-    if choice.ems == AUTOMATIC:
+    if choice.ems == AUTOMATIC and not part:
         used[_CHOICE] = AUTOMATIC
     if title != NONE:
         used["strength"] = AUTO if settings is None else settings.strength

@@ -6,14 +6,15 @@ The pages of the hosts are light or dark and of any width: colours are those of 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from ..ems_tools.file.contents import EMSFile, EvidenceRow, FittedRow
+from ..ems_tools.file import EMSFile, EvidenceRow, FittedRow
 from ..ems_tools.share.library import Entry
 from ..ems_tools.show.describe import lines_of
-from ..ems_tools.show.draw import svg_of
+from ..ems_tools.show.draw import HEAD, svg_of
 from ..ems_tools.show.panels import Panel, statistics_of, summary_of
 from . import host
 from .find import fingerprint, library
@@ -40,6 +41,7 @@ STYLE = """<style>
 .dpmv3-quiet { opacity: 0.8; margin: 0.2em 0 0.5em }
 .dpmv3-name { overflow-wrap: anywhere; margin: 0.6em 0 0.2em; font-size: 1.15em; font-weight: 600 }
 .dpmv3-head { margin: 0.7em 0 0.2em; font-weight: 600 }
+.dpmv3-side { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 0 1.2em; align-items: start }
 .dpmv3-plot { display: grid; grid-template-columns: repeat(auto-fit, minmax(310px, 1fr)); gap: 0.2em 0.8em }
 .dpmv3-plot svg { width: 100%; max-width: 520px; height: auto }
 .dpmv3-plot svg > rect { fill: transparent }
@@ -149,9 +151,8 @@ def details(name: str, path: Path, file: EMSFile) -> str:
     parts = [f'<p class="dpmv3-name">{escape(name)}</p>']
     about = f"{facts}; CFG scales {scales}; {file.channels} latent channels; fingerprint {fingerprint(path)}"
     parts.append(f'<p class="dpmv3-quiet">{escape(about)}</p>')
-    parts.append(_drawn(summary_of(file)[0]))
-    parts.append(_fitted(file.meta.fitted))
-    parts.append(_evidence(file.meta.evidence))
+    tables = _fitted(file.meta.fitted) + _evidence(file.meta.evidence)
+    parts.append(f'<div class="dpmv3-side"><div>{_drawn(summary_of(file)[0])}</div><div>{tables}</div></div>')
     parts.append(f'<details class="dpmv3"><summary>Curves of the statistics</summary>{_plot(file)}</details>')
     text = preformatted("\n".join(lines_of(file)))
     parts.append(f'<details class="dpmv3"><summary>Everything in the file, as text</summary>{text}</details>')
@@ -204,7 +205,16 @@ def _plot(file: EMSFile) -> str:
 
 def _drawn(panels: Sequence[Panel]) -> str:
     """Each panel as an SVG of its own, so that they find their places in a page of any width."""
-    return f'<div class="dpmv3-plot">{"".join(svg_of([[panel]], "").decode() for panel in panels)}</div>'
+    return f'<div class="dpmv3-plot">{"".join(_without_head(svg_of([[panel]], "").decode()) for panel in panels)}</div>'
+
+
+def _without_head(svg: str) -> str:
+    """Cut off the place of the title, which the page has already."""
+
+    def cut(view: re.Match[str]) -> str:
+        return f'viewBox="0 {HEAD} {view[1]} {int(view[2]) - HEAD}"'
+
+    return re.sub(r'viewBox="0 0 (\d+) (\d+)"', cut, svg, count=1)
 
 
 def preformatted(text: str) -> str:

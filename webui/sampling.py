@@ -139,12 +139,20 @@ def fitted_schedule(n: int, sigma_min: float, sigma_max: float, inner_model: Wra
     try:
         message, levels = _steps(run, n)
     except Exception as error:  # the picture comes first
-        space = Space.FLOW if sigma_max <= 1 else Space.SIGMA
-        high = min(sigma_max, 0.999) if space is Space.FLOW else sigma_max
-        title, levels = unfitted_steps(LevelTable(torch.tensor([sigma_min, high], dtype=torch.float64), space), n)
+        title, levels = unfitted_steps(_any_schedule(run, sigma_min, sigma_max), n)
         message = f"looking for fitted steps failed ({type(error).__name__}: {error}): {title} steps instead"
     _say(f"schedule {'hires' if getattr(run.p, 'is_hr_pass', False) else ''}", message)
     return levels.to(device, torch.float32)
+
+
+def _any_schedule(run: model.Running, sigma_min: float, sigma_max: float) -> LevelTable:
+    """The host's noise levels, or what their ends say where it has no table."""
+    try:
+        return model.level_table(run)
+    except host.HostError:
+        space = Space.FLOW if sigma_max <= 1 else Space.SIGMA
+        high = min(sigma_max, 0.999) if space is Space.FLOW else sigma_max
+        return LevelTable(torch.tensor([sigma_min, high], dtype=torch.float64), space)
 
 
 def _steps(run: model.Running, n: int) -> tuple[str, Tensor]:

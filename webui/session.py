@@ -18,7 +18,7 @@ from ..ems_tools.compute import EFFORTS, compute_ems, job_for, plan_for
 from ..ems_tools.estimate.points import DivergedError
 from ..ems_tools.estimate.run import EstimateError, Progress
 from ..ems_tools.estimate.source import Source
-from ..ems_tools.file.contents import EMSFile
+from ..ems_tools.file import EMSFile
 from ..ems_tools.hosting import GUIDER, PROMPTS, Watch, evaluations_of_effort, in_words, place_for, request_facts, scales_of
 from ..ems_tools.share.identity import ModelIdentity, one_line_of
 from ..sampler import SamplingError

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..ems_tools.compute import EFFORTS
 from ..ems_tools.estimate.run import EstimateError
-from ..ems_tools.file.contents import EMSFileError, evidence_problems, load_ems_file
+from ..ems_tools.file import EMSFileError, load_ems_file
 from ..ems_tools.hosting import PROMPTS
+from ..ems_tools.judge.consistency import consistency_problems
 from . import page, passes
 from .find import library
 from .session import BusyError, Work, begin, cost_in_words, current, request_of
@@ -191,11 +192,14 @@ def _inspect(name: str | None) -> str:
 
 
 def _verify() -> str:
-    """Every file read again from the disk: all bytes by its own checksum, and its evidence against its recommendation."""
+    """Every file read again from the disk, and checked as `ems verify` does without a model.
+
+    All bytes by the file's checksum, what it says of itself, and its evidence against its recommendation.
+    """
     lines = []
     for name, path in library().paths():
         try:
-            problems = evidence_problems(load_ems_file(path))
+            problems = consistency_problems(load_ems_file(path))
         except EMSFileError as error:
             problems = [error.what]
         lines.append(f"{name}: {'; '.join(problems) or 'ok'}")

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..file.contents import MAX_TEXT
+from ..file.rows import MAX_TEXT
 from ..file.storage import write_atomic
 
 __all__ = ["FingerprintCache", "ModelIdentity", "content_fingerprint", "one_line_of", "weights_fingerprint"]
