@@ -37,12 +37,12 @@ def trivial(sigma: float) -> Iterator[None]:
     """The sampler with another threshold."""
     kept = plan.TRIVIAL_SIGMA
     plan.TRIVIAL_SIGMA = sigma
-    plan.make_plan.cache_clear()
+    plan.forget_plans()
     try:
         yield
     finally:
         plan.TRIVIAL_SIGMA = kept
-        plan.make_plan.cache_clear()
+        plan.forget_plans()
 
 
 def run_on(problem: Problem, samples: list[int], guidance: float, ems: EMS | None) -> Run:

@@ -6,14 +6,16 @@ They say what is expected, not what is promised: an attribute can be missing in 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
+
+from ..sampler import StepInfo
 
 __all__ = ["CheckpointInfo", "Denoiser", "Model", "Processing", "StepTold", "Wrap"]
 
 
-StepTold = Callable[[dict[str, Any]], None]
+StepTold = Callable[[StepInfo], None]
 """A callback of k-diffusion's samplers: told "i", "x" [B, C, h, w], "sigma", "denoised" and more before each step."""
 
 

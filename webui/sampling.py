@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ems_tools.hosting import choose_steps, unfitted_steps
-from ..sampler import AUTO, EMS, LevelTable, Space, sample_dpm_solver_v3, settings_for
+from ..sampler import AUTO, EMS, LevelTable, Space, StepInfo, sample_dpm_solver_v3, settings_for
 from . import host, model
 from .find import NONE, Found, facts_of, find, find_entry
 from .objects import Denoiser, StepTold, Wrap
@@ -103,7 +103,14 @@ def _sample(
 
 def _told(callback: StepTold | None, start: int) -> StepTold | None:
     """`callback` for a run that begins at step `start`."""
-    return callback and (lambda state: callback({**state, "i": state["i"] + start}))
+    if callback is None:
+        return None
+
+    def later(info: StepInfo) -> None:
+        info["i"] += start
+        callback(info)
+
+    return later
 
 
 def _statistics(

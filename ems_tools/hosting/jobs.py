@@ -31,7 +31,7 @@ __all__ = [
     "scales_of",
 ]
 
-_WINDOW, _SETTLED = 60.0, 3.0
+_WINDOW, _SETTLED = 60.0, 2.0
 """Seconds over which the speed is measured, and those that must pass before a time is told."""
 PROMPTS = (
     "a photograph of an old fisherman mending a net in a harbour at dawn",
