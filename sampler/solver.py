@@ -17,11 +17,11 @@ from torch import Tensor
 from .coefficients import Update
 from .ems import EMS
 from .fitted import FittedSteps
-from .plan import Plan, check_levels, fitted_plan, make_plan
+from .plan import Plan, check_levels, fitted_plan, make_plan, typical_plan
 from .settings import AUTO, OPTIONS, Corrector, Predictor, Settings, defaults_for, resolve_settings
 from .space import Space
 
-__all__ = ["Run", "SamplingError", "StepInfo", "plan_for", "sample_dpm_solver_v3", "settings_for"]
+__all__ = ["Run", "SamplingError", "StepInfo", "plan_for", "sample_dpm_solver_v3", "settings_for", "takes_typical_steps"]
 
 _NO_EMS = EMS.degenerate()
 GROWTH_LIMIT = 2.0
@@ -74,12 +74,14 @@ def sample_dpm_solver_v3(
         extra_args: keyword arguments for `model`.
         callback: called once a step with `x`, `i`, `sigma`, `sigma_hat`, `denoised`.
         disable: hide the progress bar (as in k-diffusion).
-        ems: the model's statistics; None is data prediction (multistep DPM-Solver++ with a corrector at option).
+        ems: the model's statistics. None with all options at "auto" takes steps that are good on many models (`typical`); None
+            with any option set is data prediction (multistep DPM-Solver++ with a corrector at option).
         space: "sigma" for x = x0 + sigma n; "flow" for x = (1 - t) x0 + t n with sigmas = t.
         order, predictor, corrector, corrector_below, lower_order_final, strength: see `Settings`. At "auto" they
-            follow the recommendation stored with the statistics, else measured defaults. With all of them at "auto", and
+            follow the recommendation stored with the statistics, else `settings.DEFAULTS`. With all of them at "auto", and
             `sigmas` a schedule fitted to the model, its fitted coefficients are used (see `fitted`).
-        guidance: the guidance scale that `model` applies, if known: the defaults depend on it.
+        guidance: the guidance scale that `model` applies, if known: what "auto" means beside options that are set, or with
+            statistics, depends on it.
 
     Returns:
         x [B, C, ...] at sigmas[-1], in x's dtype.
@@ -141,6 +143,8 @@ def plan_for(
     fitted = _fitted_for(levels, space, ems, chosen)
     if fitted is not None:
         return fitted_plan(tuple(levels.tolist()), space, fitted)
+    if takes_typical_steps(levels, ems, chosen):
+        return typical_plan(tuple(levels.tolist()), space)
     return make_plan(tuple(levels.tolist()), space, _NO_EMS if ems is None else ems, settings)
 
 
@@ -162,6 +166,15 @@ def settings_for(
     if chosen.get("strength") == AUTO and not measured and ems.growth(lambdas) * settings.strength > GROWTH_LIMIT:
         return replace(settings, strength=0.0)
     return settings
+
+
+def takes_typical_steps(levels: Tensor, ems: EMS | None, chosen: Mapping[str, Any]) -> bool:
+    """Whether sampling takes the steps of `typical`: without statistics, with every option at "auto", on falling levels.
+
+    `settings_for` then only says what an option would start from that the user sets.
+    """
+    falls = len(levels) > 1 and bool(levels[0] > levels[-1])
+    return ems is None and falls and all(chosen.get(name, AUTO) == AUTO for name in OPTIONS)
 
 
 def _fitted_for(levels: Tensor, space: Space, ems: EMS | None, chosen: dict[str, Any]) -> FittedSteps | None:
