@@ -3,8 +3,8 @@
     python benchmarks/model.py
     python benchmarks/model.py --data emoji-datasource-google-16.0.0.tgz [--pictures 400] [--weights FILE]
 
-With --data (the archive that `embedded_train.py` trains on) it prints the kernel distance of the model's converged pictures from its
-training images, in the features that `eyes.py` describes, beside the distance between two halves of the training images.
+With --data (the archive that `embedded_train.py` trains on) it prints the kernel distance of the model's converged pictures
+from its training images, in the features that `eyes.py` describes, beside that of other training images.
 """
 
 from __future__ import annotations
