@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("sampler", "ems_tools", "nodes", "webui", "diffusers")
+PARTS = ("sampler", "ems_tools", "nodes", "webui", "pipelines")
 """The folders of the product; beside them it has `__init__.py`, `install.py` and what is in scripts/."""
 
 LIMITS = {"lines of a module": 400, "lines of a function": 50, "lines that name Any": 80, "type: ignore": 5}
@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ems_tools.compute", "ems_tools.share"),
     ("ems_tools.hosting",),
     ("ems_tools.cli",),
-    ("nodes", "webui", "diffusers"),
+    ("nodes", "webui", "pipelines"),
 )
 """From the ground up. A module imports from its own part and from lower layers only."""
 
