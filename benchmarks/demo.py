@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 from common import OUT, SCHEDULES, Problem, geometric_mean, per_sample_error
-from rivals import RIVALS, Rival
-from torch import Tensor, nn
+from rivals import RIVALS, Denoiser, Rival
+from torch import Tensor
 from tqdm import tqdm
 
 from dpm_solver_v3.ems_tools.embedded import CLASSES
@@ -53,7 +53,7 @@ def samplers(ems: EMS | None, fitted: Tensor | None) -> dict[str, Rival]:
     """The samplers of the demo by the name they are shown under; `fitted` is a schedule that replaces the common one."""
 
     def v3(statistics: EMS | None, own: Tensor | None = None) -> Rival:
-        def run(denoiser: nn.Module, x: Tensor, sigmas: Tensor) -> Tensor:
+        def run(denoiser: Denoiser, x: Tensor, sigmas: Tensor) -> Tensor:
             chosen = sigmas if own is None else own
             x = x * (chosen[0] / sigmas[0]).item()  # noise times the first sigma, as hosts begin
             return sample_dpm_solver_v3(denoiser, x, chosen, ems=statistics, disable=True)
@@ -160,8 +160,9 @@ def _best_of_panel(problem: Problem, steps: int) -> tuple[str, str]:
 def draw_samples(columns: list[Shown], path: Path) -> None:
     """Rows: the best built-in sampler with its distance to the converged picture, ours with its own, converged."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(11, 7.4), layout="constrained")
+    figure = Figure(figsize=(11, 7.4), layout=ConstrainedLayoutEngine(h_pad=0.01, hspace=0))
     axes = figure.subplots(5, len(columns), squeeze=False)
     for c, column in enumerate(columns):
         target = column.pictures["converged"]
@@ -181,7 +182,6 @@ def draw_samples(columns: list[Shown], path: Path) -> None:
             axes[row][c].set(xticks=[], yticks=[])
             if c == 0:
                 axes[row][c].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=13)
-    figure.get_layout_engine().set(h_pad=0.01, hspace=0)
     figure.savefig(path, dpi=100)
 
 

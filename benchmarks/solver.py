@@ -71,7 +71,7 @@ def _unipc(denoiser: Denoiser, x: Tensor, sigmas: Tensor) -> Tensor:
     """diffusers' scheduler in its own loop and its own VP state, without the conversions of `rivals`."""
     from diffusers import UniPCMultistepScheduler
 
-    scheduler = UniPCMultistepScheduler(prediction_type="sample")
+    scheduler: Any = UniPCMultistepScheduler(prediction_type="sample")
     _start(scheduler, sigmas.cpu())
     for t in scheduler.timesteps:
         x = scheduler.step(denoiser(x, t), t, x).prev_sample

@@ -270,6 +270,10 @@ class Run:
         """The host's noise level now, a scalar tensor on x's device."""
         return self._levels[self.i]
 
+    def move(self, change: Tensor) -> None:
+        """Add `change` [B, C, ...] to the state: what a host did to `x` since the last step, as inpainting does."""
+        self._x = self._x + change
+
     def observe(self, denoised: Tensor) -> None:
         """Take in D [B, C, ...] of `x` at `level`: m = D - (1 - l) y."""
         if denoised.shape != self._x.shape:
