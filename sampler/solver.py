@@ -102,7 +102,7 @@ def sample_dpm_solver_v3(
         EMSError: statistics that do not fit x.
         SamplingError: the model returned values that are not finite.
     """
-    chosen = {
+    chosen: dict[str, Any] = {
         "order": order,
         "predictor": predictor,
         "corrector": corrector,
