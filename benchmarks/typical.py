@@ -2,10 +2,10 @@
 
     python benchmarks/typical.py [--networks digits galaxies mnist emoji] [--weights FOLDER] [--noises 12] [--to FILE]
 
-For every network and guidance scale: converged trajectories on a grid of lambda, and along four coarse runs of the solver how the
-denoiser answers to the error that the run has there, median over samples of <D - D*, y - y*> / |y - y*|^2. Trajectories are taken
-less their ends, which every step keeps exactly, scaled to unit variance and projected on their main directions. The development
-networks of the zoo take part, except "photographs": its samples leave the range of the data (standard deviation 18).
+For every network and guidance scale: converged trajectories on a grid of lambda, and along four coarse runs of the solver how
+the denoiser answers to the error that the run has there, median over samples of <D - D*, y - y*> / |y - y*|^2. Trajectories
+are taken less their ends, which every step keeps exactly, scaled to unit variance and projected on main directions. The
+zoo's development networks take part, except "photographs": its samples leave the range of the data (deviation 18).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NETWORKS = ("digits", "galaxies", "mnist", "emoji")
 GRID = torch.arange(-52, 67, dtype=torch.float64) / 10
 """Lambda from sigma = 181 to 0.0014."""
 DIRECTIONS = 12
-"""Of the trajectories of one network and guidance scale, all samples and pixels together; the rest is below 1e-4 of the variance."""
+"""Of the trajectories of one network and guidance scale, all samples and pixels together."""
 STEPS, KEPT, SEED = 110, 128, 11
 
 Curve = Callable[[Tensor], Tensor]
@@ -48,20 +48,20 @@ def main() -> None:
 
 def make(networks: Sequence[str], weights: Path, noises: int, to: Path) -> None:
     """Write the trajectories of these networks, at every guidance scale that they know."""
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, Tensor]] = []
     for name in networks:
         network = load(name, weights)
         for guidance in network.entry.guidances:
             parts.append(trajectories_of(network, guidance, noises))
-            print(f"{name}, guidance {guidance:g}: response {parts[-1][2][::20, 0].tolist()}", flush=True)
-    denoised, state, response = (torch.cat(p, 1).float().contiguous() for p in zip(*parts))
+            print(f"{name}, guidance {guidance:g}: response {parts[-1][1][::20, 0].tolist()}", flush=True)
+    denoised, response = (torch.cat(p, 1).float().contiguous() for p in zip(*parts))
     owner = torch.arange(len(parts), dtype=torch.int32).repeat_interleave(DIRECTIONS)
-    values = {"lambdas": GRID.float(), "denoised": denoised, "state": state, "response": response, "owner": owner}
+    values = {"lambdas": GRID.float(), "denoised": denoised, "response": response, "owner": owner}
     save_file(values, to)
 
 
-def trajectories_of(network: Loaded, guidance: float, noises: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`denoised`, `state`, `response` of `Trajectories` [K, DIRECTIONS] for one network and guidance scale."""
+def trajectories_of(network: Loaded, guidance: float, noises: int) -> tuple[Tensor, Tensor]:
+    """`denoised` and `response` of `Trajectories` [K, DIRECTIONS] for one network and guidance scale."""
     denoiser, (high, low) = network.denoiser(guidance), network.ends
     draw = torch.Generator().manual_seed(SEED)
     start = torch.randn(noises, *network.entry.shape, generator=draw, dtype=torch.float64) * high
@@ -72,18 +72,12 @@ def trajectories_of(network: Loaded, guidance: float, noises: int) -> tuple[Tens
     pixels = end.numel() // noises
     if pixels > KEPT:  # a random projection keeps lengths and angles
         mix = torch.randn(pixels, KEPT, generator=draw, dtype=torch.float64) / math.sqrt(KEPT)
-        y, D, end = ((v.reshape(*v.shape[:-1], noises, pixels) if v.ndim > 1 else v.reshape(noises, pixels)) @ mix for v in (y, D, end))
-        y, D, end = y.flatten(1), D.flatten(1), end.flatten()
-    noise = (y[0] - D[0]) / sigmas[0]
+        D, end = ((v.unflatten(-1, (noises, pixels)) @ mix).flatten(-2) for v in (D, end))
     inside = GRID.clamp(lambdas[0], lambdas[-1])
-    fade = (inside - GRID).clamp(max=0).exp()[:, None]  # beyond the last node y and D go to the end like sigma
+    fade = (inside - GRID).clamp(max=0).exp()[:, None]  # beyond the last node D goes to the end like sigma
     denoised = (_curve(lambdas, D)(inside) - end) * fade
-    state = (_curve(lambdas, y)(inside) - end) * fade - (-GRID).exp()[:, None] * noise
-    state = torch.where(GRID[:, None] < lambdas[0], (D[0] - end).expand_as(state), state)
-    scale = denoised[0].square().sum().sqrt()
-    left, values, _ = torch.linalg.svd(torch.cat([denoised, state]) / scale, full_matrices=False)
-    features = left[:, :DIRECTIONS] * values[:DIRECTIONS]
-    return features[: len(GRID)], features[len(GRID) :], response[:, None].expand(-1, DIRECTIONS)
+    left, values, _ = torch.linalg.svd(denoised / denoised[0].square().sum().sqrt(), full_matrices=False)
+    return left[:, :DIRECTIONS] * values[:DIRECTIONS], response[:, None].expand(-1, DIRECTIONS)
 
 
 def _follow(denoiser: Callable[..., Tensor], x: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,23 +4,24 @@ Without statistics nothing is known of the model but that it is a diffusion mode
 
     y_t = (sigma_t / sigma_s) y_s + (1 - sigma_t / sigma_s) D_s + sum_j v_j (D_j - D_s),        y = x0 + sigma n,
 
-exact where D is constant (the first two terms are DDIM), whose factors v of the last evaluations are chosen by weighted least
-squares on typical trajectories y*(lambda) with D*(lambda), kept in `typical.safetensors` (made by `benchmarks/typical.py` on the
-development networks of the zoo, guided and not). A formula's factors come from polynomials instead; polynomials of D in lambda
-(DPM-Solver++), of the noise in sigma (DEIS) or of either in the number of the step (iPNDM) win on different schedules.
+exact where D is constant (the first two terms are DDIM), whose factors v of the last evaluations are chosen by weighted
+least squares on typical trajectories y*(lambda) with D*(lambda). They are kept in `typical.safetensors`, which
+`benchmarks/typical.py` makes on the development networks of the zoo, guided and not. A formula's factors come from polynomials
+instead: polynomials of D in lambda (DPM-Solver++), of the noise in sigma (DEIS) or of the noise in the number of the step
+(iPNDM) each win on some schedules and lose on others.
 
 The choice goes through the schedule once, in closed loop. Where the run is off a trajectory by e, the denoiser answers
 
     D = D*(lambda) + response(lambda) e,        e = y - y*(lambda),
 
-with a response that was measured along real errors: 0 under much noise, towards 1 at the clean end. Then every y and D of the
-run is known for every trajectory before the first model call, errors included, and each step aims at y* itself. The factors of a
-step minimise the sum over trajectories of |y_t - y*_t|^2 / (smallest possible of that trajectory + `_FLOOR` of DDIM's), so that no
-trajectory counts more than what can be gained on it, plus `_RIDGE` |v|^2. After each evaluation the step that led there is redone
-with it (as UniC does, arXiv 2302.04867), then the next one is taken.
+with a response that was measured along real errors: 0 under much noise, towards 1 at the clean end. Then every y and D of
+the run is known for every trajectory before the first model call, errors included, and each step aims at y* itself. The
+factors of a step minimise the sum over trajectories of |y_t - y*_t|^2 / (smallest possible of that trajectory + `_FLOOR` of
+DDIM's), so that no trajectory counts for more than can be gained on it, plus `_RIDGE` |v|^2. After each evaluation the step
+that led there is redone with it (as UniC does, arXiv 2302.04867), then the next one is taken.
 
-Nothing here is infinite at sigma = 0 or at t = 1 of a flow, so these are steps like all others: the last one may extrapolate D,
-and D at t = 1 serves as history.
+Nothing here is infinite at sigma = 0 or at t = 1 of a flow, so these are steps like all others: the last one may extrapolate
+D, and D at t = 1 serves as history.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -50,19 +51,19 @@ _NEGLIGIBLE = 1e-12
 
 @dataclass(frozen=True, eq=False)
 class Trajectories:
-    """Trajectories of several models on one grid, projected on their main directions, without data and noise they end on.
+    """D* along trajectories of several models on one grid, projected on their main directions, less D at their ends.
+
+    y* follows from D* by dy/dlambda = D - y; less sigma times the start noise it begins as D* does.
 
     Args:
         lambdas: [K] increasing, evenly spaced.
-        denoised, state: [K, F] D* and y* less the end of the trajectory and less sigma times its start noise; F numbers are
-            the coordinates of all trajectories side by side.
+        denoised: [K, F]; F numbers are the coordinates of all trajectories side by side.
         response: [K, F] of D to an error of y.
         owner: [F] which model and guidance scale a coordinate belongs to, 0 .. M - 1.
     """
 
     lambdas: Tensor
     denoised: Tensor
-    state: Tensor
     response: Tensor
     owner: Tensor
 
@@ -71,23 +72,51 @@ class Trajectories:
         """M."""
         return int(self.owner.max().item()) + 1
 
+    @cached_property
+    def state(self) -> Tensor:
+        """[K, F] y* on the grid."""
+        state = [self.denoised[0]]
+        for i in range(len(self.lambdas) - 1):
+            state.append(self._advanced(state[-1], i, 1.0))
+        return torch.stack(state)
+
+    @property
+    def _spacing(self) -> float:
+        return (self.lambdas[-1] - self.lambdas[0]).item() / (len(self.lambdas) - 1)
+
     def at(self, lam: float) -> tuple[Tensor, Tensor, Tensor]:
-        """`denoised`, `state` and `response` [F] at any lambda, cubic between grid points, constant beyond; state 0 at its end."""
+        """D*, y* and the response [F] at any lambda: D* and the response constant below the grid, D* and y* fading above it."""
         low, high = self.lambdas[0].item(), self.lambdas[-1].item()
-        place = (min(max(lam, low), high) - low) / (high - low) * (len(self.lambdas) - 1)
-        i = min(max(int(place), 1), len(self.lambdas) - 3)
-        u = place - i
-        weights = torch.tensor(_lagrange(u), dtype=torch.float64)
-        denoised, state, response = (weights @ v[i - 1 : i + 3] for v in (self.denoised, self.state, self.response))
-        return denoised, state * math.exp(high - lam) if lam > high else state, response
+        place = (min(max(lam, low), high) - low) / self._spacing
+        i = min(int(place), len(self.lambdas) - 2)
+        fade = math.exp(high - lam) if lam > high else 1.0
+        state = self._advanced(self.state[i], i, place - i)
+        return self._cubic(self.denoised, i, place - i) * fade, state * fade, self._cubic(self.response, i, place - i)
+
+    def _cubic(self, values: Tensor, i: int, u: float) -> Tensor:
+        """The value at u of a spacing beyond grid point i, on the cubic through four grid points around it."""
+        first = min(max(i - 1, 0), len(values) - 4)
+        weights = torch.tensor(_lagrange(u + i - first - 1), dtype=torch.float64)
+        return weights @ values[first : first + 4]
+
+    def _advanced(self, state: Tensor, i: int, u: float) -> Tensor:
+        """Y* at u of a spacing beyond grid point i, from y* there: e^-h y + integral of e^(r - h) D*(r) over r from 0 to h."""
+        h = u * self._spacing
+        state = state * math.exp(-h)
+        for node, weight in _GAUSS:
+            state = state + h * weight * math.exp(node * h - h) * self._cubic(self.denoised, i, node * u)
+        return state
 
     def shifted(self, shifts: Sequence[float]) -> Trajectories:
         """The same trajectories at other scales of the data: moved by each of `shifts` in lambda, side by side."""
-        moved = [[self.at(lam - s) for lam in self.lambdas.tolist()] for s in shifts]
-        parts = [[torch.stack([row[k] for row in rows]) for rows in moved] for k in range(3)]
-        denoised, state, response = (torch.cat(p, 1) for p in parts)
+        found = [[self.at(lam - s) for lam in self.lambdas.tolist()] for s in shifts]
+        denoised, response = (torch.cat([torch.stack([row[k] for row in rows]) for rows in found], 1) for k in (0, 2))
         owner = torch.cat([self.owner + k * self.models for k in range(len(shifts))])
-        return Trajectories(self.lambdas, denoised, state, response, owner)
+        return Trajectories(self.lambdas, denoised, response, owner)
+
+
+_GAUSS = ((0.5 - math.sqrt(0.15), 5 / 18), (0.5, 4 / 9), (0.5 + math.sqrt(0.15), 5 / 18))
+"""Nodes and weights on [0, 1]."""
 
 
 def _lagrange(u: float) -> list[float]:

@@ -1,4 +1,4 @@
-"""The pack in ComfyUI's real front end, in headless Chromium. Screenshots go to out/screenshots; the README shows some."""
+"""The pack in ComfyUI's real front end, in headless Chromium. Screenshots go to out/screenshots; docs/comfyui.md shows some."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_compute_ems_shows_progress_and_then_the_plot(page: Any, plain_server: A
         {
             **emoji(3, 1),
             "5": ("DPMSolverV3_ComputeEMS", compute, (340, 0), (340, 430)),
-            "6": ("PreviewImage", {"images": ["5", 2]}, (740, 0), (760, 430)),
+            "6": ("PreviewImage", {"images": ["5", 2]}, (740, 0), (480, 470)),
         },
     )
 
