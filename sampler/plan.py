@@ -276,8 +276,8 @@ def fitted_plan(levels: tuple[float, ...], space: Space, fitted: FittedSteps) ->
 
 
 @lru_cache(maxsize=8)
-def typical_plan(levels: tuple[float, ...], space: Space) -> Plan:
-    """The plan for falling host noise `levels` [n + 1] when nothing is known of the model: `typical`."""
+def typical_plan(levels: tuple[float, ...], space: Space, guidance: float | None) -> Plan:
+    """The plan for falling host noise `levels` [n + 1] when nothing but perhaps the guidance scale is known: `typical`."""
     slope = torch.zeros(1, dtype=torch.float64)  # m = D
-    steps = (StepPlan(slope, corrector, predictor) for corrector, predictor in typical_steps(levels, space))
+    steps = (StepPlan(slope, corrector, predictor) for corrector, predictor in typical_steps(levels, space, guidance))
     return Plan(levels, tuple(steps))

@@ -180,7 +180,7 @@ def plan_for(
             return plan
         warnings.warn(f"the fitted coefficients {_NOT_SANE}", RuntimeWarning, stacklevel=2)
     if takes_typical_steps(levels, ems, chosen):
-        return typical_plan(host, space)
+        return typical_plan(host, space, guidance)
     if ems is not None and settings.strength:
         plan = make_plan(host, space, ems, settings)
         if plan.is_sane(space):

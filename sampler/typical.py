@@ -17,8 +17,9 @@ The choice goes through the schedule once, in closed loop. Where the run is off 
 with a response that was measured along real errors: 0 under much noise, towards 1 at the clean end. Then every y and D of
 the run is known for every trajectory before the first model call, errors included, and each step aims at y* itself. The
 factors of a step minimise the sum over trajectories of |y_t - y*_t|^2 / (smallest possible of that trajectory + `_FLOOR` of
-DDIM's), so that no trajectory counts for more than can be gained on it, plus `_RIDGE` |v|^2. After each evaluation the step
-that led there is redone with it (as UniC does, arXiv 2302.04867), then the next one is taken.
+DDIM's), so that no trajectory counts for more than can be gained on it, plus `_RIDGE` guidance^2 |v|^2: what the response
+does not foresee in the answers to errors grows with the guidance scale, and large factors would blow it up. After each
+evaluation the step that led there is redone with it (as UniC does, arXiv 2302.04867), then the next one is taken.
 
 Nothing here is infinite at sigma = 0 or at t = 1 of a flow, so these are steps like all others: the last one may extrapolate
 D, and D at t = 1 serves as history.
@@ -45,6 +46,7 @@ FILE = Path(__file__).with_name("typical.safetensors")
 LAST = 4
 """How many evaluations an update looks back to."""
 _RIDGE, _FLOOR, _OWN_RIDGE = 0.1, 0.1, 1e-2
+_UNKNOWN_GUIDANCE = 3.0
 _NEGLIGIBLE = 1e-12
 """Squared errors of DDIM below this, where the data's variance is 1, are not worth a higher order."""
 
@@ -148,19 +150,21 @@ def load_trajectories(path: Path = FILE) -> Trajectories:
 
 
 def typical_steps(
-    levels: Sequence[float], space: Space, trajectories: Trajectories | None = None
+    levels: Sequence[float], space: Space, guidance: float | None = None, trajectories: Trajectories | None = None
 ) -> list[tuple[Update | None, Update]]:
     """The steps for falling host `levels` [n + 1] (`plan.check_levels`), in the host's x.
 
     Args:
         levels: they may start at t = 1 of a flow and end at 0.
         space: of the host.
+        guidance: scale, None where it is not known.
         trajectories: to choose the coefficients on, those of the package if not given.
 
     Returns:
         for step i the update that redoes step i - 1 with D_i (none at the first), and the one that leads on.
     """
-    loop = _ClosedLoop(tuple(levels), space, trajectories or load_trajectories())
+    scale = _UNKNOWN_GUIDANCE if guidance is None else max(abs(guidance), 1.0)
+    loop = _ClosedLoop(tuple(levels), space, trajectories or load_trajectories(), _RIDGE * scale**2)
     steps = []
     for i in range(len(levels) - 1):
         loop.evaluate(i)
@@ -172,11 +176,11 @@ def typical_steps(
 class _ClosedLoop:
     """The run so far on every trajectory: y (corrected, or predicted where not yet) and D at the nodes, [F] each."""
 
-    def __init__(self, levels: tuple[float, ...], space: Space, trajectories: Trajectories) -> None:
+    def __init__(self, levels: tuple[float, ...], space: Space, trajectories: Trajectories, ridge: float) -> None:
         host = torch.tensor(levels, dtype=torch.float64)
         self.levels, self.alphas = levels, space.alpha_of(host).tolist()
         self.lambdas = space.lambda_of(host).tolist()
-        self.owner, self.models = trajectories.owner, trajectories.models
+        self.owner, self.models, self.ridge = trajectories.owner, trajectories.models, ridge
         found = [trajectories.at(lam) for lam in self.lambdas]
         self.true = [state for _, state, _ in found]
         self.ideal = [(denoised, response) for denoised, _, response in found]
@@ -196,7 +200,7 @@ class _ClosedLoop:
         factors: list[float] = []
         if len(nodes) > 1:
             changes = torch.stack([self.denoised[j] - self.denoised[start] for j in nodes[1:]], 1)
-            v = _best_factors(changes, target, self.owner, self.models)
+            v = _best_factors(changes, target, self.owner, self.models, self.ridge)
             factors, ddim = v.tolist(), ddim + changes @ v
         self.y[end : end + 1] = [ddim]
         weights = [1 - ratio - sum(factors), *factors]
@@ -205,7 +209,7 @@ class _ClosedLoop:
         return Update.of_numbers(decay, [w * self.alphas[end] for w in weights], nodes)
 
 
-def _best_factors(changes: Tensor, target: Tensor, owner: Tensor, models: int) -> Tensor:
+def _best_factors(changes: Tensor, target: Tensor, owner: Tensor, models: int, ridge: float) -> Tensor:
     """Factors v [m] with changes @ v near target: changes [F, m], target [F], coordinates owned as `owner` [F] says."""
     m = changes.shape[1]
     products = torch.zeros(models, m + 1, m + 1, dtype=torch.float64)
@@ -217,4 +221,4 @@ def _best_factors(changes: Tensor, target: Tensor, owner: Tensor, models: int) -
     own = torch.linalg.solve(gram * relative[:, None, None] + _OWN_RIDGE * eye, right * relative[:, None])
     smallest = ddim - 2 * (own * right).sum(1) + torch.einsum("ki,kij,kj->k", own, gram, own)
     weight = 1 / (smallest.clamp(min=0) + _FLOOR * ddim + _NEGLIGIBLE) / models
-    return torch.linalg.solve(torch.einsum("k,kij->ij", weight, gram) + _RIDGE * eye, weight @ right)
+    return torch.linalg.solve(torch.einsum("k,kij->ij", weight, gram) + ridge * eye, weight @ right)
