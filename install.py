@@ -288,7 +288,7 @@ def test(arguments: list[str]) -> int:
     prepare_comfyui()
     _prepare_browser()
     mypy = ["mypy", "-p", "dpm_solver_v3.sampler", "-p", "dpm_solver_v3.ems_tools", "-p", "dpm_solver_v3.nodes"]
-    mypy += ["-p", "dpm_solver_v3.webui", "-m", "dpm_solver_v3.install"]
+    mypy += ["-p", "dpm_solver_v3.webui", "-p", "dpm_solver_v3.pipelines", "-m", "dpm_solver_v3.install"]
     coverage = ["--cov=sampler", "--cov-report=term-missing:skip-covered", f"--cov-fail-under={COVERAGE}"]
     parts = {
         "ruff check": ["ruff", "check", "."],
