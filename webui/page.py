@@ -41,7 +41,7 @@ STYLE = """<style>
 .dpmv3-quiet { opacity: 0.8; margin: 0.2em 0 0.5em }
 .dpmv3-name { overflow-wrap: anywhere; margin: 0.6em 0 0.2em; font-size: 1.15em; font-weight: 600 }
 .dpmv3-head { margin: 0.7em 0 0.2em; font-weight: 600 }
-.dpmv3-side { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 0 1.2em; align-items: start }
+.dpmv3-side { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 0 1.2em; align-items: start }
 .dpmv3-plot { display: grid; grid-template-columns: repeat(auto-fit, minmax(310px, 1fr)); gap: 0.2em 0.8em }
 .dpmv3-plot svg { width: 100%; max-width: 520px; height: auto }
 .dpmv3-plot svg > rect { fill: transparent }
@@ -64,6 +64,7 @@ def box(text: str, kind: str = "", share: float | None = None) -> str:
     """
     bar = "" if share is None else f'<progress value="{100 * share:.1f}" max="100"></progress>'
     label = "<b>Error.</b> " if kind == "error" else ""
+    text = text[:1].upper() + text[1:]
     paragraphs = "".join(f"<p>{label if k == 0 else ''}{escape(line)}</p>" for k, line in enumerate(text.splitlines()))
     return f'<div class="dpmv3-box{f" dpmv3-{kind}" if kind else ""}" role="status">{bar}{paragraphs}</div>'
 
@@ -140,7 +141,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    numeric = bool(text) and text.replace(".", "").isdigit()
+    numeric = text[:1].isdigit() and not any(c.isalpha() for c in text.replace("to", ""))
     return f"<td{' class=dpmv3-number' if numeric else ''}>{escape(text)}</td>"
 
 
