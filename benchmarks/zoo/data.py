@@ -52,7 +52,7 @@ def digits(folder: Path) -> Data:
 
 def emoji(folder: Path) -> Data:
     """The embedded model's own data: emoji [3, 32, 32] in nine categories."""
-    from dpm_solver_v3.ems_tools.embedded.train import load_emoji
+    from embedded_train import load_emoji
 
     images, labels, _ = load_emoji(folder / "emoji-datasource-google-16.0.0.tgz")
     return images, labels
