@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..sampler import FittedSteps, LambdaDenoiser, sample_dpm_solver_v3
+from ..sampler import FittedSteps, LambdaDenoiser, StepInfo, sample_dpm_solver_v3
 from .estimate.job import Job, JobState, Model, denoiser_for, in_batches, sample_noise
 
 __all__ = [
@@ -160,9 +160,8 @@ def solve_finely(
     alphas = denoiser.space.alpha_of(levels)
     last: list[Tensor] = []
 
-    def on_step(info: dict[str, object]) -> None:
-        i, x, D = int(info["i"]), info["x"], info["denoised"]  # type: ignore[call-overload]
-        assert isinstance(x, Tensor) and isinstance(D, Tensor)
+    def on_step(info: StepInfo) -> None:
+        i, x, D = info["i"], info["x"], info["denoised"]
         tick(len(x))
         visit(i, x / alphas[i].item(), D)
         last[:] = [D]
