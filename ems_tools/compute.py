@@ -211,8 +211,8 @@ def with_fit(file: EMSFile, source: Source, job: Job, fit: FitPlan, state: JobSt
     """The file with schedules and coefficients fitted at each of its guidance scales; `options` are those of `fit_steps`."""
     rows: list[FittedRow] = []
     for guidance in job.guidance:
-        place = {"schedule": source.schedule, "levels": source.levels}
-        rows += fit_steps(source.models[guidance], job, guidance, fit, state, **place, **options)
+        model, schedule, levels = source.models[guidance], source.schedule, source.levels
+        rows += fit_steps(model, job, guidance, fit, state, schedule=schedule, levels=levels, **options)
     used = evaluations_of_fit(fit, len(job.lambdas), len(job.guidance), min(job.samples, fit.noises))
     facts = {"fit_noises": fit.noises, "fit_held_out": fit.held_out, "fit_evaluations": used}
     file = replace(file, meta=replace(file.meta, fitted=tuple(rows), estimate={**file.meta.estimate, **facts}))

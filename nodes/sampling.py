@@ -218,7 +218,7 @@ def _fitted_levels(
 ) -> Tensor:
     """The model's fitted schedule, or Karras steps, said so, where it has none. Never raises for a bad file.
 
-    Other samplers get Karras steps too: they do two to four times better on these (benchmarks/fit_ablation.py).
+    Other samplers get Karras steps too: they do two to four times better on these.
     """
     from .find import find_file
 

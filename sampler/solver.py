@@ -150,9 +150,9 @@ def settings_for(
     """The settings that sampling would use: user's choices, else the recommendation, else the defaults.
 
     A recommendation holds on the very schedule that it was measured on. On any other one, statistics that were measured
-    somewhere have strength 0 at "auto" and the defaults apply, so that a file never makes a picture worse: used unmeasured, they
-    gained up to four times on some schedules and lost up to three times on others. Statistics without any recommendation are used
-    at full strength unless `EMS.growth` is above GROWTH_LIMIT.
+    somewhere have strength 0 at "auto" and the defaults apply, so that a file never makes a picture worse: used unmeasured,
+    they gained up to four times on some schedules and lost up to three times on others. Statistics without any recommendation
+    are used at full strength unless `EMS.growth` is above GROWTH_LIMIT.
     """
     defaults = defaults_for(guidance)
     if ems is None:

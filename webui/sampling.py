@@ -133,7 +133,7 @@ def fitted_schedule(n: int, sigma_min: float, sigma_max: float, inner_model: Any
     try:
         run = host.asking(inner_model)
         if (other := host.sampler_name(run.p)) not in (None, NAME):
-            # Theirs are two to four times better than these (benchmarks/fit_ablation.py).
+            # Theirs are two to four times better than these.
             _say(f"fitted steps suit the sampler {NAME} only, not {other}: Karras steps instead")
             return _karras_steps(n, sigma_min, sigma_max, device)
         choice, guidance = chosen(run.p), run.guidance({"cond_scale": getattr(run.p, "cfg_scale", 1.0)})

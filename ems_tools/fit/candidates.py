@@ -13,7 +13,7 @@ from typing import Any
 from ..estimate.job import JobState
 from ..trajectory import Runner, Trajectories, few_steps
 from .panel import Entrant
-from .plan import FitPlan
+from .plan import FitPlan, panel_heats
 from .spacing import CANDIDATES, Range, Spacing
 from .steps import closed_loop, objective
 
@@ -97,16 +97,13 @@ def _moves(spacing: Spacing) -> list[Spacing]:
 
 
 def best_entrant(bench: Bench, entrants: Sequence[Entrant], steps: int) -> Entrant:
-    """The entrant with the lowest error: all on the first half of the panel's noises, the better third on all of them."""
-    few = max(min(bench.plan.panel_noises, len(bench.samples)), 1)
-    half = -(-few // 2)
+    """The entrant with the lowest error: all on some of the panel's noises, the better third on all of them."""
+    first, kept = panel_heats(bench.plan, bench.plan.panel)
     usable = [e for e in entrants if _follows(bench, e, steps)]
-    first = {e: _score(bench, e, steps, half) for e in usable}
-    ranked = sorted(usable, key=lambda e: first[e])
-    if half < few:
-        kept = ranked[: max(len(ranked) // 3, 2)]
-        ranked = sorted(kept, key=lambda e: _score(bench, e, steps, few))
-    return ranked[0]
+    scores = {e: _score(bench, e, steps, min(first, len(bench.samples))) for e in usable}
+    ranked = sorted(usable, key=lambda e: scores[e])
+    few = min(bench.plan.panel_noises, len(bench.samples))
+    return min(ranked[:kept], key=lambda e: _score(bench, e, steps, few)) if kept else ranked[0]
 
 
 def _follows(bench: Bench, entrant: Entrant, steps: int) -> bool:

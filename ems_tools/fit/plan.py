@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-__all__ = ["FitPlan", "evaluations_of_fit", "searched_steps"]
+__all__ = ["FitPlan", "evaluations_of_fit", "panel_heats", "searched_steps"]
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,19 @@ def evaluations_of_fit(plan: FitPlan, grid: int, scales: int, known: int = 0) ->
     """
     teacher = (max(plan.noises - known, 0) + plan.held_out) * grid
     search = plan.search * (plan.spacings + plan.moves) if plan.spacings + plan.moves > 1 else 0
-    half = -(-plan.panel_noises // 2)
-    panel = plan.panel * half + (max(plan.panel // 3, 2) * plan.panel_noises if half < plan.panel_noises else 0)
+    first, kept = panel_heats(plan, plan.panel)
+    panel = plan.panel * first + kept * plan.panel_noises
     searched = sum(searched_steps(plan)) * (search + panel)
     runs = sum(set(plan.steps)) * (plan.noises + 2 * plan.held_out)
     refinement = sum(_cost_of_refinement(plan, n) for n in set(plan.steps))
     return scales * (teacher + searched + runs + refinement)
+
+
+def panel_heats(plan: FitPlan, entrants: int) -> tuple[int, int]:
+    """Noises on which all entrants run first, and how many of them then run on all noises; few entrants run on all at once."""
+    if entrants <= 4 or plan.panel_noises < 2:
+        return max(plan.panel_noises, 1), 0
+    return -(-plan.panel_noises // 2), max(entrants // 3, 2)
 
 
 def _cost_of_refinement(plan: FitPlan, steps: int) -> int:
