@@ -149,7 +149,9 @@ def map_of(root: Path = ROOT) -> str:
         for file in (f for f in files if f.relative_to(root).parts[0] == part):
             place = file.relative_to(root)
             text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-            sentence = re.split(r"(?<=[.:])\s", text.replace("\n", " ") + " ", maxsplit=1)[0].strip(" .:")
+            sentence = re.split(r"(?<=[.])\s", text.replace("\n", " ") + " ", maxsplit=1)[0].strip(" .:")
+            if len(sentence) > 95:
+                sentence = sentence.partition(": ")[0].partition("; ")[0]
             shown = f"{place.parent.as_posix()}/" if file.name == "__init__.py" else place.as_posix()
             lines.append(f"{shown:<32} {sentence}")
     return "\n".join(lines)

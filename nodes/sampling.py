@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sampler import karras, quadratic_time, sample_dpm_solver_v3, uniform_lambda, uniform_time
+from ..sampler import StepInfo, karras, quadratic_time, sample_dpm_solver_v3, uniform_lambda, uniform_time
 from ..sampler.schedules import NoiseSchedule
 from . import host
 
@@ -26,7 +26,7 @@ def sample_host(
     x: Tensor,
     sigmas: Tensor,
     extra_args: dict[str, Any] | None = None,
-    callback: Callable[[dict[str, Any]], None] | None = None,
+    callback: Callable[[StepInfo], None] | None = None,
     disable: bool | None = None,
     dpm_solver_v3_options: dict[str, Any] | None = None,
     **ignored: Any,

@@ -77,3 +77,9 @@ def test_no_import_goes_up() -> None:
 
 def test_no_circle() -> None:
     assert house.circle(house.arrows_of()) == []
+
+
+def test_the_map_in_contributing_is_the_tree() -> None:
+    """Mend it with `python benchmarks/house.py --map`."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert house.paths_of_map(page) == house.paths_of_map(f"{house.BEGIN}\n{house.map_of()}\n{house.END}")

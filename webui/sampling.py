@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sampler import AUTO, EMS, LevelTable, karras, sample_dpm_solver_v3, settings_for
+from ..sampler import AUTO, EMS, LevelTable, StepInfo, karras, sample_dpm_solver_v3, settings_for
 from . import host
 from .find import NONE, Found, find, find_entry
 from .options import Choice, chosen, record
@@ -60,7 +60,7 @@ def sample_host(
     x: Tensor,
     sigmas: Tensor,
     extra_args: dict[str, Any] | None = None,
-    callback: Callable[[dict[str, Any]], None] | None = None,
+    callback: Callable[[StepInfo], None] | None = None,
     disable: bool | None = None,
 ) -> Tensor:
     """What the host calls for "DPM-Solver-v3"; hosts give arguments by these names.
@@ -90,9 +90,16 @@ def sample_host(
             start, x, known, part = start + switch.call, switch.x, switch.denoised, "refiner"
 
 
-def _told(callback: Callable[[dict[str, Any]], None] | None, start: int) -> Callable[[dict[str, Any]], None] | None:
+def _told(callback: Callable[[StepInfo], None] | None, start: int) -> Callable[[StepInfo], None] | None:
     """`callback` for a run that begins at step `start`."""
-    return callback and (lambda state: callback({**state, "i": state["i"] + start}))
+    if callback is None:
+        return None
+
+    def later(info: StepInfo) -> None:
+        info["i"] += start
+        callback(info)
+
+    return later
 
 
 def _statistics(
