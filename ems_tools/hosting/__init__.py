@@ -1,7 +1,8 @@
 """Every decision that ComfyUI and the WebUIs share, so that a rule is written and tested once.
 
 `runs`: which statistics and which steps a run uses, and what the user is told. `jobs`: the scales, prompts, file and progress
-of a computation. `trust`: sampling with files of others. Nothing here knows a host: hosts hand over plain facts and show the answers.
+of a computation. `trust`: sampling with files that others made. Nothing here knows a host: hosts hand over plain facts and show
+the answers.
 """
 
 from .jobs import (

@@ -1,7 +1,7 @@
-"""Sampling with statistics that somebody else may have made: tried on their first use, remembered, and dropped if they are wrong.
+"""Sampling with statistics that somebody else may have made: tried on first use, remembered, dropped if they are wrong.
 
-Hosts call `sample_on_trial` in place of the sampler. A file that was computed on this machine is believed. Any other is watched in
-the first run of each kind (`judge.trial`): if the run shows that it does not suit the model, the picture is made anew with data
+Hosts call `sample_on_trial` in place of the sampler. A file that was computed on this machine is believed. Any other is watched
+in the first run of each kind (`judge.trial`). If that shows that it does not suit the model, the picture is made anew with data
 prediction, and the file is not used again.
 """
 
@@ -11,7 +11,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ...sampler import EMS, SamplingError, Space, sample_dpm_solver_v3
+from ...sampler import AUTO, EMS, SamplingError, Settings, Space, StepInfo, sample_dpm_solver_v3, settings_for
 from ..file.contents import EMSFile
 from ..file.layout import fitted_values
 from ..file.storage import write_atomic
@@ -28,6 +28,7 @@ from ..judge.trial import Trial, Verdict
 __all__ = ["Origin", "TrustBook", "sample_on_trial"]
 
 _FORMAT, _ENTRIES, _CASES, _MAX_BYTES = "dpm-solver-v3-trust-1", 2000, 64, 2**24
+_OPTIONS = tuple(f.name for f in fields(Settings))
 _KEYS: WeakKeyDictionary[EMSFile, str] = WeakKeyDictionary()
 
 
@@ -120,7 +121,7 @@ def sample_on_trial(
     x: Tensor,
     sigmas: Tensor,
     extra_args: dict[str, Any] | None = None,
-    callback: Callable[[dict[str, Any]], None] | None = None,
+    callback: Callable[[StepInfo], None] | None = None,
     disable: bool | None = None,
     *,
     ems: EMS | None = None,
@@ -153,6 +154,10 @@ def sample_on_trial(
         return run(model, None)
     space, levels = Space.of(space), sigmas.detach().to("cpu", torch.float64)
     fitted = ems.recommendation is not None and ems.recommendation.fitted_for(space.lambda_of(levels).tolist()) is not None
+    chosen = {name: options.get(name, AUTO) for name in _OPTIONS}
+    fitted = fitted and all(value == AUTO for value in chosen.values())
+    if not fitted and settings_for(levels, space, ems, chosen, options.get("guidance")).strength == 0:
+        return run(model, ems)  # data prediction, whatever the file says
     case = f"guidance {options.get('guidance')}, {len(levels) - 1} steps{', fitted' if fitted else ''}"
     if len(levels) < 3 or book.is_trusted(origin, case):
         return run(model, ems)

@@ -6,9 +6,9 @@ that a run evaluated, interpolated between neighbouring nodes on both sides, tel
     q_i = sigma_i (z_0 + integral from lambda_0 to lambda_i of e^lambda D)
 
 How far it was from there, |y_i - q_i|, is compared with how far data prediction would have been, given the same D. Where the
-statistics are right the ratio of the squares is below 1 near the clean end; wrong ones push y away from what D says, by more than
-data prediction's own error. Fitted steps end in a sum that no statistics give, so for them three evaluations go on from the last
-node towards sigma = 0, and the result is compared with what they find. `benchmarks/forged.py` measures both error rates.
+statistics are right the ratio of the squares is below 1 near the clean end; wrong ones push y away from what D says, by more
+than data prediction's own error. Fitted steps end in a sum that no statistics give, so for them three evaluations go on from
+the last node towards sigma = 0, and the result is compared with what they find. benchmarks/forged.py measures both error rates.
 """
 
 from __future__ import annotations
