@@ -1,4 +1,4 @@
-"""ComfyUI, seen through one window: every host object and name that the nodes use is reached for here, with fallbacks.
+"""What the nodes need of ComfyUI: every host object and name that the nodes use is reached for here, with fallbacks.
 
 Facts in ComfyUI 0.3.60 to 0.29. Nothing of the host is replaced or reloaded; lists and dictionaries are added to in place.
 """

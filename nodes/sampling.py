@@ -216,7 +216,7 @@ def fitted_schedule(model_sampling: Any, steps: int) -> Tensor:
 def _fitted_levels(
     patcher: Any, model_sampling: Any, steps: int, guidance: float, denoise: float = 1.0, sampler: str = NAME
 ) -> Tensor:
-    """The model's fitted schedule, or Karras steps, said so, where it has none. Never raises for a bad file.
+    """The model's fitted schedule, or Karras steps with a message where it has none. Never raises for a bad file.
 
     Other samplers get Karras steps too: they do two to four times better on these (benchmarks/fit_ablation.py).
     """

@@ -15,10 +15,11 @@ from .jobs import (
     request_facts,
     scales_of,
 )
-from .runs import Run, Statistics, Steps, choose_statistics, choose_steps, one_line, unfitted_steps
+from .runs import GUIDER, Run, Statistics, Steps, choose_statistics, choose_steps, one_line, unfitted_steps
 from .trust import Origin, TrustBook, sample_on_trial
 
 __all__ = [
+    "GUIDER",
     "PROMPTS",
     "Origin",
     "Run",
