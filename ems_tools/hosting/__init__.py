@@ -14,7 +14,7 @@ from .jobs import (
     request_facts,
     scales_of,
 )
-from .runs import Run, Statistics, Steps, choose_statistics, choose_steps, one_line, unfitted_steps
+from .runs import Run, Statistics, Steps, choose_statistics, choose_steps, one_line, printable, unfitted_steps
 
 __all__ = [
     "PROMPTS",
@@ -29,6 +29,7 @@ __all__ = [
     "in_words",
     "one_line",
     "place_for",
+    "printable",
     "request_facts",
     "scales_of",
     "unfitted_steps",

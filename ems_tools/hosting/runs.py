@@ -16,7 +16,7 @@ from torch import Tensor
 from ...sampler import EMS, EMSError, NoiseSchedule, Recommendation, Space, cosine_time, karras
 from ..file import EMSFile
 
-__all__ = ["GUIDER", "Run", "Statistics", "Steps", "choose_statistics", "choose_steps", "one_line", "unfitted_steps"]
+__all__ = ["GUIDER", "Run", "Statistics", "Steps", "choose_statistics", "choose_steps", "one_line", "printable", "unfitted_steps"]
 
 GUIDER = "guider"
 """Key in a file's `meta.model`: what changed the guidance while its statistics were computed; absent for plain guidance."""
@@ -129,6 +129,12 @@ def unfitted_steps(schedule: NoiseSchedule, steps: int) -> tuple[str, Tensor]:
 def one_line(*messages: str) -> str:
     """Several messages to one place as one line, without repeating one."""
     return "; ".join(dict.fromkeys(text.strip() for text in messages if text.strip()))
+
+
+def printable(text: str, encoding: str | None = None) -> str:
+    """`text` as a console of this encoding can print it: no control characters, nothing that it has no sign for."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text.encode(encoding or "utf-8", "backslashreplace").decode(encoding or "utf-8", "replace")
 
 
 def _why_not(file: EMSFile, name: str, run: Run, steps: int, denoise: float) -> str:
