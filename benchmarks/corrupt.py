@@ -25,8 +25,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpm_solver_v3.ems_tools.file import contents as format_
-from dpm_solver_v3.ems_tools.file.contents import EMSFile, EMSFileError, EMSMeta, EvidenceRow, RecommendedSetting, load_ems_file
+from dpm_solver_v3.ems_tools.file import layout as format_
+from dpm_solver_v3.ems_tools.file.contents import EMSFile
+from dpm_solver_v3.ems_tools.file.reader import EMSFileError, load_ems_file
+from dpm_solver_v3.ems_tools.file.rows import EMSMeta, EvidenceRow, RecommendedSetting
 from dpm_solver_v3.sampler import Settings
 
 __all__ = ["KINDS", "corrupted", "example"]
@@ -184,10 +186,10 @@ def _parts(data: bytes) -> Parts:
 
 def _signed(parts: Parts) -> bytes:
     metadata, tensors = parts
-    metadata["content_sha256"] = format_._content_hash(metadata, tensors)
-    kinds = {name: (format_._DTYPE_NAMES[v.dtype], tuple(v.shape)) for name, v in tensors.items()}
-    header = format_._header(metadata, kinds)
-    body = b"".join(format_._bytes(tensors[name]) for name in format_._order(kinds))
+    metadata["content_sha256"] = format_.content_hash(metadata, tensors)
+    kinds = {name: (format_.DTYPE_NAMES[v.dtype], tuple(v.shape)) for name, v in tensors.items()}
+    header = format_.header(metadata, kinds)
+    body = b"".join(format_.raw_bytes(tensors[name]) for name in format_.order(kinds))
     return len(header).to_bytes(8, "little") + header + body
 
 

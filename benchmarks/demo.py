@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dpm_solver_v3.ems_tools.embedded import CLASSES
-from dpm_solver_v3.ems_tools.file.contents import EMSFile, load_ems_file
+from dpm_solver_v3.ems_tools.file.contents import EMSFile
+from dpm_solver_v3.ems_tools.file.reader import load_ems_file
 from dpm_solver_v3.sampler import EMS, sample_dpm_solver_v3
 
 STEPS = (5, 6, 8, 10)

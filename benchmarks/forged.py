@@ -25,18 +25,12 @@ from dpm_solver_v3.ems_tools import embedded
 from dpm_solver_v3.ems_tools.compute import EFFORTS, compute_ems, job_for, plan_for
 from dpm_solver_v3.ems_tools.estimate.run import Job
 from dpm_solver_v3.ems_tools.estimate.source import Source
-from dpm_solver_v3.ems_tools.file.contents import EMSFile, EvidenceRow, decode_ems_file, load_ems_file
-from dpm_solver_v3.ems_tools.judge.spot_check import (
-    ALPHA,
-    SAMPLES,
-    Measured,
-    SpotCheck,
-    confirmed,
-    consistency_problems,
-    judge,
-    measure,
-    statistics_checks,
-)
+from dpm_solver_v3.ems_tools.file.contents import EMSFile
+from dpm_solver_v3.ems_tools.file.reader import decode_ems_file, load_ems_file
+from dpm_solver_v3.ems_tools.file.rows import EvidenceRow
+from dpm_solver_v3.ems_tools.judge.consistency import consistency_problems
+from dpm_solver_v3.ems_tools.judge.measure import SAMPLES, Measured, measure
+from dpm_solver_v3.ems_tools.judge.spot_check import ALPHA, SpotCheck, confirmed, judge, statistics_checks
 from dpm_solver_v3.sampler import VPDiscrete
 
 __all__ = ["FORGERIES", "forged", "right_files", "verdict"]

@@ -25,10 +25,13 @@ import numpy as np
 import torch
 from safetensors.torch import load, save
 
-from dpm_solver_v3.ems_tools.file import contents as format_
-from dpm_solver_v3.ems_tools.file.contents import SUFFIX, EMSFile, EMSMeta, EvidenceRow, RecommendedSetting, decode_ems_file
+from dpm_solver_v3.ems_tools.file import layout as format_
+from dpm_solver_v3.ems_tools.file.contents import EMSFile
 from dpm_solver_v3.ems_tools.file.convert import convert_npz
-from dpm_solver_v3.ems_tools.judge.spot_check import consistency_problems
+from dpm_solver_v3.ems_tools.file.layout import SUFFIX
+from dpm_solver_v3.ems_tools.file.reader import decode_ems_file
+from dpm_solver_v3.ems_tools.file.rows import EMSMeta, EvidenceRow, RecommendedSetting
+from dpm_solver_v3.ems_tools.judge.consistency import consistency_problems
 from dpm_solver_v3.ems_tools.share.index import decode_index, encode_index, entry_of
 from dpm_solver_v3.ems_tools.share.library import safe_name
 from dpm_solver_v3.ems_tools.share.workflow import EmbedError, pack, unpack
@@ -123,10 +126,10 @@ def _read_signed(draw: random.Random, folder: Path) -> None:
         at = draw.randrange(len(raw))
         raw[at : at + 8] = draw.randbytes(len(raw[at : at + 8]))
         tensors[name] = torch.frombuffer(raw, dtype=tensors[name].dtype).reshape(tensors[name].shape).clone()
-    metadata["content_sha256"] = format_._content_hash(metadata, tensors)
-    kinds = {name: (format_._DTYPE_NAMES[v.dtype], tuple(v.shape)) for name, v in tensors.items()}
-    text = format_._header(metadata, kinds)
-    body = b"".join(format_._bytes(tensors[name]) for name in format_._order(kinds))
+    metadata["content_sha256"] = format_.content_hash(metadata, tensors)
+    kinds = {name: (format_.DTYPE_NAMES[v.dtype], tuple(v.shape)) for name, v in tensors.items()}
+    text = format_.header(metadata, kinds)
+    body = b"".join(format_.raw_bytes(tensors[name]) for name in format_.order(kinds))
     file = decode_ems_file(len(text).to_bytes(8, "little") + text + body)
     consistency_problems(file)
     file.at(1.0)

@@ -148,7 +148,7 @@ def load_ems(path: Path | None) -> Callable[[float], EMS | None]:
     found = [path] if path else sorted((Path(__file__).resolve().parents[1] / "stats").glob("*.ems.safetensors"))
     if not found:
         return lambda guidance: None
-    from dpm_solver_v3.ems_tools.file.contents import load_ems_file
+    from dpm_solver_v3.ems_tools.file.reader import load_ems_file
 
     return load_ems_file(found[0]).at
 

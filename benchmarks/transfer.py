@@ -24,7 +24,8 @@ from rivals import RIVALS
 from torch import Tensor
 
 from dpm_solver_v3.ems_tools.embedded.denoiser import WEIGHTS
-from dpm_solver_v3.ems_tools.file.contents import EMSFile, load_ems_file
+from dpm_solver_v3.ems_tools.file.contents import EMSFile
+from dpm_solver_v3.ems_tools.file.reader import load_ems_file
 from dpm_solver_v3.sampler import LevelTable, karras, sample_dpm_solver_v3
 
 SEED, REFERENCE = 7, 100

@@ -25,7 +25,8 @@ from .estimate.run import (
     uniform_grid,
 )
 from .estimate.source import Source
-from .file.contents import MAX_FITTED_STEPS, EMSFile, EMSMeta, EvidenceRow, FittedRow, RecommendedSetting
+from .file.contents import EMSFile
+from .file.rows import MAX_FITTED_STEPS, EMSMeta, EvidenceRow, FittedRow, RecommendedSetting
 from .fit.run import FitPlan, evaluations_of_fit, fit_steps
 from .judge.calibrate import CalibrationPlan, Row, calibrate, evaluations_of_calibration
 

@@ -41,7 +41,7 @@ class LoadNode:
 
     @classmethod
     def VALIDATE_INPUTS(cls, ems_name: str) -> bool | str:
-        from ..ems_tools.file.contents import SUFFIX
+        from ..ems_tools.file.layout import SUFFIX
 
         if ems_name in dict(library().paths()) or ems_name.endswith(SUFFIX):  # it may be in the workflow: seen when it runs
             return True
@@ -161,7 +161,7 @@ class SaveNode:
 
 def free_path(name: str, data: bytes) -> Path:
     """The first of name, name_2, name_3, ... in output/ems that does not exist or holds these very bytes."""
-    from ..ems_tools.file.contents import SUFFIX
+    from ..ems_tools.file.layout import SUFFIX
     from ..ems_tools.share.library import safe_name
 
     folder = host.output_folder()

@@ -17,7 +17,8 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from dpm_solver_v3.ems_tools.embedded.hosts import FlowHost, VPHost
-from dpm_solver_v3.ems_tools.file.contents import EMSFile, EMSMeta, EvidenceRow, RecommendedSetting
+from dpm_solver_v3.ems_tools.file.contents import EMSFile
+from dpm_solver_v3.ems_tools.file.rows import EMSMeta, EvidenceRow, RecommendedSetting
 from dpm_solver_v3.sampler import EMS, Settings, VPDiscrete
 
 torch.set_num_threads(1)  # tiny tensors: more threads are slower, and on a busy machine far slower

@@ -11,8 +11,10 @@ from typing import Any
 
 from ..ems_tools.compute import EFFORTS
 from ..ems_tools.estimate.run import EstimateError
-from ..ems_tools.file.contents import EMSFile, EMSFileError, evidence_problems, load_ems_file
+from ..ems_tools.file.contents import EMSFile
+from ..ems_tools.file.reader import EMSFileError, load_ems_file
 from ..ems_tools.hosting import PROMPTS, effort_in_words, scales_of
+from ..ems_tools.judge.consistency import evidence_problems
 from ..ems_tools.show.describe import lines_of
 from ..ems_tools.show.draw import plot_ems
 from . import host

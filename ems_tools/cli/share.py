@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...sampler import EMSError
-from ..file.contents import SUFFIX, load_ems_file
+from ..file.layout import SUFFIX
+from ..file.reader import load_ems_file
 from ..share.hub import Hub, NotThere
 from ..share.index import INDEX, MAX_INDEX_BYTES, Hashes, IndexEntry, decode_index, encode_index, index_of, write_index
 from ..share.publish import Labels, contribution, files_for_hub, push

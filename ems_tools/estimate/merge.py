@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..file.contents import EMSFile, EMSFileError
+from ..file.contents import EMSFile
+from ..file.reader import EMSFileError
 from .moments import MergeError, Moments
 from .run import EstimateError
 

@@ -29,7 +29,9 @@ import torch
 from torch import Tensor
 
 from ...sampler import EDM, EMSError, NoiseSchedule, VPContinuous, VPDiscrete
-from .contents import MAX_LAMBDA, EMSFile, EMSFileError, EMSMeta, Fact
+from .contents import EMSFile
+from .reader import EMSFileError
+from .rows import MAX_LAMBDA, EMSMeta, Fact
 
 Array: TypeAlias = "npt.NDArray[np.floating[Any]]"
 

@@ -33,7 +33,8 @@ from torch import Tensor
 
 from ...sampler import EMS, FittedSteps, SamplingError, sample_dpm_solver_v3
 from ..estimate.run import Job, JobState, Meter, Model, Progress, denoiser_for, in_batches, sample_noise, snapped_grid
-from ..file.contents import FittedRow, fitted_row, fitted_values
+from ..file.layout import fitted_row, fitted_values
+from ..file.rows import FittedRow
 
 __all__ = ["FIT_NOISE", "FitPlan", "evaluations_of_fit", "fit_steps"]
 

@@ -14,7 +14,9 @@ from ...sampler import VPDiscrete
 from ..compute import EFFORTS, evaluations, job_for, plan_for
 from ..estimate.run import EstimateError, Job, Progress, evaluations_of
 from ..estimate.source import Source
-from ..file.contents import SUFFIX, EMSFile, EMSFileError, load_ems_file
+from ..file.contents import EMSFile
+from ..file.layout import SUFFIX
+from ..file.reader import EMSFileError, load_ems_file
 from ..judge.calibrate import CalibrationPlan
 from ..share.library import safe_name
 

@@ -1,10 +1,6 @@
-"""Whether a statistics file is what it says: by its own content, and by trying it on the model.
+"""Whether a statistics file is its model's, by trying it on the model.
 
-Without the model (`consistency_problems`): what the reader checks (format, checksum, shapes, ranges, an increasing grid), then
-whether the moments, where there are any, give these l, s, b, and whether evidence, recommendation and fit agree.
-
-With the model (`spot_check`): K fresh trajectories, on a few triples of neighbouring points of the file's own grid, give per
-sample and channel, with f = (1 - l) y - D and its derivative f' for the file's l,
+K fresh trajectories (`measure`) give per sample and channel, with f = (1 - l) y - D and its derivative f' for the file's l,
 
     u_l = v (I - J) v - l,      u_b = f' - s f - b,      u_s = u_b (f - E f) / Var f
 
@@ -18,7 +14,6 @@ benchmarks/forged.py measures how often right files fail and wrong ones pass.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,11 +23,14 @@ import torch
 from torch import Tensor
 
 from ...sampler import EMSError, SamplingError, Settings, sample_dpm_solver_v3
-from ..estimate.moments import MOMENTS, Moments, smoothed_slope
-from ..estimate.points import PROBE_STEP, difference_weights
+from ..estimate.moments import smoothed_slope
 from ..estimate.run import Job, Model, denoiser_for, in_batches, sample_noise
 from ..estimate.source import Source
-from ..file.contents import EMSFile, EvidenceRow, RecommendedSetting, advice_by_case, evidence_problems
+from ..file.contents import EMSFile
+from ..file.rows import EvidenceRow, RecommendedSetting, advice_by_case
+from .consistency import case_of, numbers_in
+from .measure import SAMPLES, Measured, measure
+from .student import p_value
 
 __all__ = [
     "ALPHA",
@@ -40,7 +38,6 @@ __all__ = [
     "Measured",
     "SpotCheck",
     "confirmed",
-    "consistency_problems",
     "judge",
     "measure",
     "spot_check",
@@ -49,204 +46,9 @@ __all__ = [
 
 ALPHA = 0.01
 """How often a right file may fail the spot check."""
-SAMPLES, PLACES, FUNCTIONS = 16, 6, 3
+FUNCTIONS = 3
 _FEWEST_SAMPLES, _FEWEST_NOISES = 12, 4
 """What a file is at least taken to rest on: one that claims less would ask to be believed whatever it holds."""
-
-
-# --- Without the model
-
-
-def consistency_problems(file: EMSFile) -> list[str]:
-    """What in a file contradicts itself; empty if nothing does."""
-    return [*evidence_problems(file), *_selection_problems(file), *_moment_problems(file), *_fit_problems(file)]
-
-
-def _selection_problems(file: EMSFile) -> list[str]:
-    """Settings were chosen as the best of several on calibration noise: what was among them cannot be better."""
-    advice = advice_by_case(file.meta)
-    problems = []
-    for row in file.meta.evidence:
-        entry = advice.get((row.guidance, row.schedule, row.steps))
-        if row.split != "calibration" or entry is None:
-            continue
-        if row.ems > row.full_strength:
-            numbers = f"{row.full_strength:g} against {row.ems:g}"
-            problems.append(f"{_case(row)}: full strength, which was tried too, is better than the recommendation ({numbers})")
-        if entry.settings.strength == 0 and row.ems != row.data_prediction:
-            problems.append(f"{_case(row)}: strength 0 is data prediction, and yet the two errors differ")
-    return problems
-
-
-def _case(row: EvidenceRow) -> str:
-    return f"guidance {row.guidance:g}, {row.schedule}, {row.steps} steps"
-
-
-def _moment_problems(file: EMSFile) -> list[str]:
-    """l, s, b again from the moments, to the precision in which they are kept."""
-    problems = []
-    claimed = _numbers(file.meta.estimate.get("samples"))
-    for g, guidance in enumerate(file.guidance.tolist()):
-        sums, count = file.moments.get(f"sums.{g}"), file.moments.get(f"count.{g}")
-        if sums is None or count is None:
-            continue
-        place = f"guidance {guidance:g}"
-        fits = count.ndim == 1 and tuple(sums.shape) == (len(MOMENTS), len(count), *file.l.shape[1:])
-        if not fits or not (count >= 0).all() or count.sum() < 1:
-            problems.append(f"{place}: the moments have not the shape of these statistics")
-            continue
-        moments = Moments(file.lambdas, count, sums)
-        found = moments.statistics()
-        for name in "lsb":
-            mine, theirs = getattr(file, name)[g].double(), getattr(found, name)
-            off = (mine - theirs).abs() - 1e-5 * (1 + theirs.abs())
-            if not bool((off <= 0).all()):
-                worst = (mine - theirs).abs().max().item()
-                problems.append(f"{place}: {name} is not what the moments give (it differs by up to {worst:.3g})")
-        if g < len(claimed) and claimed[g] != moments.samples:
-            problems.append(f"{place}: says {claimed[g]:g} samples, the moments hold {moments.samples}")
-    return problems
-
-
-def _fit_problems(file: EMSFile) -> list[str]:
-    """Coefficients are kept where they won; the ratio is that of the errors."""
-    problems = []
-    for row in file.meta.fitted:
-        place = f"guidance {row.guidance:g}, fitted, {row.steps} steps"
-        if (row.coefficients is not None) != (row.ratio[0] < 1):
-            problems.append(f"{place}: coefficients are kept where they win, and the ratio is {row.ratio[0]:g}")
-        if min(row.fixed[0], row.fitted[0]) > 1e-25 and max(row.fixed[0], row.fitted[0]) < 1e25:
-            expected = row.fitted[0] / row.fixed[0]
-            if abs(math.log(max(row.ratio[0], 1e-30) / expected)) > 2e-3:
-                problems.append(f"{place}: the ratio is {row.ratio[0]:g}, but the errors give {expected:.4g}")
-    return problems
-
-
-def _numbers(value: object) -> list[float]:
-    values = value if isinstance(value, tuple) else (value,)
-    return [float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
-
-
-# --- With the model: measuring
-
-
-@dataclass(frozen=True)
-class Measured:
-    """K fresh trajectories of one guidance scale.
-
-    Args:
-        guidance: the scale.
-        samples: their indices; `job` says what noise they begin with.
-        places: indices of the file's grid where moments were taken.
-        moments: [9, K, places, C, ...], as `points.sample_moments` gives them.
-        ends: (x at the clean end of the grid, D there), [K, C, ...] each.
-        evaluations: of the denoiser.
-    """
-
-    guidance: float
-    job: Job
-    samples: tuple[int, ...]
-    places: tuple[int, ...]
-    moments: Tensor
-    ends: tuple[Tensor, Tensor]
-    evaluations: int
-
-
-def measure(
-    model: Model,
-    job: Job,
-    guidance: float,
-    *,
-    samples: int = SAMPLES,
-    batch: int = 16,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    tick: Callable[[int], None] = lambda evaluations: None,
-) -> Measured:
-    """Trajectories on part of `job.lambdas`, with what `judge` needs of them. Raises SamplingError, EstimateError."""
-    nodes, places = _nodes(len(job.lambdas))
-    kept: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
-
-    def run(part: list[int]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        return _trajectories(model, job, part, nodes, places, device, dtype, tick)
-
-    indices = list(range(samples))
-    for _, found in in_batches(indices, batch, run):
-        kept.append(found)
-    moments = torch.cat([m for m, _ in kept], 1)
-    ends = torch.cat([e[0] for _, e in kept]), torch.cat([e[1] for _, e in kept])
-    return Measured(guidance, job, tuple(indices), places, moments, ends, samples * (len(nodes) + len(places)))
-
-
-def _nodes(points: int) -> tuple[list[int], tuple[int, ...]]:
-    """Grid indices to solve on, and those among them (with both neighbours) to measure at; all of a small grid."""
-    last = points - 1
-    count = min(PLACES, max((points - 2) // 3, 1))
-    places = [round(1 + (last - 2) * (2 * k + 1) / (2 * count)) for k in range(count)]
-    nodes = {0, last, *(i + d for i in places for d in (-1, 0, 1))}
-    ordered = sorted(nodes)
-    nodes |= {(a + b) // 2 for a, b in itertools.pairwise(ordered) if b - a > 3}
-    return sorted(nodes), tuple(places)
-
-
-def _trajectories(
-    model: Model,
-    job: Job,
-    samples: list[int],
-    nodes: list[int],
-    places: tuple[int, ...],
-    device: torch.device | str,
-    dtype: torch.dtype,
-    tick: Callable[[int], None],
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    noise, generators = sample_noise(job, samples)
-    denoiser = denoiser_for(model, samples, job.space)
-    lambdas = torch.tensor(job.lambdas, dtype=torch.float64)[nodes]
-    levels = job.space.level_of(lambdas)
-    start = noise.to(device, dtype) * (job.space.alpha_of(levels[0]) * (-lambdas[0]).exp()).item()
-    points: list[tuple[Tensor, Tensor, Tensor]] = []  # x, y, D
-
-    def on_step(info: dict[str, object]) -> None:
-        x, D = info["x"], info["denoised"]
-        assert isinstance(x, Tensor) and isinstance(D, Tensor)
-        alpha = job.space.alpha_of(levels[len(points)]).item()
-        points.append((x, x / alpha, D))
-        tick(len(x))
-
-    with torch.no_grad():
-        end = torch.cat([levels, levels.new_zeros(1)]).to(device)
-        options = {"order": 3, "predictor": "true", "corrector": "none", "lower_order_final": False}
-        sample_dpm_solver_v3(
-            denoiser.model,
-            start,
-            end,
-            denoiser.extra_args,
-            on_step,
-            True,
-            space=denoiser.space,
-            **options,  # type: ignore[arg-type]
-        )
-        rows = []
-        for place in places:
-            at = nodes.index(place)
-            y, D = (v.to(torch.float64) for v in points[at][1:])
-            weights = difference_weights(lambdas[at - 1 : at + 2])[1][1].tolist()
-            slope = sum((w * points[at + k - 1][2].to(torch.float64) for k, w in enumerate(weights)), torch.zeros_like(D))
-            v = torch.stack([torch.randint(0, 2, job.shape, generator=g, dtype=torch.int8) for g in generators])
-            v = v.to(device, dtype) * 2 - 1
-            step = PROBE_STEP * math.exp(-lambdas[at].item())
-            jv = (denoiser(points[at][1] + step * v, lambdas[at].item()) - points[at][2]) / step
-            tick(len(v))
-            products = (y, D, slope, y * y, y * D, D * D, y * slope, D * slope, v.double() * jv.double())
-            rows.append(torch.stack([_pooled(p, job.per_element) for p in products]))
-    return torch.stack(rows, 2).cpu(), (points[-1][0].cpu(), points[-1][2].cpu())
-
-
-def _pooled(v: Tensor, per_element: bool) -> Tensor:
-    return v if per_element or v.ndim == 2 else v.flatten(2).mean(2)
-
-
-# --- With the model: judging
 
 
 @dataclass(frozen=True)
@@ -387,7 +189,7 @@ def statistics_checks(file: EMSFile, measured: Measured) -> list[Check]:
     variance = (ff.mean(0) - mean**2).clamp(min=1e-12)
     rest = df - s * f - b
     shifts = {"l": 1 - vJv - l, "s": (fdf - s * ff - b * f - mean * rest) / variance, "b": rest}
-    claimed = _numbers(file.meta.estimate.get("samples"))
+    claimed = numbers_in(file.meta.estimate.get("samples"))
     own = max(claimed[g] if g < len(claimed) else 0, _FEWEST_SAMPLES)
     checks = []
     for name, values in shifts.items():
@@ -412,28 +214,7 @@ def _projected(values: Tensor, own: float) -> list[float]:
     scaled = values / values.std(0, correction=1).clamp(min=1e-12)
     u = torch.linspace(-1, 1, scaled.shape[1], dtype=torch.float64) if scaled.shape[1] > 1 else torch.zeros(1).double()
     functions = (torch.ones_like(u), u, 1.5 * u**2 - 0.5)[: min(FUNCTIONS, len(u))]
-    return [_p_value(scaled @ function, own) for function in functions]
-
-
-def _p_value(values: Tensor, own: float, one_sided: bool = False) -> float:
-    """Of the mean of `values` [K] being 0 (or not above it), known to within the spread of `own` more of them."""
-    n = len(values)
-    spread = values.std(correction=1).item() * math.sqrt(1 / n + 1 / own)
-    mean = values.mean().item()
-    if spread < 1e-12 * (1 + abs(mean)):
-        return 1.0 if abs(mean) < 1e-9 else 0.0
-    t, freedom = mean / spread, max((n - 1) // 2, 1)
-    if one_sided:
-        return _student_tail(t, freedom) if t > 0 else 1.0
-    return min(2 * _student_tail(abs(t), freedom), 1.0)
-
-
-def _student_tail(t: float, freedom: int) -> float:
-    """P(T > t), t >= 0, of Student's t: the integral of cos^(nu - 1) from atan(t / sqrt(nu)) to pi / 2."""
-    angles = torch.linspace(math.atan(t / math.sqrt(freedom)), math.pi / 2, 4001, dtype=torch.float64)
-    area = torch.trapezoid(angles.cos().clamp(min=0) ** (freedom - 1), angles).item()
-    scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
-    return area * scale
+    return [p_value(scaled @ function, own) for function in functions]
 
 
 _Case = tuple[EvidenceRow, RecommendedSetting]
@@ -498,21 +279,21 @@ def _evidence_checks(file: EMSFile, report: EvidenceRow, ems: Tensor, data: Tens
 
     The file compares with the best of several settings without EMS, so against order 2 the gain cannot be smaller.
     """
-    noises = _numbers(file.meta.estimate.get(f"{report.split}_noises"))
+    noises = numbers_in(file.meta.estimate.get(f"{report.split}_noises"))
     own = max(noises[0] if noises else 0, _FEWEST_NOISES)
     geometric = ems.log().mean().exp().item()
     gain = (ems / data).log().mean().exp().item()
     claimed = max(report.ems, 1e-30) / max(report.data_prediction, 1e-30)
-    case = _case(report)
+    case = case_of(report)
     return [
         Check(
             f"{case}, error with EMS",
-            _p_value(ems.log() - math.log(max(report.ems, 1e-30)), own),
+            p_value(ems.log() - math.log(max(report.ems, 1e-30)), own),
             f"{geometric:.3g} here, {report.ems:.3g} in the file",
         ),
         Check(
             f"{case}, error with EMS over that without",
-            _p_value((ems / data).log() - math.log(claimed), own, one_sided=True),
+            p_value((ems / data).log() - math.log(claimed), own, one_sided=True),
             f"{gain:.3g} here, {claimed:.3g} in the file",
         ),
     ]

@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ...sampler import EMSError
-from ..file.contents import MAX_FILE_BYTES, MAX_TEXT, SUFFIX, EMSFile, advice_by_case, decode_ems_file
+from ..file.contents import EMSFile
+from ..file.layout import MAX_FILE_BYTES, SUFFIX
+from ..file.reader import decode_ems_file
+from ..file.rows import MAX_TEXT, advice_by_case
 from ..file.storage import write_atomic
 from .identity import ModelIdentity, content_fingerprint
 from .library import safe_name

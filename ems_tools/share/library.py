@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..file.contents import SUFFIX, EMSFile, EMSFileError, load_ems_file
+from ..file.contents import EMSFile
+from ..file.layout import SUFFIX
+from ..file.reader import EMSFileError, load_ems_file
 from .identity import ModelIdentity
 
 __all__ = ["Entry", "Library", "Match", "safe_name"]

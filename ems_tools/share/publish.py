@@ -15,9 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...sampler import EMSError
-from ..file.contents import MAX_FILE_BYTES, SUFFIX, EMSFile, Fact, decode_ems_file
+from ..file.contents import EMSFile
+from ..file.layout import MAX_FILE_BYTES, SUFFIX
+from ..file.reader import decode_ems_file
+from ..file.rows import Fact
 from ..file.storage import write_atomic
-from ..judge.spot_check import consistency_problems
+from ..judge.consistency import consistency_problems
 from ..show.describe import lines_of
 from ..show.draw import plot_ems
 from .hub import Hub, NotThere

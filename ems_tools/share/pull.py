@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...sampler import EMSError
-from ..file.contents import SUFFIX, EMSFile, decode_ems_file
+from ..file.contents import EMSFile
+from ..file.layout import SUFFIX
+from ..file.reader import decode_ems_file
 from ..file.storage import write_new
-from ..judge.spot_check import consistency_problems
+from ..judge.consistency import consistency_problems
 from .hub import Hub
 from .identity import ModelIdentity
 from .index import INDEX, MAX_INDEX_BYTES, Hashes, IndexEntry, decode_index

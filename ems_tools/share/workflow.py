@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...sampler import EMSError
-from ..file.contents import EMSFile, decode_ems_file
+from ..file.contents import EMSFile
+from ..file.reader import decode_ems_file
 from .library import safe_name
 
 __all__ = ["KEY", "MAX_EMBEDDED", "EmbedError", "embedded_files", "pack", "unpack", "with_file"]

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from ...sampler import Settings
-from ..file.contents import EMSFile, RecommendedSetting, advice_by_case
+from ..file.contents import EMSFile
+from ..file.rows import RecommendedSetting, advice_by_case
 
 __all__ = ["facts_of", "lines_of"]
 

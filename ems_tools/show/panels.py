@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..file.contents import EMSFile, EvidenceRow
+from ..file.contents import EMSFile
+from ..file.rows import EvidenceRow
 
 __all__ = ["COLOURS", "Curve", "Panel", "limits_of", "statistics_of", "style_of", "summary_of", "ticks_between"]
 

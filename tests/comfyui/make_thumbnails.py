@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from dpm_solver_v3.ems_tools.embedded import CLASSES, load_denoiser
-from dpm_solver_v3.ems_tools.file.contents import load_ems_file
+from dpm_solver_v3.ems_tools.file.reader import load_ems_file
 from dpm_solver_v3.ems_tools.show import png_of, summary_of
 from dpm_solver_v3.sampler import VPDiscrete, karras, sample_dpm_solver_v3
 

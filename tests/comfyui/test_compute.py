@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpm_solver_v3.ems_tools.file.contents import load_ems_file
+from dpm_solver_v3.ems_tools.file.reader import load_ems_file
 
 Part = tuple[str, str, dict[str, Any]]
 

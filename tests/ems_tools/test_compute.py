@@ -14,7 +14,7 @@ from dpm_solver_v3.ems_tools import compute
 from dpm_solver_v3.ems_tools.cli.main import main
 from dpm_solver_v3.ems_tools.embedded.denoiser import WEIGHTS
 from dpm_solver_v3.ems_tools.estimate.run import Job, JobState, estimate_moments, uniform_grid
-from dpm_solver_v3.ems_tools.file.contents import evidence_problems, load_ems_file
+from dpm_solver_v3.ems_tools.file.reader import load_ems_file
 from dpm_solver_v3.ems_tools.judge.calibrate import (
     CalibrationPlan,
     calibrate,
@@ -22,6 +22,7 @@ from dpm_solver_v3.ems_tools.judge.calibrate import (
     row_from_json,
     row_to_json,
 )
+from dpm_solver_v3.ems_tools.judge.consistency import evidence_problems
 from dpm_solver_v3.sampler import EDM, EMS, karras, sample_dpm_solver_v3, settings_for, uniform_lambda
 
 STATS = WEIGHTS.parents[2] / "stats"

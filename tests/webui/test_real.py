@@ -30,7 +30,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpm_solver_v3.ems_tools.file.contents import FittedRow, load_ems_file
+from dpm_solver_v3.ems_tools.file.reader import load_ems_file
+from dpm_solver_v3.ems_tools.file.rows import FittedRow
 from dpm_solver_v3.sampler import FittedSteps, sample_dpm_solver_v3
 
 HERE = Path(__file__).resolve().parent

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpm_solver_v3.ems_tools.file.contents import EMSFile, EMSMeta, FittedRow
+from dpm_solver_v3.ems_tools.file.contents import EMSFile
+from dpm_solver_v3.ems_tools.file.rows import EMSMeta, FittedRow
 from dpm_solver_v3.ems_tools.share.identity import content_fingerprint
 from dpm_solver_v3.sampler import EMS, FittedSteps, sample_dpm_solver_v3
 from dpm_solver_v3.webui import find, options, sampling

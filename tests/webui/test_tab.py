@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dpm_solver_v3.ems_tools.compute import EFFORTS
-from dpm_solver_v3.ems_tools.file.contents import load_ems_file
+from dpm_solver_v3.ems_tools.file.reader import load_ems_file
 from dpm_solver_v3.sampler import Settings
 from dpm_solver_v3.webui import host as window
 from dpm_solver_v3.webui import session, tab

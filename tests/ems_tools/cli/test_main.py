@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dpm_solver_v3.ems_tools import cli
-from dpm_solver_v3.ems_tools.file.contents import load_ems_file
+from dpm_solver_v3.ems_tools.file.reader import load_ems_file
 
 
 @pytest.fixture

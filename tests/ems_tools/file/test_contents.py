@@ -15,18 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpm_solver_v3.ems_tools.file import contents as format_
+from dpm_solver_v3.ems_tools.file import layout as format_
 from dpm_solver_v3.ems_tools.file import storage as atomic
-from dpm_solver_v3.ems_tools.file.contents import (
-    EMSFile,
-    EMSFileError,
-    EMSMeta,
-    EvidenceRow,
-    RecommendedSetting,
-    decode_ems_file,
-    evidence_problems,
-    load_ems_file,
-)
+from dpm_solver_v3.ems_tools.file.contents import EMSFile
+from dpm_solver_v3.ems_tools.file.reader import EMSFileError, decode_ems_file, load_ems_file
+from dpm_solver_v3.ems_tools.file.rows import EMSMeta, EvidenceRow, RecommendedSetting
+from dpm_solver_v3.ems_tools.judge.consistency import evidence_problems
 from dpm_solver_v3.sampler import EMSError, Settings, VPDiscrete, karras, quadratic_time, uniform_lambda, uniform_time
 
 
@@ -284,7 +278,7 @@ def test_any_json_in_the_metadata_is_accepted_as_it_is_or_refused(value, data):
         back = decode_ems_file(corrupt._signed((metadata, tensors)))
     except EMSFileError:
         return
-    assert format_._metadata_of(back.meta)[key] == metadata[key]
+    assert format_.metadata_of(back.meta)[key] == metadata[key]
 
 
 def test_a_newer_version_says_to_update():

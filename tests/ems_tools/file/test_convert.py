@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dpm_solver_v3.ems_tools.file import convert
-from dpm_solver_v3.ems_tools.file.contents import EMSFileError, decode_ems_file
 from dpm_solver_v3.ems_tools.file.convert import PRESETS, convert_npz, lambda_range
+from dpm_solver_v3.ems_tools.file.reader import EMSFileError, decode_ems_file
 from dpm_solver_v3.sampler import EMSError, VPDiscrete
 
 RANGE = (-2.682, 3.535)

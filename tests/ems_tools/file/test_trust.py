@@ -18,15 +18,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from dpm_solver_v3.ems_tools.file.contents import (
-    MAX_FILE_BYTES,
-    SUFFIX,
-    EMSFile,
-    EMSFileError,
-    EMSMeta,
-    decode_ems_file,
-    load_ems_file,
-)
+from dpm_solver_v3.ems_tools.file.contents import EMSFile
+from dpm_solver_v3.ems_tools.file.layout import MAX_FILE_BYTES, SUFFIX
+from dpm_solver_v3.ems_tools.file.reader import EMSFileError, decode_ems_file, load_ems_file
+from dpm_solver_v3.ems_tools.file.rows import EMSMeta
 from dpm_solver_v3.ems_tools.file.storage import write_atomic, write_new
 from dpm_solver_v3.ems_tools.share.index import MAX_INDEX_BYTES, CollectionError, decode_index, encode_index, entry_of, index_of
 from dpm_solver_v3.ems_tools.share.library import Library

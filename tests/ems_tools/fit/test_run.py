@@ -14,7 +14,10 @@ from dpm_solver_v3.ems_tools.cli.main import main
 from dpm_solver_v3.ems_tools.compute import with_fit
 from dpm_solver_v3.ems_tools.estimate.run import Job, JobState, uniform_grid
 from dpm_solver_v3.ems_tools.estimate.source import Source
-from dpm_solver_v3.ems_tools.file.contents import EMSFile, EMSMeta, FittedRow, decode_ems_file, fitted_row, fitted_values
+from dpm_solver_v3.ems_tools.file.contents import EMSFile
+from dpm_solver_v3.ems_tools.file.layout import fitted_row, fitted_values
+from dpm_solver_v3.ems_tools.file.reader import decode_ems_file
+from dpm_solver_v3.ems_tools.file.rows import EMSMeta, FittedRow
 from dpm_solver_v3.ems_tools.fit import run as fit_module
 from dpm_solver_v3.ems_tools.fit.run import FitPlan, evaluations_of_fit, fit_steps
 from dpm_solver_v3.sampler import (

@@ -15,18 +15,13 @@ from scipy import stats
 from dpm_solver_v3.ems_tools import cli
 from dpm_solver_v3.ems_tools.estimate.run import Job, JobState, estimate_moments
 from dpm_solver_v3.ems_tools.estimate.source import Source
-from dpm_solver_v3.ems_tools.file.contents import EMSFile, EMSMeta, load_ems_file
-from dpm_solver_v3.ems_tools.judge.spot_check import (
-    Check,
-    SpotCheck,
-    _nodes,
-    _p_value,
-    _student_tail,
-    consistency_problems,
-    measure,
-    spot_check,
-    statistics_checks,
-)
+from dpm_solver_v3.ems_tools.file.contents import EMSFile
+from dpm_solver_v3.ems_tools.file.reader import load_ems_file
+from dpm_solver_v3.ems_tools.file.rows import EMSMeta
+from dpm_solver_v3.ems_tools.judge.consistency import consistency_problems
+from dpm_solver_v3.ems_tools.judge.measure import measure, nodes_of
+from dpm_solver_v3.ems_tools.judge.spot_check import Check, SpotCheck, spot_check, statistics_checks
+from dpm_solver_v3.ems_tools.judge.student import p_value, student_tail
 from dpm_solver_v3.sampler import EDM, EMSError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -90,7 +85,7 @@ def test_evidence_that_contradicts_how_settings_are_chosen() -> None:
 @pytest.mark.parametrize("freedom", [1, 3, 15, 63])
 @pytest.mark.parametrize("t", [0.0, 0.5, 2.0, 6.0, 20.0])
 def test_student(t: float, freedom: int) -> None:
-    assert _student_tail(t, freedom) == pytest.approx(stats.t.sf(t, freedom), rel=1e-4, abs=1e-15)
+    assert student_tail(t, freedom) == pytest.approx(stats.t.sf(t, freedom), rel=1e-4, abs=1e-15)
 
 
 def test_p_values_of_right_files_are_no_smaller_than_uniform() -> None:
@@ -99,14 +94,14 @@ def test_p_values_of_right_files_are_no_smaller_than_uniform() -> None:
     found = []
     for _ in range(800):
         mine, own = (torch.randn(n, generator=draw, dtype=torch.float64) for n in (16, 24))
-        found.append(_p_value(mine - own.mean(), 24))
+        found.append(p_value(mine - own.mean(), 24))
     assert stats.kstest(found, "uniform", alternative="greater").pvalue > 1e-3
     assert min(found) < 0.05  # it can fail
 
 
 @pytest.mark.parametrize("points", [5, 6, 11, 41, 61, 500])
 def test_places_have_both_neighbours(points: int) -> None:
-    nodes, places = _nodes(points)
+    nodes, places = nodes_of(points)
     assert nodes == sorted(set(nodes)) and nodes[0] == 0 and nodes[-1] == points - 1 and places
     assert all({i - 1, i, i + 1} <= set(nodes) for i in places)
     assert len(nodes) + len(places) <= 40

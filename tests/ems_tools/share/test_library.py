@@ -5,7 +5,10 @@ import os
 import pytest
 import torch
 
-from dpm_solver_v3.ems_tools.file.contents import SUFFIX, EMSFile, EMSFileError, EMSMeta
+from dpm_solver_v3.ems_tools.file.contents import EMSFile
+from dpm_solver_v3.ems_tools.file.layout import SUFFIX
+from dpm_solver_v3.ems_tools.file.reader import EMSFileError
+from dpm_solver_v3.ems_tools.file.rows import EMSMeta
 from dpm_solver_v3.ems_tools.share.identity import ModelIdentity
 from dpm_solver_v3.ems_tools.share.library import Library, safe_name
 

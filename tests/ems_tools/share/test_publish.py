@@ -22,7 +22,9 @@ from dpm_solver_v3.ems_tools import cli
 from dpm_solver_v3.ems_tools.cli.share import hashes_named
 from dpm_solver_v3.ems_tools.embedded import SHAPE, load_denoiser
 from dpm_solver_v3.ems_tools.embedded.denoiser import WEIGHTS
-from dpm_solver_v3.ems_tools.file.contents import EMSFile, EMSMeta, decode_ems_file, load_ems_file
+from dpm_solver_v3.ems_tools.file.contents import EMSFile
+from dpm_solver_v3.ems_tools.file.reader import decode_ems_file, load_ems_file
+from dpm_solver_v3.ems_tools.file.rows import EMSMeta
 from dpm_solver_v3.ems_tools.share.hub import Hub, HubError, NotThere
 from dpm_solver_v3.ems_tools.share.index import INDEX, Hashes, decode_index, encode_index, index_of
 from dpm_solver_v3.ems_tools.share.publish import Labels, contribution, files_for_hub, push, shareable

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dpm_solver_v3.ems_tools.file.contents import load_ems_file
+from dpm_solver_v3.ems_tools.file.reader import load_ems_file
 from dpm_solver_v3.ems_tools.show.panels import Curve, Panel, limits_of, statistics_of, style_of, summary_of, ticks_between
 
 SHIPPED = Path(__file__).resolve().parents[3] / "stats" / "embedded-emoji.ems.safetensors"

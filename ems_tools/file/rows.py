@@ -1,0 +1,257 @@
+"""The records of a statistics file's metadata, and the checks that writing and reading share.
+
+Every record checks itself when it is made, so that whoever holds one holds a valid one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, TypeAlias
+
+from ...sampler import EMSError, FittedSteps, Settings, Space
+
+__all__ = [
+    "MAX_FITTED_STEPS",
+    "MAX_GUIDANCE",
+    "MAX_LAMBDA",
+    "MAX_TEXT",
+    "EMSMeta",
+    "EvidenceRow",
+    "Fact",
+    "FittedRow",
+    "RecommendedSetting",
+    "advice_by_case",
+    "check_count",
+    "number",
+]
+
+MAX_LAMBDA, MAX_GUIDANCE, MAX_TEXT = 30.0, 1000.0, 4096
+MAX_FITTED_STEPS, MAX_FITTED_ROWS, MAX_COEFFICIENT = 64, 1024, 1e6
+
+Scalar: TypeAlias = "str | int | float | bool | None"
+Fact: TypeAlias = "Scalar | tuple[Scalar, ...]"
+Split: TypeAlias = Literal["calibration", "report"]
+
+_FOREIGN = re.compile(r"(modelspec\.|ss_)[\w.\-]{1,100}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class EvidenceRow:
+    """Errors on one guidance scale, schedule and step count, on noise held out of the estimate; to 5 digits.
+
+    Args:
+        split: "calibration" noise chose the settings, "report" noise chose nothing.
+        data_prediction: error of the best settings without EMS.
+        ems: error of the recommended settings.
+        full_strength: error with the statistics at strength 1.
+    """
+
+    guidance: float
+    schedule: str
+    steps: int
+    split: Split
+    data_prediction: float
+    ems: float
+    full_strength: float
+
+    def __post_init__(self) -> None:
+        _check_place(self.guidance, self.schedule)
+        check_count("steps", self.steps, 1, 10_000)
+        if self.split not in ("calibration", "report"):
+            raise EMSError(f"an evidence row's split must be 'calibration' or 'report', not {self.split!r:.40}")
+        for name in ("data_prediction", "ems", "full_strength"):
+            value = number(f"an evidence row's {name}", getattr(self, name), 0, math.inf)
+            object.__setattr__(self, name, float(f"{value:.4e}"))
+
+
+@dataclass(frozen=True)
+class RecommendedSetting:
+    """The settings that won on one guidance scale and schedule.
+
+    The schedule is given by its finite lambdas, kept to 4 decimals: they only tell which schedule it was.
+    """
+
+    guidance: float
+    schedule: str
+    lambdas: tuple[float, ...]
+    settings: Settings
+
+    def __post_init__(self) -> None:
+        _check_place(self.guidance, self.schedule)
+        if not isinstance(self.lambdas, tuple) or not 1 <= len(self.lambdas) <= 10_000:
+            raise EMSError("a recommendation's lambdas must be a tuple of 1 to 10000 numbers")
+        low, high = -2 * MAX_LAMBDA, 2 * MAX_LAMBDA
+        rounded = tuple(round(number("a recommendation's lambda", v, low, high), 4) for v in self.lambdas)
+        object.__setattr__(self, "lambdas", rounded)
+        if not isinstance(self.settings, Settings):
+            raise EMSError("a recommendation's settings must be sampler.Settings")
+
+
+@dataclass(frozen=True)
+class FittedRow:
+    """What `fit` found for one guidance scale and number of steps, and its worth on noise that took no part in it.
+
+    Args:
+        lambdas: of the evaluations; one more than `steps` where the schedule ends above sigma = 0.
+        coefficients: those fitted on these lambdas; None where a fixed schedule won, whose lambdas then stand here.
+        fitted, fixed: squared errors of the fit and of `fixed_schedule`, the best fixed one, on `noises` held-out noises:
+            geometric mean, median, mean.
+        ratio: the geometric means' ratio, and its bootstrap 95 % interval.
+    """
+
+    guidance: float
+    steps: int
+    lambdas: tuple[float, ...]
+    coefficients: FittedSteps | None
+    fitted: tuple[float, ...]
+    fixed: tuple[float, ...]
+    fixed_schedule: str
+    ratio: tuple[float, ...]
+    noises: int
+
+    def __post_init__(self) -> None:
+        _check_place(self.guidance, self.fixed_schedule)
+        check_count("a fitted row's steps", self.steps, 1, MAX_FITTED_STEPS)
+        check_count("a fitted row's noises", self.noises, 1, 10_000_000)
+        _check_numbers("a fitted row's lambda", self.lambdas, -2 * MAX_LAMBDA, 2 * MAX_LAMBDA)
+        rises = all(a < b for a, b in zip(self.lambdas, self.lambdas[1:]))
+        if len(self.lambdas) not in (self.steps, self.steps + 1) or not rises:
+            raise EMSError(f"a fitted row of {self.steps} steps needs as many lambdas, or one more, and they must increase")
+        for name in ("fitted", "fixed", "ratio"):
+            _check_numbers(f"a fitted row's {name}", getattr(self, name), 0, 1e31)
+            if len(getattr(self, name)) != 3:
+                raise EMSError(f"a fitted row's {name} must be three numbers")
+        c = self.coefficients
+        if c is not None:
+            if not isinstance(c, FittedSteps) or c.lambdas != self.lambdas:
+                raise EMSError("a fitted row's coefficients must be sampler.FittedSteps on its lambdas")
+            for row in ((c.start,), c.decay, *c.weights):
+                _check_numbers("a fitted row's coefficient", row, -MAX_COEFFICIENT, MAX_COEFFICIENT)
+
+
+@dataclass(frozen=True)
+class EMSMeta:
+    """What is needed to judge and reproduce statistics. Mappings hold short plain values (`Fact`) under short names.
+
+    Args:
+        space, sigma_min, sigma_max, schedule: the model's noise range, in sigma = exp(-lambda), and its schedule.
+        model: identity: name, prediction, hashes, ...
+        grid: how the points in lambda were chosen.
+        estimate: samples, probes, resolution, source of points, seed, evaluations, ...
+        fitted: schedules and coefficients for few steps.
+        program, date: version that made the file; ISO date, given by the caller so that equal content is equal bytes.
+        foreign: metadata of other tools, keys `modelspec.*` and `ss_*`.
+    """
+
+    space: str
+    sigma_min: float
+    sigma_max: float
+    schedule: str = ""
+    model: Mapping[str, Fact] = field(default_factory=dict)
+    grid: Mapping[str, Fact] = field(default_factory=dict)
+    estimate: Mapping[str, Fact] = field(default_factory=dict)
+    evidence: tuple[EvidenceRow, ...] = ()
+    recommendation: tuple[RecommendedSetting, ...] = ()
+    program: str = ""
+    date: str = ""
+    foreign: Mapping[str, str] = field(default_factory=dict)
+    fitted: tuple[FittedRow, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.space not in [s.value for s in Space]:
+            raise EMSError(f"noise.space must be one of {', '.join(s.value for s in Space)}, not {self.space!r:.40}")
+        object.__setattr__(self, "space", Space(self.space).value)
+        low = number("noise.sigma_min", self.sigma_min, 1e-20, 1e20)
+        high = number("noise.sigma_max", self.sigma_max, 1e-20, 1e20)
+        if low >= high:
+            raise EMSError(f"noise.sigma_min ({low:g}) must be below noise.sigma_max ({high:g})")
+        object.__setattr__(self, "sigma_min", low)
+        object.__setattr__(self, "sigma_max", high)
+        for name in ("schedule", "program", "date"):
+            _check_text(name, getattr(self, name))
+        for name in ("model", "grid", "estimate"):
+            object.__setattr__(self, name, _facts(name, getattr(self, name)))
+        for key, value in self.foreign.items():
+            if not isinstance(key, str) or not _FOREIGN.fullmatch(key):
+                raise EMSError(f"metadata key {key!r:.80} is not known; others' keys begin with 'modelspec.' or 'ss_'")
+            _check_text(key, value)
+        object.__setattr__(self, "foreign", MappingProxyType(dict(self.foreign)))
+        cases = {(row.guidance, row.steps) for row in self.fitted}
+        if len(cases) != len(self.fitted) or len(cases) > MAX_FITTED_ROWS:
+            raise EMSError(f"fitted rows must be at most {MAX_FITTED_ROWS}, each for another guidance scale or number of steps")
+
+
+def advice_by_case(meta: EMSMeta) -> dict[tuple[float, str, int], RecommendedSetting]:
+    """The recommendation for every (guidance, schedule, steps) tried, where the two cover the same cases.
+
+    A schedule of n lambdas has n - 1 steps, or n if it ends at sigma 0; all lengths of one schedule end alike.
+    """
+    found = {}
+    for guidance, schedule in {(r.guidance, r.schedule) for r in meta.evidence}:
+        place = (guidance, schedule)
+        steps = {r.steps for r in meta.evidence if (r.guidance, r.schedule) == place and r.split == "calibration"}
+        for offset in (1, 0):
+            mine = {len(r.lambdas) - offset: r for r in meta.recommendation if (r.guidance, r.schedule) == place}
+            if set(mine) == steps:
+                found.update({(guidance, schedule, n): entry for n, entry in mine.items()})
+    return found
+
+
+def number(name: str, value: object, low: float, high: float) -> float:
+    """The value as a finite number in [low, high]; `name` is for the message. Raises EMSError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise EMSError(f"{name} must be a number, not {type(value).__name__}")
+    found = math.inf if abs(value) > 1e300 else float(value)  # a whole number may be too large to convert
+    if not (math.isfinite(found) and low <= found <= high):
+        raise EMSError(f"{name} is {found:g}, but must be finite and lie in [{low:g}, {high:g}]")
+    return found
+
+
+def _check_numbers(name: str, values: object, low: float, high: float) -> None:
+    if not isinstance(values, tuple) or not 1 <= len(values) <= MAX_FITTED_STEPS + 1:
+        raise EMSError(f"{name} must be one of a short tuple of numbers")
+    for value in values:
+        number(name, value, low, high)
+
+
+def check_count(name: str, value: object, low: int, high: int) -> None:
+    """Raise EMSError unless the value is a whole number in [low, high]; `name` is for the message."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise EMSError(f"{name} must be a whole number from {low} to {high}, not {value!r:.40}")
+
+
+def _check_text(name: str, value: object) -> None:
+    # Printable: a file's text reaches terminals and web pages, where control characters could act.
+    if not isinstance(value, str) or len(value) > MAX_TEXT or not value.isprintable():
+        raise EMSError(f"metadata '{name}' must be one line of plain text of at most {MAX_TEXT} characters")
+
+
+def _check_place(guidance: object, schedule: object) -> None:
+    number("guidance of an evidence or recommendation row", guidance, 0, MAX_GUIDANCE)
+    _check_text("schedule", schedule)
+
+
+def _facts(name: str, values: object) -> Mapping[str, Fact]:
+    if not isinstance(values, Mapping):
+        raise EMSError(f"metadata '{name}' must map names to values, not be a {type(values).__name__}")
+    result: dict[str, Fact] = {}
+    for key, value in values.items():
+        _check_text(f"{name} name", key)
+        parts = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        for part in parts:
+            if isinstance(part, str):
+                _check_text(f"{name}.{key:.60}", part)
+            elif isinstance(part, float) and not math.isfinite(part):
+                raise EMSError(f"metadata '{name}.{key:.60}' is not finite")
+            elif not (part is None or isinstance(part, (bool, int, float))) or _huge(part):
+                raise EMSError(f"metadata '{name}.{key:.60}' must be text, number, true, false, null, or their list")
+        result[key] = parts if isinstance(value, (list, tuple)) else value
+    return MappingProxyType(result)
+
+
+def _huge(value: object) -> bool:
+    return isinstance(value, int) and abs(value) >= 2**63

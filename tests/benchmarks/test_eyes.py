@@ -1,0 +1,49 @@
+"""The kernel distance of `benchmarks/eyes.py` against its definition, and against a value known in closed form."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def eyes() -> ModuleType:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        spec = importlib.util.spec_from_file_location("benchmarks_eyes", BENCHMARKS / "eyes.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return module
+
+
+def test_kernel_distance_is_its_definition(eyes: ModuleType) -> None:
+    draw = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 3, generator=draw, dtype=torch.float64) for n in (5, 7))
+
+    def k(x: torch.Tensor, y: torch.Tensor) -> float:
+        return float((x @ y / 3 + 1) ** 3)
+
+    aa = sum(k(a[i], a[j]) for i in range(5) for j in range(5) if i != j) / 20
+    bb = sum(k(b[i], b[j]) for i in range(7) for j in range(7) if i != j) / 42
+    ab = sum(k(x, y) for x in a for y in b) / 35
+    assert eyes.kernel_distance(a, b) == pytest.approx(aa + bb - 2 * ab, rel=1e-12)
+
+
+def test_kernel_distance_of_shifted_normals(eyes: ModuleType) -> None:
+    """In one dimension MMD^2 of N(0, 1) and N(m, 1) is the sum over k of binom(3, k) (difference of k-th moments)^2."""
+    draw = torch.Generator().manual_seed(1)
+    m = 0.5
+    a = torch.randn(6000, 1, generator=draw, dtype=torch.float64)
+    b = torch.randn(6000, 1, generator=draw, dtype=torch.float64) + m
+    exact = 3 * m**2 + 3 * (m**2) ** 2 + (m**3 + 3 * m) ** 2
+    assert eyes.kernel_distance(a, b) == pytest.approx(exact, rel=0.15)
+    assert abs(eyes.kernel_distance(a[:3000], a[3000:])) < 0.1 * exact
