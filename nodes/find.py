@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -22,7 +22,19 @@ if TYPE_CHECKING:
     from ..ems_tools.share.identity import FingerprintCache, ModelIdentity
     from ..ems_tools.share.library import Library
 
-__all__ = ["ATTACHMENT", "Attached", "Found", "Handle", "attach", "channels_of", "find", "find_file", "identity_of", "library", "none_for"]
+__all__ = [
+    "ATTACHMENT",
+    "Attached",
+    "Found",
+    "Handle",
+    "attach",
+    "channels_of",
+    "find",
+    "find_file",
+    "identity_of",
+    "library",
+    "none_for",
+]
 
 ATTACHMENT = "dpm_solver_v3"
 """Key in `model_options`: it reaches the sampler function, even that of the plain KSampler."""
@@ -145,6 +157,8 @@ def _patches(patcher: Patcher | None, place: Place) -> str:
 
 def _weights(patcher: Patcher | None) -> dict[str, Tensor]:
     """The network's own weights; where a patch is applied at the moment, what was there before."""
+    if patcher is None:
+        return {}
     state = dict(patcher.model.diffusion_model.state_dict())
     for key, kept in (getattr(patcher, "backup", None) or {}).items():
         name = key.removeprefix("diffusion_model.")

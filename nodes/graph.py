@@ -1,8 +1,8 @@
 """Where the host stands in its graph, and what the graph says of a run that has not begun.
 
-The host hands a scheduler function the noise levels and the number of steps, nothing else. Which MODEL, guidance scale and sampler
-the steps are for is found in this order: in variables of the host's functions on the way (a KSampler has them all), then in the
-nodes that receive the steps. What neither says is not known.
+The host hands a scheduler function the noise levels and the number of steps, nothing else. Which MODEL, guidance scale and
+sampler the steps are for is found in variables of the host's functions on the way (a KSampler has them all). The pack's own
+scheduler node looks at the nodes that receive its steps. What neither says is not known.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any
 from .host import loaded
 from .protocols import Patcher
 
-__all__ = ["Asked", "Place", "Receiver", "all_links", "asked", "agreed", "executing", "input_path", "link_of", "receivers"]
+__all__ = ["Asked", "Place", "Receiver", "agreed", "all_links", "asked", "executing", "input_path", "link_of", "receivers"]
 
 Inputs = Mapping[str, Any]
 _PLAIN = {"BasicGuider", "CFGGuider"}
 """Core's guiders that guide plainly."""
 _DEPTH = 24
+TODO = "use 'DPM-Solver-v3 Scheduler'"
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class Place:
         return str((self.prompt.get(node) or {}).get("class_type", ""))
 
 
-def executing() -> Place:
-    """Where the host stands in its graph; empty if it does not say."""
+def executing(node: str | None = None) -> Place:
+    """Where the host stands in its graph, or the place of `node` in it; empty if it does not say."""
     server = getattr(getattr(loaded("server"), "PromptServer", None), "instance", None)
-    node = getattr(server, "last_node_id", None)
-    context = getattr(loaded("comfy_execution.utils"), "get_executing_context", lambda: None)()
-    node = getattr(context, "node_id", None) or node
+    if node is None:
+        context = getattr(loaded("comfy_execution.utils"), "get_executing_context", lambda: None)()
+        node = getattr(context, "node_id", None) or getattr(server, "last_node_id", None)
     running_now = getattr(getattr(server, "prompt_queue", None), "currently_running", None) or {}
     for item in list(running_now.values()):
         if len(item) > 2 and isinstance(item[2], dict) and (node is None or str(node) in item[2]):
@@ -179,7 +180,7 @@ class Asked:
 
 
 def asked() -> Asked:
-    """From the functions on the way from the node that runs: variables of theirs, for lack of any other way; then the graph."""
+    """From the functions on the way from the node that runs: variables of theirs, for lack of any other way."""
     frame = sys._getframe(1)
     patcher, scale, sampler = None, None, None
     for _ in range(_DEPTH):
@@ -196,23 +197,24 @@ def asked() -> Asked:
         frame = frame.f_back
     if scale is not None:  # a KSampler: it guides plainly
         return Asked(patcher, scale, "", sampler)
-    known = agreed(receivers(executing()))
-    return Asked(patcher, known.scale, known.guider, sampler or known.sampler, known.unknown)
-
-
-TODO = "use 'DPM-Solver-v3 Scheduler' and connect it there too"
+    # The nodes that get the steps may say the scale, but the host keeps a scheduler's steps as long as its *own* inputs stay.
+    return Asked(patcher, None, None, sampler, f"this scheduler is not told the cfg: for fitted steps {TODO}")
 
 
 def agreed(found: list[Receiver]) -> Asked:
     """What all receivers have in common."""
     if not found:
-        return Asked(unknown=f"no node here says with which cfg these steps are sampled: {TODO}")
+        return Asked(unknown="no node says with which cfg these steps are sampled: give the scheduler its cfg")
     scales, guiders, samplers = ({getattr(r, what) for r in found} for what in ("scale", "guider", "sampler"))
     if len(scales) > 1 or len(guiders) > 1:
         return Asked(unknown="the nodes that sample with these steps have different cfg: give each its own scheduler")
     scale, guider, sampler = scales.pop(), guiders.pop(), samplers.pop() if len(samplers) == 1 else None
     what = "the cfg" if guider is not None else f"the guider '{found[0].title}'"
-    unknown = "" if scale is not None and guider is not None else f"{what} of this run is not known here: {TODO}"
+    unknown = (
+        ""
+        if scale is not None and guider is not None
+        else f"{what} of this run comes from another node: connect it to the scheduler too"
+    )
     return Asked(None, scale, guider, sampler, unknown)
 
 
@@ -225,7 +227,7 @@ def input_path(name: object, kinds: tuple[str, ...] = ("checkpoints", "diffusion
     for kind in kinds:
         try:
             found = folder_paths.get_full_path(kind, name)
-        except Exception:  # noqa: BLE001, S112 - an unknown kind of folder, in some releases
+        except Exception:
             continue
         if found:
             return str(found)

@@ -29,7 +29,7 @@ __all__ = [
     "progress_bar",
     "register_folder",
     "say",
-    "say_later",
+    "say_first",
     "user_file",
 ]
 
@@ -132,25 +132,28 @@ def user_file(name: str) -> Path | None:
 # --- what runs now
 
 
-_NOTES: dict[str, str] = {}
-"""By node: what is said together with its next message, because a node shows one message only."""
+_NOTES: dict[str, tuple[object, str]] = {}
+"""By node: the prompt, and what begins all its messages in that prompt, because a node shows one message only."""
 
 
 def say(text: str, node: str = "") -> None:
-    """Show `text` on the node in the front end, where the host can, after what `say_later` kept for it."""
-    text = one_line(_NOTES.pop(node, ""), text)
+    """Show `text` on the node in the front end, where the host can, after what `say_first` said in the same prompt."""
     server = getattr(getattr(loaded("server"), "PromptServer", None), "instance", None)
     send = getattr(server, "send_progress_text", None)
+    prompt, note = _NOTES.get(node, (None, ""))
     if callable(send) and node:
         try:
-            send(text, node)
-        except Exception as error:  # a changed signature must not cost the user the work
+            send(one_line(note if prompt == getattr(server, "last_prompt_id", None) else "", text), node)
+        except Exception as error:
             LOG.debug("no node status: %s", error)
 
 
-def say_later(text: str, node: str) -> None:
-    """Keep `text` for the node's next message."""
-    _NOTES[node] = text
+def say_first(text: str, brief: str, node: str) -> None:
+    """Show `text` on the node, and `brief` before what it shows later in this prompt."""
+    _NOTES.pop(node, None)
+    say(text, node)
+    server = getattr(getattr(loaded("server"), "PromptServer", None), "instance", None)
+    _NOTES[node] = (getattr(server, "last_prompt_id", None), brief)
 
 
 def log(text: str, *, warn: bool = False) -> None:

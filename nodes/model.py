@@ -47,7 +47,7 @@ def model_sampling_of(patcher: Patcher | None) -> Any:
     if callable(get):
         try:
             return get("model_sampling")
-        except Exception as error:  # noqa: BLE001 - a pack's patcher may refuse; the model itself then says it
+        except Exception as error:
             LOG.debug("get_model_object: %s", error)
     return getattr(getattr(patcher, "model", None), "model_sampling", None)
 
@@ -132,7 +132,9 @@ def words_of_guider(guider: Guider | None, patcher: Patcher | None) -> str:
     A guider that predicts as core's CFGGuider does is plain guidance; any other is named with its numbers, and so are the
     patches of its MODEL.
     """
-    named = [] if guider is None or _plain(guider) else [_name(type(guider).__name__, _numbers(vars(guider), scale_name(guider)))]
+    named = (
+        [] if guider is None or _plain(guider) else [_name(type(guider).__name__, _numbers(vars(guider), scale_name(guider)))]
+    )
     words = ", ".join([*named, *changes_of(patcher)])
     return words if len(words) <= _MOST else words[: _MOST - 3] + "..."
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypedDict
 import torch
 from torch import Tensor
 
-__all__ = ["Callback", "Conditioning", "Guider", "Latent", "Model", "ModelSampling", "Options", "Patcher", "StepState", "VAE"]
+__all__ = ["VAE", "Callback", "Conditioning", "Guider", "Latent", "Model", "ModelSampling", "Options", "Patcher", "StepState"]
 
 Options = Mapping[str, Any]
 """`model_options`: the host and every pack keep what they like in it."""
@@ -64,6 +64,7 @@ class Guider(Protocol):
     model_patcher: Patcher
     conds: dict[str, Any]
     original_conds: dict[str, Any]
+    rows: list[int]  # ours: which prompt each sample has, on a copy of the host's guider
 
     def inner_set_conds(self, conds: dict[str, Conditioning]) -> None:
         """Add conditionings by name."""

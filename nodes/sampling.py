@@ -14,8 +14,8 @@ from ..sampler import half_corrector_sigma, sample_dpm_solver_v3
 from . import host
 from .find import Found, find, find_file, identity_of, none_for
 from .graph import Asked, asked, executing
-from .model import Running, level_table, model_sampling_of, run_of_guider, running, words_of_guider
-from .protocols import Callback, Guider, ModelSampling, Options, Patcher, StepState
+from .model import Running, level_table, run_of_guider, running, words_of_guider
+from .protocols import Callback, Guider, ModelSampling, Options, StepState
 
 __all__ = ["AUTO", "FITTED_NAME", "NAME", "SamplerNode", "choice", "fitted_schedule", "sample_host", "steps_for"]
 
@@ -53,7 +53,16 @@ def sample_host(
         options["corrector_below"] = half_corrector_sigma(level_table(run.sampling)) if below == HALF else float("inf")
     clock = _Clock(callback)
     out = sample_dpm_solver_v3(
-        model, x, sigmas, extra_args, clock, disable, ems=found.ems, space=run.space, guidance=run.guidance, **options
+        model,
+        x,
+        sigmas,
+        extra_args,
+        clock,
+        disable,  # type: ignore[arg-type]
+        ems=found.ems,
+        space=run.space,
+        guidance=run.guidance,
+        **options,
     )
     if found.missing and clock.seconds > 0:
         spent = in_words(clock.seconds / len(x) * evaluations_of_effort("quick"))
@@ -83,7 +92,7 @@ def _statistics(run: Running, x: Tensor, model_options: Options, same_architectu
     node = executing().node
     try:
         found = find(run, x, model_options, same_architecture)
-    except Exception as error:  # noqa: BLE001 - another pack's model can be anything; the picture comes first
+    except Exception as error:
         message = f"looking for EMS failed ({type(error).__name__}: {error}): sampling with data prediction"
         found = Found(None, message, warn=True)
     if found.message not in _SAID:
@@ -105,8 +114,8 @@ class SamplerNode:
     FUNCTION = "build"
     RETURN_TYPES = ("SAMPLER",)
     DESCRIPTION = (
-        "DPM-Solver-v3 for few steps. Uses the empirical model statistics (EMS) attached to the model by Apply EMS, else those of "
-        "its checkpoint in models/ems or output/ems, else none. Left at auto, options follow what was measured best."
+        "DPM-Solver-v3 for few steps. Uses the empirical model statistics (EMS) attached to the model by Apply EMS, else those "
+        "of its checkpoint in models/ems or output/ems, else none. Left at auto, options follow what was measured best."
     )
     SEARCH_ALIASES = ("dpm_solver_v3", "dpm solver v3 sampler", "dpm", "dpm++", "few steps")
 
@@ -160,9 +169,7 @@ def fitted_schedule(model_sampling: ModelSampling, steps: int) -> Tensor:
     return steps_for(model_sampling, steps, 1.0, asked())
 
 
-def steps_for(
-    model_sampling: ModelSampling, steps: int, denoise: float, facts: Asked, guider: Guider | None = None
-) -> Tensor:
+def steps_for(model_sampling: ModelSampling, steps: int, denoise: float, facts: Asked, guider: Guider | None = None) -> Tensor:
     """The model's fitted steps, or unfitted ones with the reason on the node, in float32.
 
     Args:
@@ -173,9 +180,7 @@ def steps_for(
         guider: of the run, if it is at hand: then it, not `facts`, says what the guidance is.
     """
     chosen = chosen_steps(model_sampling, steps, denoise, facts, guider)
-    node = executing().node
-    host.say(chosen.message, node)
-    host.say_later(chosen.message, node)  # the sampler's own message would take its place
+    host.say_first(chosen.message, chosen.brief, executing().node)
     host.log(chosen.message, warn=not chosen.fitted)
     return chosen.levels.to(torch.float32)
 
@@ -193,9 +198,10 @@ def chosen_steps(
         else:
             run = replace(run_of_guider(guider, facts.sampler), schedule=table)
         handle = find_file(patcher) if getattr(patcher, "model", None) is not None else None
-        missing = none_for(identity_of(patcher, executing())) if handle is None else ""
-        return choose_steps(handle and handle.file, handle.name if handle else missing, run, steps, denoise)
-    except Exception as error:  # noqa: BLE001 - another pack's model can be anything; the picture comes first
+        missing = f"{none_for(identity_of(patcher, executing()))} for fitted steps" if handle is None else ""
+        return choose_steps(handle.file if handle else None, handle.name if handle else missing, run, steps, denoise)
+    except Exception as error:
         title, levels = unfitted_steps(table, max(round(steps / denoise), steps))
         reason = f"looking for fitted steps failed ({type(error).__name__}: {error})"
-        return Steps(levels[-(steps + 1) :], False, f"{reason}: {title} steps instead")
+        message = f"{reason}: {title} steps instead"
+        return Steps(levels[-(steps + 1) :], False, message, message)

@@ -82,7 +82,13 @@ class SchedulerNode:
                 ),
                 "guider": ("GUIDER", {"tooltip": "For fitted steps: the guider that you sample with, instead of cfg."}),
             },
+            "hidden": {"unique_id": "UNIQUE_ID"},
         }
+
+    @classmethod
+    def IS_CHANGED(cls, schedule: Any = None, unique_id: Any = None, **inputs: Any) -> str:
+        """Fitted steps depend on the cfg of the nodes that get them, which is no input of this one."""
+        return repr(receivers(executing(str(unique_id)))) if schedule == FITTED else ""
 
     def build(
         self,
@@ -93,13 +99,14 @@ class SchedulerNode:
         end: str = "zero",
         cfg: float = 0.0,
         guider: Guider | None = None,
+        unique_id: str = "",
     ) -> tuple[Tensor]:
         """SIGMAS [steps + 1], empty for denoise 0."""
         if denoise <= 0:
             return (torch.empty(0),)
         sampling = model_sampling_of(model)
         if schedule == FITTED:
-            facts = replace(facts_of(executing(), cfg), patcher=model)
+            facts = replace(facts_of(executing(str(unique_id)), cfg), patcher=model)
             return (steps_for(sampling, steps, denoise, facts, guider),)
         total = max(round(steps / denoise), steps)
         return (host_levels(level_table(sampling), schedule, total, end == "zero")[-(steps + 1) :],)
@@ -108,8 +115,8 @@ class SchedulerNode:
 def facts_of(place: Place, cfg: float) -> Asked:
     """What is known of the run that gets this node's steps, whose own input says `cfg` (0: nothing).
 
-    The nodes that sample say it. Only where they are unknown packs', or take their cfg from the very node that this one takes it
-    from, does the input count.
+    The nodes that sample say it. Only where they are unknown packs', or take their cfg from the very node that this one takes
+    it from, does the input count.
     """
     found = receivers(place)
     if not found:
