@@ -264,9 +264,10 @@ def test(arguments: list[str]) -> int:
         "ruff check": ["ruff", "check", "."],
         "ruff format": ["ruff", "format", "--check", "."],
         "mypy": mypy,
+        "mypy, benchmarks": ["mypy", "--explicit-package-bases", "benchmarks"],
         f"pytest, coverage of sampler >= {COVERAGE} %": ["pytest", *coverage, *arguments],
     }
-    environment = {**os.environ, "MYPYPATH": str(_mypy_path())}
+    environment = {**os.environ, "MYPYPATH": os.pathsep.join((str(_mypy_path()), str(ROOT / "benchmarks")))}
     statuses = {}
     for name, command in parts.items():
         _say(f"{name}: " + " ".join(command))

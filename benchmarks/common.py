@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -221,7 +222,7 @@ def solve(denoiser: nn.Module, x: Tensor, steps: int, sigma_max: float, sigma_mi
     first = round(steps * share)
     down = torch.linspace(math.log(sigma_max), math.log(sigma_min), first + 1, dtype=torch.float64).exp()
     rest = torch.linspace(math.log(sigma_min), math.log(_CLEAN_SIGMA), steps - first, dtype=torch.float64).exp()
-    options = {"order": 3, "corrector": "none", "disable": True}
+    options: dict[str, Any] = {"order": 3, "corrector": "none", "disable": True}
     at_min = sample_dpm_solver_v3(denoiser, x, down, **options)
     clean = sample_dpm_solver_v3(denoiser, at_min, torch.cat([rest, rest.new_zeros(1)]), **options)
     return {"clean": clean.contiguous(), "at_min": at_min.contiguous()}

@@ -21,6 +21,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,8 +125,8 @@ def _with_header(data: bytes, text: bytes, length: int | None = None) -> bytes:
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data[8 + old :]
 
 
-def _header_of(data: bytes) -> dict[str, dict[str, object]]:
-    found: dict[str, dict[str, object]] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+def _header_of(data: bytes) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return found
 
 
@@ -152,7 +153,9 @@ def _odd_json(data: bytes, draw: random.Random) -> bytes:
 def _offsets(data: bytes, draw: random.Random) -> bytes:
     header = _header_of(data)
     name = draw.choice([n for n in header if n != "__metadata__"])
-    begin, end = header[name]["data_offsets"]  # type: ignore[misc]
+    begin: int
+    end: int
+    begin, end = header[name]["data_offsets"]
     header[name]["data_offsets"] = draw.choice(
         [[begin + 8, end + 8], [0, end - begin], [end, begin], [-8, 0], [begin, 2**62], [begin], [begin, end, end], "0"]
     )
@@ -181,7 +184,7 @@ def _respelled(data: bytes, draw: random.Random) -> bytes:
 def _parts(data: bytes) -> Parts:
     from safetensors.torch import load
 
-    return dict(_header_of(data)["__metadata__"]), load(data)  # type: ignore[arg-type]
+    return dict(_header_of(data)["__metadata__"]), load(data)
 
 
 def _signed(parts: Parts) -> bytes:

@@ -4,17 +4,24 @@
 
 Prints the error of every sampler against the converged solution from the same start noise, with the same number of
 denoiser evaluations on the same steps, and writes `samples.png`, `errors.png` and `demo.json` into out/.
+
+`samples.png` shows the same noise sampled by the best built-in sampler (of the samplers and schedules in `PANEL` the pair with
+the smallest error on other noise), by ours, and converged. Below each picture is its distance from the converged one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from common import OUT, SCHEDULES, Problem, geometric_mean, per_sample_error
-from rivals import RIVALS, Rival
-from torch import Tensor, nn
+from rivals import RIVALS, Denoiser, Rival
+from torch import Tensor
 from tqdm import tqdm
 
 from dpm_solver_v3.ems_tools.embedded import CLASSES
@@ -24,8 +31,14 @@ from dpm_solver_v3.sampler import EMS, sample_dpm_solver_v3
 
 STEPS = (5, 6, 8, 10)
 GUIDANCES = (1.0, 4.0)
-SHOWN_STEPS = 6
-SEED = 7
+SEED, CHOICE_SEED = 7, 19
+SHOWN_STEPS, SHOWN_GUIDANCE = (5, 6), 4.0
+SHOWN_CLASSES = ("Flags", "People & Body", "Smileys & Emotion", "Travel & Places")
+PANEL = [
+    (sampler, schedule)
+    for sampler in ("dpmpp_2m", "dpmpp_3m_diffusers", "unipc_bh2_2", "unipc_bh2_3", "deis_2", "deis_3", "sa_solver_3")
+    for schedule in ("karras", "karras_to_zero", "uniform_lambda", "uniform_time", "uniform_time_to_zero", "quadratic_time")
+]
 SHIPPED = Path(__file__).resolve().parents[1] / "stats" / "embedded-emoji.ems.safetensors"
 COLOURS = {
     "dpmpp_2m": "tab:gray",
@@ -40,7 +53,7 @@ def samplers(ems: EMS | None, fitted: Tensor | None) -> dict[str, Rival]:
     """The samplers of the demo by the name they are shown under; `fitted` is a schedule that replaces the common one."""
 
     def v3(statistics: EMS | None, own: Tensor | None = None) -> Rival:
-        def run(denoiser: nn.Module, x: Tensor, sigmas: Tensor) -> Tensor:
+        def run(denoiser: Denoiser, x: Tensor, sigmas: Tensor) -> Tensor:
             chosen = sigmas if own is None else own
             x = x * (chosen[0] / sigmas[0]).item()  # noise times the first sigma, as hosts begin
             return sample_dpm_solver_v3(denoiser, x, chosen, ems=statistics, disable=True)
@@ -55,8 +68,11 @@ def samplers(ems: EMS | None, fitted: Tensor | None) -> dict[str, Rival]:
     return chosen
 
 
-def run(problem: Problem, file: EMSFile | None, schedule: str, noises: int) -> dict[float, dict]:
-    """guidance -> {"errors": {sampler: {steps: per-noise errors}}, "pictures": {sampler: [9, 3, 32, 32]}}."""
+Errors = dict[str, dict[int, Tensor]]
+
+
+def run(problem: Problem, file: EMSFile | None, schedule: str, noises: int) -> dict[float, Errors]:
+    """guidance -> {sampler: {steps: per-noise errors}}."""
     samples, out = range(noises), {}
     total = len(GUIDANCES) * (1 + len(STEPS))
     with tqdm(total=total, unit="run", desc="demo") as bar:
@@ -65,8 +81,7 @@ def run(problem: Problem, file: EMSFile | None, schedule: str, noises: int) -> d
             reference = problem.reference(samples, guidance)
             bar.update()
             denoiser, start = problem.denoiser(samples, guidance), problem.start(samples)
-            errors: dict[str, dict[int, Tensor]] = {}
-            pictures = {}
+            errors: Errors = {}
             for steps in STEPS:
                 sigmas = SCHEDULES[schedule](steps)
                 bar.set_description(f"guidance {guidance:g}: {steps} steps")
@@ -75,50 +90,113 @@ def run(problem: Problem, file: EMSFile | None, schedule: str, noises: int) -> d
                 for name, sampler in samplers(ems, fitted).items():
                     x = sampler(denoiser, start, sigmas)
                     errors.setdefault(name, {})[steps] = per_sample_error(x, reference.end_of(sigmas, "clean"))
-                    if steps == SHOWN_STEPS:
-                        pictures[name] = x[: len(CLASSES)]
                 bar.update()
-            pictures["converged"] = reference.clean[: len(CLASSES)]
-            out[guidance] = {"errors": errors, "pictures": pictures}
+            out[guidance] = errors
     return out
 
 
-def print_table(results: dict[float, dict], schedule: str, noises: int) -> None:
+def print_table(results: dict[float, Errors], schedule: str, noises: int) -> None:
     """The errors, a row per sampler and guidance."""
     print(f"\nMean squared error against the converged solution from the same noise, geometric mean of {noises} noises,")
     print(f"steps: {schedule}, but for those fitted. One denoiser evaluation a step.\n")
     print("| guidance | sampler | " + " | ".join(f"{n} steps" for n in STEPS) + " |")
     print("| --- " * (2 + len(STEPS)) + "|")
-    for guidance, result in results.items():
-        for name, by_steps in result["errors"].items():
+    for guidance, errors in results.items():
+        for name, by_steps in errors.items():
             cells = " | ".join(f"{geometric_mean(by_steps[n]).item():.5f}" for n in STEPS)
             print(f"| {guidance:g} | {name} | {cells} |")
 
 
-def draw_samples(results: dict[float, dict], path: Path) -> None:
-    """A grid: rows are samplers at `SHOWN_STEPS` steps per guidance, columns are classes."""
+@dataclass(frozen=True)
+class Shown:
+    """Pictures [classes, 3, 32, 32] of one number of steps, and each sampler's error over all noises.
+
+    `built_in` says which sampler and schedule were the best of `PANEL` on other noise.
+    """
+
+    steps: int
+    built_in: str
+    pictures: dict[str, Tensor]
+    errors: dict[str, float]
+
+
+def shown(file: EMSFile, noises: int, reference_steps: int) -> Iterator[Shown]:
+    """The best built-in sampler, ours and the converged pictures at `SHOWN_GUIDANCE`."""
+    choice, problem = Problem(CHOICE_SEED, reference_steps), Problem(SEED, reference_steps)
+    samples = range(noises)
+    converged = problem.reference(samples, SHOWN_GUIDANCE).clean
+    keep = [CLASSES.index(name) for name in SHOWN_CLASSES]
+    ems = file.at(SHOWN_GUIDANCE)
+    for steps in SHOWN_STEPS:
+        sampler, schedule = _best_of_panel(choice, steps)
+        sigmas = SCHEDULES[schedule](steps)
+        fitted = file.fitted_sigmas(steps, SHOWN_GUIDANCE).float()
+        denoiser = problem.denoiser(samples, SHOWN_GUIDANCE)
+        found = {
+            "best built-in": RIVALS[sampler](denoiser, problem.start(samples, sigmas[0].item()), sigmas),
+            "DPM-Solver-v3": sample_dpm_solver_v3(
+                denoiser, problem.start(samples, fitted[0].item()), fitted, ems=ems, disable=True
+            ),
+        }
+        errors = {name: geometric_mean(per_sample_error(x, converged)).item() for name, x in found.items()}
+        pictures = {name: x[keep] for name, x in {**found, "converged": converged}.items()}
+        yield Shown(steps, f"{sampler} on {schedule}", pictures, errors)
+
+
+def _best_of_panel(problem: Problem, steps: int) -> tuple[str, str]:
+    """The sampler and schedule with the smallest error on nine noises that are not shown."""
+    samples = range(len(CLASSES))
+    reference = problem.reference(samples, SHOWN_GUIDANCE).clean
+    denoiser = problem.denoiser(samples, SHOWN_GUIDANCE)
+
+    def error(pair: tuple[str, str]) -> float:
+        sigmas = SCHEDULES[pair[1]](steps)
+        x = RIVALS[pair[0]](denoiser, problem.start(samples, sigmas[0].item()), sigmas)
+        return geometric_mean(per_sample_error(x, reference)).nan_to_num(nan=math.inf).item()
+
+    return min(tqdm(PANEL, unit="run", desc=f"best built-in sampler, {steps} steps"), key=error)
+
+
+def draw_samples(columns: list[Shown], path: Path) -> None:
+    """Rows: the best built-in sampler with its distance to the converged picture, ours with its own, converged."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    rows = [(g, name, x) for g, r in results.items() for name, x in r["pictures"].items()]
-    figure = Figure(figsize=(11, 1.12 * len(rows) + 0.6), layout="constrained")
-    axes = figure.subplots(len(rows), 1)
-    for axis, (guidance, name, x) in zip(axes, rows, strict=True):
-        strip = ((x.clamp(-1, 1) + 1) / 2).permute(2, 0, 3, 1).reshape(32, -1, 3)
-        axis.imshow(strip.numpy(), interpolation="nearest")
-        axis.set(xticks=[], yticks=[])
-        steps = "many steps" if name == "converged" else f"{SHOWN_STEPS} steps"
-        axis.set_ylabel(f"{name}\n{steps}\nguidance {guidance:g}", rotation=0, ha="right", va="center", fontsize=8)
-    axes[0].set_title("The same noise, sampled by each: " + ", ".join(CLASSES), fontsize=9)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure = Figure(figsize=(11, 7.4), layout=ConstrainedLayoutEngine(h_pad=0.01, hspace=0))
+    axes = figure.subplots(5, len(columns), squeeze=False)
+    for c, column in enumerate(columns):
+        target = column.pictures["converged"]
+        axes[0][c].set_title(f"{column.steps} steps", fontsize=15)
+        for row, name in ((0, "best built-in"), (2, "DPM-Solver-v3"), (4, "converged")):
+            x = column.pictures[name]
+            axes[row][c].imshow(_strip((x.clamp(-1, 1) + 1) / 2), interpolation="bicubic")
+            if name != "converged":
+                distance = (x - target).abs().mean(1, keepdim=True)
+                axes[row + 1][c].imshow(_strip(distance)[..., 0], cmap="inferno", vmin=0, vmax=0.35, interpolation="bicubic")
+                caption = f"mean error {column.errors[name]:.4f}"
+                if name != "best built-in":
+                    share = column.errors[name] / column.errors["best built-in"]
+                    caption += f", {100 * share:.0f} % of the best built-in's"
+                axes[row + 1][c].set_xlabel(caption, fontsize=12)
+        for row, label in enumerate(("best\nbuilt-in", "its error", "this\nproject", "its error", "converged\n(200 steps)")):
+            axes[row][c].set(xticks=[], yticks=[])
+            if c == 0:
+                axes[row][c].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=13)
+    figure.savefig(path, dpi=100)
 
 
-def draw_errors(results: dict[float, dict], path: Path) -> None:
+def _strip(x: Tensor) -> np.ndarray:
+    """Pictures [n, C, H, W] side by side as [H, n W, C]."""
+    return x.permute(2, 0, 3, 1).reshape(x.shape[2], -1, x.shape[1]).numpy()
+
+
+def draw_errors(results: dict[float, Errors], path: Path) -> None:
     """Error over steps, a panel per guidance."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axis, (guidance, result) in zip(figure.subplots(1, len(results), sharey=True), results.items(), strict=True):
-        for name, by_steps in result["errors"].items():
+    for axis, (guidance, errors) in zip(figure.subplots(1, len(results), sharey=True), results.items(), strict=True):
+        for name, by_steps in errors.items():
             values = [geometric_mean(by_steps[n]).item() for n in STEPS]
             axis.semilogy(STEPS, values, "o-", label=name, color=COLOURS[name])
         axis.set(title=f"guidance {guidance:g}", xlabel="denoiser evaluations", xticks=STEPS)
@@ -137,15 +215,20 @@ def main() -> None:
     args = parser.parse_args()
     if args.noises < len(CLASSES):
         parser.error(f"at least {len(CLASSES)} noises, one of each class")
-    problem = Problem(SEED, args.reference_steps)
-    results = run(problem, load_ems_file(SHIPPED) if SHIPPED.is_file() else None, args.schedule, args.noises)
+    file = load_ems_file(SHIPPED)
+    results = run(Problem(SEED, args.reference_steps), file, args.schedule, args.noises)
     OUT.mkdir(exist_ok=True)
     print_table(results, args.schedule, args.noises)
-    draw_samples(results, OUT / "samples.png")
+    columns = list(shown(file, args.noises, args.reference_steps))
+    print(f"\nGuidance {SHOWN_GUIDANCE:g}, each at its best schedule (chosen on other noise):")
+    for column in columns:
+        ours, theirs = column.errors["DPM-Solver-v3"], column.errors["best built-in"]
+        print(f"{column.steps} steps: {column.built_in} {theirs:.5f}, v3 fitted {ours:.5f}, ratio {ours / theirs:.2f}")
+    draw_samples(columns, OUT / "samples.png")
     draw_errors(results, OUT / "errors.png")
     numbers = {
-        str(g): {name: {n: geometric_mean(e).item() for n, e in t.items()} for name, t in r["errors"].items()}
-        for g, r in results.items()
+        str(g): {name: {n: geometric_mean(e).item() for n, e in t.items()} for name, t in errors.items()}
+        for g, errors in results.items()
     }
     (OUT / "demo.json").write_text(json.dumps(numbers, indent=1))
     print(f"\nPictures: {OUT / 'samples.png'} and {OUT / 'errors.png'}")

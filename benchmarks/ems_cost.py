@@ -9,6 +9,7 @@ pseudo corrector), on noise that no statistics have seen. Per-channel estimates 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 from common import NOISE, SCHEDULES, SIGMA_MAX, SIGMA_MIN, Problem, geometric_mean, per_sample_error
@@ -20,7 +21,7 @@ from dpm_solver_v3.ems_tools.estimate.run import Job, JobState, Progress, estima
 from dpm_solver_v3.sampler import EMS, sample_dpm_solver_v3
 
 STEPS = (5, 6, 8, 10)
-SETTINGS = {"order": 2, "corrector": "pseudo", "strength": 1.0, "disable": True}
+SETTINGS: dict[str, Any] = {"order": 2, "corrector": "pseudo", "strength": 1.0, "disable": True}
 
 
 def few_step_error(problem: Problem, ems: EMS | None, noises: int, guidance: float = 1.0) -> float:

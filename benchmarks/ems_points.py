@@ -47,7 +47,7 @@ def main() -> None:
         base = few_step_error(problem, None, args.noises, guidance)
         for source in ("trajectory", "renoised"):
             for kind in ("guided", "unguided") if guidance != 1 else ("the same",):
-                job = Job(SHAPE, grid, samples=args.samples, guidance=(guidance,), source=source)  # type: ignore[arg-type]
+                job = Job(SHAPE, grid, samples=args.samples, guidance=(guidance,), source=source)
                 st = statistics(job, load_denoiser(LABELS) if kind == "unguided" else None)
                 error = few_step_error(
                     problem, EMS(torch.tensor(grid, dtype=torch.float64), st.l, st.s, st.b), args.noises, guidance

@@ -42,7 +42,7 @@ def host_schedules(noise: NoiseSchedule) -> dict[str, Callable[[int], Tensor]]:
         for name, table in _AYS.items():
             ends = (high, *table[1:-1], low)
             found[name] = partial(_log_linear, ends)
-            found[f"{name}_to_zero"] = lambda n, ends=ends: _to_zero(_log_linear(ends, n - 1))
+            found[f"{name}_to_zero"] = partial(_log_linear_to_zero, ends)
     return found
 
 
@@ -75,6 +75,10 @@ def _log_linear(table: tuple[float, ...], n: int) -> Tensor:
     at = torch.linspace(0, len(table) - 1, n + 1, dtype=torch.float64)
     low = at.floor().long().clamp(max=len(table) - 2)
     return torch.lerp(logs[low], logs[low + 1], at - low).exp()
+
+
+def _log_linear_to_zero(table: tuple[float, ...], n: int) -> Tensor:
+    return _to_zero(_log_linear(table, n - 1))
 
 
 def gits(lambdas: tuple[float, ...], y: Tensor, D: Tensor, steps: int, weight: float = 1.1) -> Tensor:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,13 @@ SIZE = {"samples": SAMPLES}
 
 
 def _scaled(name: str, factor: float) -> Forgery:
-    return lambda file: replace(file, **{name: getattr(file, name) * factor})
+    return lambda file: _with(file, name, getattr(file, name) * factor)
+
+
+def _with(file: EMSFile, name: str, value: Tensor) -> EMSFile:
+    """The file with another l, s or b."""
+    changed: dict[str, Any] = {name: value}
+    return replace(file, **changed)
 
 
 def _bumped(name: str, height: float) -> Forgery:
@@ -54,7 +61,7 @@ def _bumped(name: str, height: float) -> Forgery:
         u = torch.linspace(-1, 1, len(file.lambdas), dtype=torch.float64)
         bump = (height * torch.exp(-8 * u**2)).to(file.l.dtype)
         value: Tensor = getattr(file, name)
-        return replace(file, **{name: value + bump.reshape(1, -1, *(1,) * (value.ndim - 2))})
+        return _with(file, name, value + bump.reshape(1, -1, *(1,) * (value.ndim - 2)))
 
     return change
 
@@ -85,7 +92,9 @@ def _other_scale(g: int) -> Forgery:
         other = load_ems_file(SHIPPED).at(load_ems_file(SHIPPED).guidance[g].item())
         tables = other.at(file.lambdas)
         scales = len(file.guidance)
-        return replace(file, **{n: v.to(file.l.dtype).expand(scales, *v.shape) for n, v in zip("lsb", tables, strict=True)})
+        for name, table in zip("lsb", tables, strict=True):
+            file = _with(file, name, table.to(file.l.dtype).expand(scales, *table.shape))
+        return file
 
     return change
 

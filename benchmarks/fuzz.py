@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ _WORDS = [
 
 
 def _npz_parts() -> tuple[bytes, bytes]:
-    table = np.zeros((3, 2, 2, 2), np.float32)
+    table: Any = np.zeros((3, 2, 2, 2), np.float32)
     parts = []
     for names in (("l",), ("s", "b")):
         buffer = io.BytesIO()

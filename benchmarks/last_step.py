@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from common import NOISE, SCHEDULES, Problem, geometric_mean, per_sample_error
@@ -26,7 +25,7 @@ from entrants import host_schedules
 from quality import load_ems
 from torch import Tensor
 
-from dpm_solver_v3.sampler import EMS, LevelTable, karras, plan, sample_dpm_solver_v3
+from dpm_solver_v3.sampler import EMS, LevelTable, StepInfo, karras, plan, sample_dpm_solver_v3
 
 SEED, REFERENCE = 3, 100
 Run = Callable[[Tensor], tuple[Tensor, list[Tensor], list[Tensor]]]
@@ -37,12 +36,12 @@ def trivial(sigma: float) -> Iterator[None]:
     """The sampler with another threshold."""
     kept = plan.TRIVIAL_SIGMA
     plan.TRIVIAL_SIGMA = sigma
-    plan.make_plan.cache_clear()
+    plan.forget_plans()
     try:
         yield
     finally:
         plan.TRIVIAL_SIGMA = kept
-        plan.make_plan.cache_clear()
+        plan.forget_plans()
 
 
 def run_on(problem: Problem, samples: list[int], guidance: float, ems: EMS | None) -> Run:
@@ -53,7 +52,7 @@ def run_on(problem: Problem, samples: list[int], guidance: float, ems: EMS | Non
         ys: list[Tensor] = []
         Ds: list[Tensor] = []
 
-        def keep(info: dict[str, Any]) -> None:
+        def keep(info: StepInfo) -> None:
             ys.append(info["x"])
             Ds.append(info["denoised"])
 

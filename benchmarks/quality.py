@@ -41,7 +41,7 @@ from rivals import RIVALS, Rival
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dpm_solver_v3.sampler import EMS, SamplingError, sample_dpm_solver_v3
+from dpm_solver_v3.sampler import EMS, SamplingError, StepInfo, sample_dpm_solver_v3
 
 OURS: dict[str, dict[str, Any]] = {
     "auto": {},
@@ -194,7 +194,7 @@ def _from_trajectories(plan: Plan, problem: Problem, guidance: float) -> dict[st
         ys: list[Tensor] = []
         Ds: list[Tensor] = []
 
-        def keep(info: dict[str, Any]) -> None:
+        def keep(info: StepInfo) -> None:
             ys.append(info["x"].flatten(1))
             Ds.append(info["denoised"].flatten(1))
 

@@ -74,7 +74,7 @@ def _ipndm(denoiser: Denoiser, x: Tensor, sigmas: Tensor) -> Tensor:
     from diffusers import IPNDMScheduler
 
     sigmas = sigmas.detach().to("cpu", torch.float64)
-    scheduler = IPNDMScheduler()
+    scheduler: Any = IPNDMScheduler()
     _start(scheduler, sigmas)
     scheduler.alphas = alphas = (1 + sigmas**2).rsqrt()
     scheduler.betas = sigmas * alphas

@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import trange
 
 from dpm_solver_v3.sampler import EMS, VPDiscrete, karras, sample_dpm_solver_v3
-from dpm_solver_v3.sampler.plan import make_plan
+from dpm_solver_v3.sampler.plan import forget_plans
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler's own messages
 SIZES = {"SD 1.5": (1, 4, 64, 64), "SDXL": (1, 4, 128, 128), "video": (1, 16, 21, 60, 104)}
@@ -71,7 +71,7 @@ def _unipc(denoiser: Denoiser, x: Tensor, sigmas: Tensor) -> Tensor:
     """diffusers' scheduler in its own loop and its own VP state, without the conversions of `rivals`."""
     from diffusers import UniPCMultistepScheduler
 
-    scheduler = UniPCMultistepScheduler(prediction_type="sample")
+    scheduler: Any = UniPCMultistepScheduler(prediction_type="sample")
     _start(scheduler, sigmas.cpu())
     for t in scheduler.timesteps:
         x = scheduler.step(denoiser(x, t), t, x).prev_sample
@@ -131,7 +131,7 @@ def planning_time(channels: int, sigmas: Tensor) -> float:
     x = torch.zeros(1, channels, 1)
     seconds = []
     for _ in range(3):
-        make_plan.cache_clear()
+        forget_plans()
         start = time.perf_counter()
         sampler(lambda x, sigma: x, x, sigmas)
         seconds.append(time.perf_counter() - start)

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from common import Problem, bootstrap_ratio, geometric_mean, per_sample_error, schedules_on, solve
-from rivals import RIVALS
+from rivals import RIVALS, Rival
 from torch import Tensor
 
 from dpm_solver_v3.ems_tools.embedded.denoiser import WEIGHTS
@@ -37,6 +38,11 @@ SEEN, UNSEEN = (0, 2, 4, 6, 8), (1, 3, 5, 7)
 def of_classes(classes: Sequence[int], count: int) -> list[int]:
     """The first samples of these classes."""
     return [k for k in range(100 * count) if k % 9 in classes][:count]
+
+
+def on_steps(rival: Rival, sigmas: Tensor, denoiser: torch.nn.Module, x: Tensor) -> Tensor:
+    """A rival's result on given steps."""
+    return rival(denoiser, x, sigmas)
 
 
 def errors(problem: Problem, samples: list[int], guidance: float, run: Callable[[torch.nn.Module, Tensor], Tensor]) -> Tensor:
@@ -59,8 +65,7 @@ def strongest(steps: int, problem: Problem, samples: list[int], guidance: float)
     for name in STRONG:
         for schedule in ("karras", "uniform_time"):
             sigmas = schedules[schedule](steps)
-            rival = RIVALS[name]
-            found.append(errors(problem, samples, guidance, lambda D, x, r=rival, s=sigmas: r(D, x, s)))
+            found.append(errors(problem, samples, guidance, partial(on_steps, RIVALS[name], sigmas)))
     return min(found, key=lambda e: geometric_mean(e).item())
 
 
@@ -139,8 +144,9 @@ def compare(files: dict[str, EMSFile], noises: int, counts: Sequence[int], judge
 
 def tune(archive: Path, out: Path, batches: int) -> None:
     """Fine-tune on one class ("Smileys & Emotion"), as a style LoRA would, and write the weights."""
+    from embedded_train import load_emoji, loss_of, save_weights
+
     from dpm_solver_v3.ems_tools.embedded import CLASSES, load_network
-    from dpm_solver_v3.ems_tools.embedded.train import load_emoji, loss_of, save_weights
 
     images, labels, _ = load_emoji(archive)
     images = images[labels == CLASSES.index("Smileys & Emotion")].flip(1)  # and with red and blue exchanged

@@ -151,7 +151,7 @@ def plain_guider(model: Patcher, positive: Conditioning, negative: Conditioning)
 
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
-    return guider  # type: ignore[no-any-return]
+    return guider
 
 
 def _listed(text: str) -> tuple[str, ...]:

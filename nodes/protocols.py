@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["VAE", "Callback", "Conditioning", "Guider", "Latent", "Model", "ModelSampling", "Options", "Patcher", "StepState"]
+from ..sampler import StepInfo
+
+__all__ = ["VAE", "Callback", "Conditioning", "Guider", "Latent", "Model", "ModelSampling", "Options", "Patcher"]
 
 Options = Mapping[str, Any]
 """`model_options`: the host and every pack keep what they like in it."""
@@ -16,17 +18,7 @@ Conditioning = list[Any]
 Latent = Mapping[str, Any]
 
 
-class StepState(TypedDict):
-    """What a sampler tells its callback after an evaluation; x and denoised [B, C, ...]."""
-
-    x: Tensor
-    i: int
-    sigma: Tensor
-    sigma_hat: Tensor
-    denoised: Tensor
-
-
-Callback = Callable[[StepState], None]
+Callback = Callable[[StepInfo], None]
 
 
 class ModelSampling(Protocol):

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..ems_tools.hosting import Run, Steps, choose_steps, evaluations_of_effort, in_words, unfitted_steps
-from ..sampler import half_corrector_sigma, sample_dpm_solver_v3
+from ..sampler import StepInfo, half_corrector_sigma, sample_dpm_solver_v3
 from . import host
 from .find import Found, find, find_file, identity_of, none_for
 from .graph import Asked, asked, executing
 from .model import Running, level_table, run_of_guider, running, words_of_guider
-from .protocols import Callback, Guider, ModelSampling, Options, StepState
+from .protocols import Callback, Guider, ModelSampling, Options
 
 __all__ = ["AUTO", "FITTED_NAME", "NAME", "SamplerNode", "choice", "fitted_schedule", "sample_host", "steps_for"]
 
@@ -58,7 +58,7 @@ def sample_host(
         sigmas,
         extra_args,
         clock,
-        disable,  # type: ignore[arg-type]
+        disable,
         ems=found.ems,
         space=run.space,
         guidance=run.guidance,
@@ -77,7 +77,7 @@ class _Clock:
         self.callback, self.seconds = callback, 0.0
         self._first, self._count = 0.0, 0
 
-    def __call__(self, state: StepState) -> None:
+    def __call__(self, state: StepInfo) -> None:
         now = time.perf_counter()
         if self._count:
             self.seconds = (now - self._first) / self._count

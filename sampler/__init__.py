@@ -6,6 +6,7 @@ x0 = sample_dpm_solver_v3(denoiser, noise * sigmas[0], sigmas)
 
 from .ems import EMS, EMSError
 from .fitted import FittedSteps
+from .plan import Plan
 from .schedules import (
     EDM,
     Flow,
@@ -21,7 +22,7 @@ from .schedules import (
     uniform_time,
 )
 from .settings import AUTO, DEFAULTS, DEFAULTS_STRONG_GUIDANCE, Recommendation, RecommendationEntry, Settings
-from .solver import SamplingError, sample_dpm_solver_v3, settings_for
+from .solver import Run, SamplingError, StepInfo, plan_for, sample_dpm_solver_v3, settings_for
 from .space import Space
 from .wrapper import LambdaDenoiser
 
@@ -37,16 +38,20 @@ __all__ = [
     "LambdaDenoiser",
     "LevelTable",
     "NoiseSchedule",
+    "Plan",
     "Recommendation",
     "RecommendationEntry",
+    "Run",
     "SamplingError",
     "Settings",
     "Space",
+    "StepInfo",
     "VPContinuous",
     "VPDiscrete",
     "cosine_time",
     "half_corrector_sigma",
     "karras",
+    "plan_for",
     "quadratic_time",
     "sample_dpm_solver_v3",
     "settings_for",

@@ -6,6 +6,7 @@ lambda = `lambdas`. (l, s, b) = (1, 0, 0) is data prediction, i.e. DPM-Solver++;
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -68,11 +69,6 @@ class EMS:
         """Whether the statistics belong to latent elements (one size only) rather than to channels."""
         return self.l.ndim > 2
 
-    @property
-    def is_degenerate(self) -> bool:
-        """Whether this is data prediction whatever the grid."""
-        return bool((self.l == 1).all() and (self.s == 0).all() and (self.b == 0).all())
-
     def scaled(self, factor: float) -> EMS:
         """Statistics with l - 1, s and b times `factor`: 1 leaves them, 0 gives data prediction."""
         if not 0 <= factor <= 2:
@@ -80,6 +76,21 @@ class EMS:
         if factor == 1:
             return self
         return replace(self, l=1 + (self.l - 1) * factor, s=self.s * factor, b=self.b * factor)
+
+    def columns(self, which: Tensor) -> EMS:
+        """The statistics of some elements, by their index [K] in the flattened latent, as K channels."""
+        l, s, b = (v.flatten(1)[:, which] for v in (self.l, self.s, self.b))
+        return EMS(self.lambdas, l, s, b)
+
+    @property
+    def content(self) -> bytes:
+        """A digest of lambdas, l, s and b: equal for equal statistics, whichever object holds them."""
+        found: bytes | None = self.__dict__.get("_content")
+        if found is None:
+            parts = (self.lambdas, self.l, self.s, self.b)
+            found = hashlib.sha1(b"".join(v.numpy().tobytes() for v in parts), usedforsecurity=False).digest()
+            object.__setattr__(self, "_content", found)
+        return found
 
     def growth(self, lambdas: Tensor) -> float:
         """The largest |integral of s| over a step between these lambdas, over all channels.

@@ -7,7 +7,8 @@ and with which coefficients. Everything is in float64 and depends on the schedul
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -19,32 +20,16 @@ from .fitted import FittedSteps
 from .settings import Settings
 from .space import Space
 
-__all__ = ["DataStep", "LinearStep", "Plan", "StepPlan", "check_levels", "fitted_plan", "make_plan"]
-
-
-@dataclass(frozen=True)
-class LinearStep:
-    """x_t = update.decay x_s + update.offset + sum_j update.weights[j] f_{nodes[j]}, x in host space."""
-
-    update: Update
-    nodes: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class DataStep:
-    """x_t = x_factor x_s + denoised_factor D: the end points where lambda is infinite."""
-
-    x_factor: float
-    denoised_factor: float
+__all__ = ["Plan", "StepPlan", "check_levels", "fitted_plan", "forget_plans", "make_plan"]
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Step i of the plan: f_i = x_slope x_i - D_i, then the corrector that redoes step i - 1, then the predictor."""
+    """Step i of the plan, in the host's x: m_i = D_i - slope x_i, the corrector that redoes step i - 1, the predictor."""
 
-    x_slope: Tensor
-    corrector: LinearStep | None
-    predictor: LinearStep | DataStep
+    slope: Tensor
+    corrector: Update | None
+    predictor: Update
 
 
 TRIVIAL_SIGMA = 0.05
@@ -58,14 +43,69 @@ leaves it as it is; where it begins to raise it depends on the schedule, 0.07 to
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A whole schedule. Equal to itself only: `make_plan` returns the same object for the same arguments."""
+    """A whole schedule. Equal to itself only: `make_plan` returns the same object for the same arguments.
+
+    Args:
+        levels: the host's noise levels, [n + 1].
+        steps: what to do at each, [n].
+        start: factor of x before the first step.
+    """
 
     levels: tuple[float, ...]
     steps: tuple[StepPlan, ...]
-    keep: int
-    """How many past values of f the updates look back to."""
     start: float = 1.0
-    """Factor of x before the first step."""
+
+    @property
+    def keep(self) -> int:
+        """How many evaluations the updates look back to."""
+        updates = ((i, u) for i, step in enumerate(self.steps) for u in (step.corrector, step.predictor))
+        return max((i - node for i, u in updates if u is not None for node in u.nodes), default=0)
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    """The schedule's nodes: host levels, half log-SNR and alpha of each, [n + 1]."""
+
+    levels: tuple[float, ...]
+    lambdas: tuple[float, ...]
+    alphas: tuple[float, ...]
+
+    @classmethod
+    def of(cls, levels: tuple[float, ...], space: Space) -> _Nodes:
+        host = torch.tensor(levels, dtype=torch.float64)
+        return cls(levels, tuple(space.lambda_of(host).tolist()), tuple(space.alpha_of(host).tolist()))
+
+    @property
+    def steps(self) -> int:
+        return len(self.levels) - 1
+
+    @property
+    def first(self) -> int:
+        """The first node that can serve as history: one at lambda = -inf (t = 1 of a flow) cannot."""
+        return 1 if math.isinf(self.lambdas[0]) else 0
+
+    @property
+    def ends_trivially(self) -> bool:
+        """Whether the schedule falls and its last step is one to 0 that changes next to nothing."""
+        falls_to_zero = self.levels[-1] == 0 and self.levels[0] > 0
+        return falls_to_zero and math.exp(-self.lambdas[-2]) <= TRIVIAL_SIGMA
+
+    def is_finite(self, i: int) -> bool:
+        """Whether step i leads between finite lambdas."""
+        return i >= self.first and math.isfinite(self.lambdas[i + 1])
+
+
+@dataclass(frozen=True)
+class _Expansion:
+    """How an update expands g: `raised` above the predictor's order, with full or `pseudo` derivatives."""
+
+    raised: int
+    pseudo: bool
+
+
+_PREDICTORS = {"true": _Expansion(0, False), "pseudo": _Expansion(0, True)}
+_CORRECTORS = {"true": _Expansion(0, False), "pseudo": _Expansion(1, True), "raised": _Expansion(1, False)}
+"""By the names of `Settings`; a corrector that is not here ("none") does nothing."""
 
 
 def check_levels(levels: Tensor, space: Space) -> None:
@@ -98,83 +138,101 @@ def _first(mask: Tensor) -> int:
     return int(mask.nonzero()[0].item())
 
 
-@lru_cache(maxsize=8)
 def make_plan(levels: tuple[float, ...], space: Space, ems: EMS, settings: Settings) -> Plan:
-    """The plan for host noise `levels` [n + 1], valid as `check_levels` demands; cached, as hosts repeat schedules."""
-    host = torch.tensor(levels, dtype=torch.float64)
-    lambdas = space.lambda_of(host)
-    alphas = space.alpha_of(host)
-    ems = ems.scaled(settings.strength)
-    l_at = ems.at(lambdas.nan_to_num(posinf=1e3, neginf=-1e3))[0]
-    n = len(levels) - 1
-    first = 1 if math.isinf(lambdas[0]) else 0  # a node at lambda = -inf cannot serve as history
-    trivial_end = levels[-1] == 0 and levels[0] > 0 and float((-lambdas[-2]).exp()) <= TRIVIAL_SIGMA
-    integrals: list[StepIntegrals] = []  # of steps first, first + 1, ...
-    finite = [lam for lam in lambdas[first:].tolist() if math.isfinite(lam)]
-    steps: list[StepPlan] = []
-    orders: list[int] = []
-    for i in range(n):
-        corrector = None
-        if i < first or math.isinf(lambdas[i + 1]):
-            orders.append(0)
-            factors = data_prediction_step(levels[i], levels[i + 1], alphas[i].item(), alphas[i + 1].item())
-            predictor: LinearStep | DataStep = DataStep(*factors)
-        else:
-            order = min(i - first + 1, settings.order)
-            if settings.lower_order_final:
-                order = min(order, max(n - i - trivial_end, 1))
-            orders.append(order)
-            integrals.append(integrate_step(ems, finite[i - first], finite[i - first + 1], order + 1))
-            nodes = [i - first - j for j in range(order)]
-            if i > first and float((-lambdas[i]).exp()) <= settings.corrector_below:
-                corrector = _corrector(integrals, finite, i - 1 - first, orders[i - 1], settings)
-            update = make_update(integrals, finite, i - first, nodes, settings.predictor == "pseudo")
-            predictor = LinearStep(update, tuple(nodes))
-        slope = (1 - l_at[i]) / (alphas[i] if alphas[i] > 0 else 1)
-        steps.append(
-            StepPlan(
-                slope if i >= first else torch.zeros_like(slope),
-                _in_host_space(corrector, alphas, i - 1, first) if corrector else None,
-                _in_host_space(predictor, alphas, i, first) if isinstance(predictor, LinearStep) else predictor,
-            )
-        )
-    keep = max((i - node for i, step in enumerate(steps) for node in _nodes(step)), default=0)
-    return Plan(levels, tuple(steps), keep)
+    """The plan for host noise `levels` [n + 1], valid as `check_levels` demands.
+
+    Cached by the content of the arguments, because hosts repeat schedules.
+    """
+    return _plan(levels, space, _ByContent(ems), settings)
+
+
+def forget_plans() -> None:
+    """Empty the cache of `make_plan` (benchmarks time a plan that is made anew)."""
+    _plan.cache_clear()
+
+
+class _ByContent:
+    """Statistics as the key of a cache: equal where their numbers are."""
+
+    def __init__(self, ems: EMS) -> None:
+        self.ems = ems
+
+    def __hash__(self) -> int:
+        return hash(self.ems.content)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByContent) and self.ems.content == other.ems.content
+
+
+@lru_cache(maxsize=8)
+def _plan(levels: tuple[float, ...], space: Space, statistics: _ByContent, settings: Settings) -> Plan:
+    nodes, ems = _Nodes.of(levels, space), statistics.ems.scaled(settings.strength)
+    orders = _orders(nodes, settings)
+    integrals = [
+        integrate_step(ems, nodes.lambdas[i], nodes.lambdas[i + 1], orders[i] + 1)
+        for i in range(nodes.first, nodes.steps)
+        if nodes.is_finite(i)
+    ]
+    slopes = _slopes(nodes, ems)
+    steps = []
+    for i in range(nodes.steps):
+        if not nodes.is_finite(i):
+            steps.append(StepPlan(torch.zeros_like(slopes[i]), None, _data_step(nodes, i)))
+            continue
+        predictor = _update(nodes, integrals, i, [i - j for j in range(orders[i])], _PREDICTORS[settings.predictor].pseudo)
+        steps.append(StepPlan(slopes[i], _corrector(nodes, integrals, orders, i, settings), predictor))
+    return Plan(levels, tuple(steps))
+
+
+def _orders(nodes: _Nodes, settings: Settings) -> list[int]:
+    """The predictor's order at every step (paper, algorithm 2): what history allows, lowered at the end if so set."""
+    orders = []
+    for i in range(nodes.steps):
+        order = min(i - nodes.first + 1, settings.order)
+        if settings.lower_order_final:
+            order = min(order, max(nodes.steps - i - nodes.ends_trivially, 1))
+        orders.append(order)
+    return orders
+
+
+def _slopes(nodes: _Nodes, ems: EMS) -> list[Tensor]:
+    """(1 - l) / alpha at every node: m = D - (1 - l) y = D - slope x for the host's x = alpha y (paper, eq. 7)."""
+    l = ems.at(torch.tensor(nodes.lambdas, dtype=torch.float64).nan_to_num(posinf=1e3, neginf=-1e3))[0]
+    return [(1 - l[i]) / (alpha if alpha > 0 else 1) for i, alpha in enumerate(nodes.alphas)]
+
+
+def _data_step(nodes: _Nodes, i: int) -> Update:
+    ends = nodes.levels[i], nodes.levels[i + 1], nodes.alphas[i], nodes.alphas[i + 1]
+    return data_prediction_step(*ends, node=i)
+
+
+def _corrector(nodes: _Nodes, integrals: list[StepIntegrals], orders: list[int], i: int, settings: Settings) -> Update | None:
+    """The corrector of the step that led to node i, whose predictor was of order `orders[i - 1]`."""
+    how = _CORRECTORS.get(settings.corrector)
+    if how is None or i <= nodes.first or math.exp(-nodes.lambdas[i]) > settings.corrector_below:
+        return None
+    order = orders[i - 1] + how.raised
+    if order == 1:
+        return None
+    used = [i - 1, i, *(i - 1 - j for j in range(1, order - 1))]
+    return _update(nodes, integrals, i - 1, used, how.pseudo)
+
+
+def _update(nodes: _Nodes, integrals: list[StepIntegrals], i: int, used: Sequence[int], pseudo: bool) -> Update:
+    """The update of x from node i, with g expanded through the nodes `used`."""
+    first = nodes.first
+    update = make_update(integrals, nodes.lambdas[first:], i - first, [node - first for node in used], pseudo)
+    update = Update(update.decay, update.offset, update.weights, tuple(used))
+    return update.in_host_space(nodes.alphas[i], nodes.alphas[i + 1])
 
 
 @lru_cache(maxsize=8)
 def fitted_plan(levels: tuple[float, ...], space: Space, fitted: FittedSteps) -> Plan:
     """The plan of fitted steps for host noise `levels` [n + 1] that they match; every step looks back to the first."""
-    alphas = space.alpha_of(torch.tensor(levels, dtype=torch.float64))
-    none = torch.zeros(1, dtype=torch.float64)
-    steps = []
-    for i, (decay, weights) in enumerate(zip(fitted.decay, fitted.weights)):
-        factors = tuple(torch.tensor([-w], dtype=torch.float64) for w in weights)  # of f = -D
-        update = Update(torch.tensor([decay], dtype=torch.float64), none, factors)
-        steps.append(StepPlan(none, None, _in_host_space(LinearStep(update, tuple(range(i + 1))), alphas, i, 0)))
-    return Plan(levels, tuple(steps), len(steps), fitted.start)
-
-
-def _corrector(
-    integrals: list[StepIntegrals], lambdas: list[float], start: int, order: int, settings: Settings
-) -> LinearStep | None:
-    """The corrector of the step from node `start`, whose predictor was of `order`."""
-    if settings.corrector == "none":
-        return None
-    corrector_order = order if settings.corrector == "true" else order + 1
-    if corrector_order == 1:
-        return None
-    nodes = [start, start + 1, *(start - j for j in range(1, corrector_order - 1))]
-    return LinearStep(make_update(integrals, lambdas, start, nodes, settings.corrector == "pseudo"), tuple(nodes))
-
-
-def _in_host_space(step: LinearStep, alphas: Tensor, i: int, first: int) -> LinearStep:
-    """The same step for x = alpha y, and with nodes counted from the schedule's start."""
-    u, a_s, a_t = step.update, alphas[i], alphas[i + 1]
-    update = Update(u.decay * a_t / a_s, u.offset * a_t, tuple(w * a_t for w in u.weights))
-    return replace(step, update=update, nodes=tuple(node + first for node in step.nodes))
-
-
-def _nodes(step: StepPlan) -> list[int]:
-    parts = (step.corrector, step.predictor)
-    return [node for part in parts if isinstance(part, LinearStep) for node in part.nodes]
+    alphas = _Nodes.of(levels, space).alphas
+    slope = torch.zeros(1, dtype=torch.float64)  # m = D
+    steps = [
+        StepPlan(slope, None, Update.of_numbers(decay, weights, range(i + 1)).in_host_space(alphas[i], alphas[i + 1]))
+        for i, (decay, weights) in enumerate(zip(fitted.decay, fitted.weights))
+    ]
+    return Plan(levels, tuple(steps), fitted.start)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from .fitted import FittedSteps
@@ -11,6 +11,7 @@ __all__ = [
     "AUTO",
     "DEFAULTS",
     "DEFAULTS_STRONG_GUIDANCE",
+    "OPTIONS",
     "Corrector",
     "Predictor",
     "Recommendation",
@@ -66,6 +67,9 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)} (or auto), not {value!r}")
 
+
+OPTIONS = tuple(field.name for field in fields(Settings))
+"""The names of the options, each of which may be "auto"."""
 
 DEFAULTS = Settings(order=2, corrector="pseudo")
 DEFAULTS_STRONG_GUIDANCE = Settings(order=2, corrector="none")

@@ -1,25 +1,27 @@
 """DPM-Solver-v3 as a k-diffusion sampler function.
 
-The loop is algorithm 2 of the paper (arXiv 2310.13268) in sigma space; the coefficients come from `plan`.
+The loop is algorithm 2 of the paper (arXiv 2310.13268) in sigma space. The update and its formula are in `coefficients`; which
+nodes each one uses is worked out in `plan`; what the host's x and sigma mean is in `space`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from .coefficients import Update
 from .ems import EMS
 from .fitted import FittedSteps
-from .plan import DataStep, LinearStep, Plan, check_levels, fitted_plan, make_plan
-from .settings import AUTO, Corrector, Predictor, Settings, defaults_for, resolve_settings
+from .plan import Plan, check_levels, fitted_plan, make_plan
+from .settings import AUTO, OPTIONS, Corrector, Predictor, Settings, defaults_for, resolve_settings
 from .space import Space
 
-__all__ = ["SamplingError", "sample_dpm_solver_v3", "settings_for"]
+__all__ = ["Run", "SamplingError", "StepInfo", "plan_for", "sample_dpm_solver_v3", "settings_for"]
 
 _NO_EMS = EMS.degenerate()
 GROWTH_LIMIT = 2.0
@@ -30,13 +32,23 @@ class SamplingError(RuntimeError):
     """Sampling cannot go on; the message says at which step and what to do."""
 
 
+class StepInfo(TypedDict):
+    """What a callback is told once a step, under k-diffusion's names."""
+
+    x: Tensor
+    i: int
+    sigma: Tensor
+    sigma_hat: Tensor
+    denoised: Tensor
+
+
 @torch.no_grad()
 def sample_dpm_solver_v3(
     model: Callable[..., Tensor],
     x: Tensor,
     sigmas: Tensor,
-    extra_args: dict[str, Any] | None = None,
-    callback: Callable[[dict[str, Any]], None] | None = None,
+    extra_args: Mapping[str, Any] | None = None,
+    callback: Callable[[StepInfo], None] | None = None,
     disable: bool | None = None,
     *,
     ems: EMS | None = None,
@@ -77,8 +89,6 @@ def sample_dpm_solver_v3(
         EMSError: statistics that do not fit x.
         SamplingError: the model returned values that are not finite.
     """
-    space = Space.of(space)
-    levels = _levels(sigmas, space)
     chosen = {
         "order": order,
         "predictor": predictor,
@@ -87,17 +97,51 @@ def sample_dpm_solver_v3(
         "lower_order_final": lower_order_final,
         "strength": strength,
     }
-    settings = settings_for(levels, space, ems, chosen, guidance)
     if ems is not None:
         ems.check_fits(x.shape)
-    if len(levels) < 2:
+    plan = plan_for(sigmas, ems=ems, space=space, guidance=guidance, **chosen)
+    if not plan.steps:
         return x
+    run = Run(plan, x)
+    for i in _progress(len(plan.steps), disable):
+        x = run.x
+        level = run.level
+        denoised = model(x, level * x.new_ones(len(x)), **(extra_args or {}))
+        run.observe(denoised)
+        if callback is not None:
+            callback({"x": x, "i": i, "sigma": level, "sigma_hat": level, "denoised": denoised})
+        del x, denoised  # so that the step itself has their memory
+        run.advance()
+    return run.x
+
+
+def plan_for(
+    sigmas: Tensor,
+    *,
+    ems: EMS | None = None,
+    space: Space | str = Space.SIGMA,
+    guidance: float | None = None,
+    **options: Any,
+) -> Plan:
+    """What `sample_dpm_solver_v3` does with these arguments; a plan without steps for fewer than two sigmas.
+
+    Args:
+        sigmas, ems, space, guidance: as there.
+        options: those of `Settings`; what is left out is "auto".
+
+    Raises:
+        ValueError: sigmas or an option that cannot be used.
+    """
+    space = Space.of(space)
+    levels = _levels(sigmas, space)
+    chosen = {**dict.fromkeys(OPTIONS, AUTO), **options}
+    settings = settings_for(levels, space, ems, chosen, guidance)
+    if len(levels) < 2:
+        return Plan(tuple(levels.tolist()), ())
     fitted = _fitted_for(levels, space, ems, chosen)
     if fitted is not None:
-        plan = fitted_plan(tuple(levels.tolist()), space, fitted)
-    else:
-        plan = make_plan(tuple(levels.tolist()), space, _NO_EMS if ems is None else ems, settings)
-    return _run(plan, levels, model, x, extra_args or {}, callback, disable)
+        return fitted_plan(tuple(levels.tolist()), space, fitted)
+    return make_plan(tuple(levels.tolist()), space, _NO_EMS if ems is None else ems, settings)
 
 
 def settings_for(
@@ -137,67 +181,107 @@ def _levels(sigmas: Tensor, space: Space) -> Tensor:
     return levels
 
 
-def _run(
-    plan: Plan,
-    levels: Tensor,
-    model: Callable[..., Tensor],
-    x: Tensor,
-    extra_args: dict[str, Any],
-    callback: Callable[[dict[str, Any]], None] | None,
-    disable: bool | None,
-) -> Tensor:
-    host_dtype = x.dtype
-    dtype = torch.float32 if host_dtype in (torch.float16, torch.bfloat16) else host_dtype
-    levels = levels.to(x.device, dtype)
-    ones = x.new_ones(x.shape[0])
-    history: dict[int, Tensor] = {}  # node -> -f
-    x = x.to(dtype) if plan.start == 1 else x.to(dtype) * plan.start
-    x_before = x
-    steps = _ready_steps(plan, x.device, dtype, x.ndim)
-    for i in _progress(len(steps), disable):
-        step = steps[i]
-        x_host = x.to(host_dtype)
-        denoised = model(x_host, levels[i] * ones, **extra_args)
+class Run:
+    """One run of a plan, a step at a time, for those who own the loop: observe, advance, until `done`.
+
+        run = Run(plan_for(sigmas), x)
+        while not run.done:
+            run.observe(model(run.x, run.level))
+            run.advance()
+
+    Args:
+        plan: of the schedule.
+        x: [B, C, ...] at its first level, as hosts begin. Half-precision states are summed in float32.
+
+    Raises:
+        SamplingError: from `observe`, for values that are not finite.
+    """
+
+    def __init__(self, plan: Plan, x: Tensor) -> None:
+        self.plan, self.i = plan, 0
+        self._host_dtype = x.dtype
+        dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+        self._x = x.to(dtype) if plan.start == 1 else x.to(dtype) * plan.start
+        self._before = self._x
+        self._levels = torch.tensor(plan.levels, dtype=torch.float64).to(x.device, dtype)
+        self._steps = _ready(plan, x.device, dtype, x.ndim)
+        self._history: dict[int, Tensor] = {}  # node -> m
+
+    @property
+    def done(self) -> bool:
+        """Whether the last level is reached."""
+        return self.i == len(self._steps)
+
+    @property
+    def x(self) -> Tensor:
+        """The state [B, C, ...] in the host's dtype: what the model is to be called with, and the result when done."""
+        return self._x.to(self._host_dtype)
+
+    @property
+    def level(self) -> Tensor:
+        """The host's noise level now, a scalar tensor on x's device."""
+        return self._levels[self.i]
+
+    def observe(self, denoised: Tensor) -> None:
+        """Take in D [B, C, ...] of `x` at `level`: m = D - (1 - l) y."""
         if not denoised.sum(dtype=torch.float32).isfinite():
-            _check_finite(x, denoised, i, plan)
-        if callback is not None:
-            callback({"x": x_host, "i": i, "sigma": levels[i], "sigma_hat": levels[i], "denoised": denoised})
-        denoised = denoised.to(dtype)
-        if isinstance(step.predictor, DataStep):
-            x_before, x = x, _data_step(step.predictor, x, denoised)
-            history.clear()
-            continue
-        history[i] = _minus_nonlinear_term(step.x_slope, x, denoised)
-        del x_host, denoised  # for the peak of memory, as are the assignments one by one
+            _check_finite(self._x, denoised, self.i, self.plan)
+        self._history[self.i] = self._steps[self.i].m(self._x, denoised.to(self._x.dtype))
+
+    def advance(self) -> None:
+        """Correct the step that led here, then go on to the next level."""
+        step = self._steps[self.i]
         if step.corrector is not None:
-            x = x_before
-            x = _combine(step.corrector, x, history)
-        x_before = x
-        x = _combine(step.predictor, x, history)
-        for j in [j for j in history if j <= i - plan.keep]:
-            del history[j]
-    return x.to(host_dtype)
+            self._x = self._before
+            self._x = step.corrector(self._x, self._history)
+        self._before = self._x
+        self._x = step.predictor(self._x, self._history)
+        self.i += 1
+        for node in [node for node in self._history if node < self.i - self.plan.keep]:
+            del self._history[node]
 
 
 @dataclass(frozen=True)
-class _ReadyUpdate:
-    """x_t = decay x_s + offset + sum_j weights[j] f_{nodes[j]}."""
+class _Combination:
+    """An `Update` ready for latents: coefficients as numbers, or as tensors that multiply [B, C, ...]."""
 
     decay: Tensor | float
     offset: Tensor | float
     weights: tuple[Tensor | float, ...]
     nodes: tuple[int, ...]
 
+    def __call__(self, x: Tensor, m: Mapping[int, Tensor]) -> Tensor:
+        """Decay x + offset + sum_j weights[j] m[nodes[j]]."""
+        if isinstance(self.decay, float) and self.decay == 0 and self.weights == (1.0,):
+            return m[self.nodes[0]]  # the step to sigma = 0
+        out = x * (self.decay.to(x) if isinstance(self.decay, Tensor) else self.decay)
+        if isinstance(self.offset, Tensor):
+            out += self.offset.to(x)  # addcmul with two broadcast factors would be four times slower on a CPU
+        elif self.offset != 0:
+            out += self.offset
+        for node, weight in zip(self.nodes, self.weights, strict=True):
+            if isinstance(weight, Tensor):
+                out.addcmul_(m[node], weight.to(x))
+            else:
+                out.add_(m[node], alpha=weight)
+        return out
+
 
 @dataclass(frozen=True)
-class _ReadyStep:
-    x_slope: Tensor | float
-    corrector: _ReadyUpdate | None
-    predictor: _ReadyUpdate | DataStep
+class _Step:
+    slope: Tensor | float
+    corrector: _Combination | None
+    predictor: _Combination
+
+    def m(self, x: Tensor, denoised: Tensor) -> Tensor:
+        """D - slope x = D - (1 - l) y (paper, eq. 7)."""
+        if isinstance(self.slope, Tensor):
+            return torch.addcmul(denoised, x, self.slope.to(x), value=-1)
+        return denoised if self.slope == 0 else torch.sub(denoised, x, alpha=self.slope)
 
 
 @lru_cache(maxsize=8)
-def _ready_steps(plan: Plan, device: torch.device, dtype: torch.dtype, ndim: int) -> tuple[_ReadyStep, ...]:
+def _ready(plan: Plan, device: torch.device, dtype: torch.dtype, ndim: int) -> tuple[_Step, ...]:
     """The plan's coefficients as plain numbers, or as tensors that multiply [B, C, ...] on its device; cached.
 
     Per-element ones stay where they are until their step, or they would hold the memory of many latents.
@@ -210,50 +294,13 @@ def _ready_steps(plan: Plan, device: torch.device, dtype: torch.dtype, ndim: int
             return value
         return value.reshape(-1, *(1,) * (ndim - 2)).to(device, dtype)
 
-    def update(step: LinearStep) -> _ReadyUpdate:
-        u = step.update
-        weights = tuple(coefficient(w) for w in u.weights)
-        return _ReadyUpdate(coefficient(u.decay), coefficient(u.offset), weights, step.nodes)
+    def ready(update: Update) -> _Combination:
+        weights = tuple(map(coefficient, update.weights))
+        return _Combination(coefficient(update.decay), coefficient(update.offset), weights, update.nodes)
 
     return tuple(
-        _ReadyStep(
-            coefficient(step.x_slope),
-            None if step.corrector is None else update(step.corrector),
-            step.predictor if isinstance(step.predictor, DataStep) else update(step.predictor),
-        )
-        for step in plan.steps
+        _Step(coefficient(s.slope), None if s.corrector is None else ready(s.corrector), ready(s.predictor)) for s in plan.steps
     )
-
-
-def _minus_nonlinear_term(slope: Tensor | float, x: Tensor, denoised: Tensor) -> Tensor:
-    """-f = D - (1 - l) y, with slope (1 - l) / alpha for the host's x = alpha y (paper, eq. 7).
-
-    The sign saves a pass over the latent, and without statistics -f is D itself.
-    """
-    if isinstance(slope, float):
-        return denoised if slope == 0 else torch.sub(denoised, x, alpha=slope)
-    return torch.addcmul(denoised, x, slope.to(x), value=-1)
-
-
-def _combine(update: _ReadyUpdate, x: Tensor, minus_f: dict[int, Tensor]) -> Tensor:
-    """Decay x + offset + sum_j weight_j f_j."""
-    out = x * (update.decay.to(x) if isinstance(update.decay, Tensor) else update.decay)
-    if isinstance(update.offset, Tensor):
-        out += update.offset.to(x)  # addcmul with two broadcast factors would be four times slower on a CPU
-    elif update.offset != 0:
-        out += update.offset
-    for node, weight in zip(update.nodes, update.weights, strict=True):
-        if isinstance(weight, Tensor):
-            out.addcmul_(minus_f[node], weight.to(x), value=-1)
-        else:
-            out.sub_(minus_f[node], alpha=weight)
-    return out
-
-
-def _data_step(step: DataStep, x: Tensor, denoised: Tensor) -> Tensor:
-    if step.x_factor == 0 and step.denoised_factor == 1:
-        return denoised
-    return step.x_factor * x + step.denoised_factor * denoised
 
 
 def _check_finite(x: Tensor, denoised: Tensor, i: int, plan: Plan) -> None:

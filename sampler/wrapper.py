@@ -33,7 +33,3 @@ class LambdaDenoiser:
         level = self.space.level_of(torch.tensor(lam, dtype=torch.float64))
         alpha = self.space.alpha_of(level).item()
         return self.model(y * alpha, level.to(y.device, y.dtype) * y.new_ones(y.shape[0]), **self.extra_args)
-
-    def derivative(self, y: Tensor, lam: float) -> Tensor:
-        """dy/dlambda = D(y, lambda) - y, the probability-flow ODE in this space."""
-        return self(y, lam) - y

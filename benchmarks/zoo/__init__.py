@@ -106,7 +106,7 @@ class Loaded:
         if self.entry.build is None:
             from dpm_solver_v3.ems_tools.embedded import GuidedDenoiser
 
-            return GuidedDenoiser(self.network, labels, guidance)  # type: ignore[arg-type]
+            return GuidedDenoiser(self.network, labels, guidance)
         return ZooDenoiser(self.network, self.entry.prediction, labels, self.entry.classes, guidance)
 
 

@@ -52,7 +52,7 @@ def digits(folder: Path) -> Data:
 
 def emoji(folder: Path) -> Data:
     """The embedded model's own data: emoji [3, 32, 32] in nine categories."""
-    from dpm_solver_v3.ems_tools.embedded.train import load_emoji
+    from embedded_train import load_emoji
 
     images, labels, _ = load_emoji(folder / "emoji-datasource-google-16.0.0.tgz")
     return images, labels
@@ -140,6 +140,6 @@ def signals(folder: Path) -> Data:
     chirp = (2 * math.pi * (rand(2, 6) * t + rand(3, 14) * t**2 + rand(0, 1))).sin()
     pulse = sum((-(((t - rand(0.1, 0.9)) / rand(0.01, 0.05)) ** 2)).exp() * rand(-1.5, 1.5) for _ in range(3))
     step = torch.tanh((t - rand(0.2, 0.8)) * 80) * rand(-1, 1) + rand(-0.3, 0.3)
-    kinds = torch.stack([tone * envelope, chirp * envelope, pulse, step])  # type: ignore[list-item]
+    kinds = torch.stack([tone * envelope, chirp * envelope, pulse, step])
     signal = kinds[labels, torch.arange(n)] * rand(0.4, 0.9)
     return signal.clamp(-1, 1)[:, None, None], labels

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...sampler import LambdaDenoiser, sample_dpm_solver_v3
+from ...sampler import LambdaDenoiser, StepInfo, sample_dpm_solver_v3
 from .moments import MOMENTS
 
 __all__ = ["PROBE_STEP", "DivergedError", "PointSource", "ProbeMethod", "difference_weights", "sample_moments"]
@@ -178,8 +178,8 @@ def _trajectory(
     alphas = denoiser.space.alpha_of(levels)
     last: list[Tensor] = []
 
-    def on_step(info: dict[str, object]) -> None:
-        i, x, D = int(info["i"]), info["x"], info["denoised"]  # type: ignore[call-overload]
+    def on_step(info: StepInfo) -> None:
+        i, x, D = info["i"], info["x"], info["denoised"]
         assert isinstance(x, Tensor) and isinstance(D, Tensor)
         y = x / alphas[i].item()
         _check_plausible(y, D, lambdas[i].item())

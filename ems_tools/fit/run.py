@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...sampler import EMS, FittedSteps, SamplingError, sample_dpm_solver_v3
+from ...sampler import EMS, FittedSteps, SamplingError, StepInfo, sample_dpm_solver_v3
 from ..estimate.run import Job, JobState, Meter, Model, Progress, denoiser_for, in_batches, sample_noise, snapped_grid
 from ..file.layout import fitted_row, fitted_values
 from ..file.rows import FittedRow
@@ -177,8 +177,8 @@ def _teach(bench: _Bench, samples: Sequence[int]) -> _Teacher:
         ys: list[Tensor] = []
         Ds: list[Tensor] = []
 
-        def keep(info: dict[str, object]) -> None:
-            x, D, i = info["x"], info["denoised"], int(info["i"])  # type: ignore[call-overload]
+        def keep(info: StepInfo) -> None:
+            x, D, i = info["x"], info["denoised"], info["i"]
             assert isinstance(x, Tensor) and isinstance(D, Tensor)
             ys.append((x.flatten(1)[:, elements.to(x.device)].double() / alphas[i].item()).to("cpu", torch.float32))
             Ds.append(D.flatten(1)[:, elements.to(D.device)].to("cpu", torch.float32))

@@ -14,9 +14,10 @@ from .jobs import (
     request_facts,
     scales_of,
 )
-from .runs import Run, Statistics, Steps, choose_statistics, choose_steps, one_line, printable, unfitted_steps
+from .runs import GUIDER, Run, Statistics, Steps, choose_statistics, choose_steps, one_line, printable, unfitted_steps
 
 __all__ = [
+    "GUIDER",
     "PROMPTS",
     "Run",
     "Statistics",

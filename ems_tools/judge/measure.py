@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...sampler import sample_dpm_solver_v3
+from ...sampler import StepInfo, sample_dpm_solver_v3
 from ..estimate.points import PROBE_STEP, difference_weights
 from ..estimate.run import Job, Model, denoiser_for, in_batches, sample_noise
 
@@ -95,7 +95,7 @@ def _trajectories(
     start = noise.to(device, dtype) * (job.space.alpha_of(levels[0]) * (-lambdas[0]).exp()).item()
     points: list[tuple[Tensor, Tensor, Tensor]] = []  # x, y, D
 
-    def on_step(info: dict[str, object]) -> None:
+    def on_step(info: StepInfo) -> None:
         x, D = info["x"], info["denoised"]
         assert isinstance(x, Tensor) and isinstance(D, Tensor)
         alpha = job.space.alpha_of(levels[len(points)]).item()
