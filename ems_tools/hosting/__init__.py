@@ -1,7 +1,8 @@
 """Every decision that ComfyUI and the WebUIs share, so that a rule is written and tested once.
 
 `runs`: which statistics and which steps a run uses, and what the user is told. `jobs`: the scales, prompts, file and progress
-of a computation. Nothing here knows a host: hosts hand over plain facts and show the answers.
+of a computation. `trust`: sampling with files that others made. Nothing here knows a host: hosts hand over plain facts and show
+the answers.
 """
 
 from .jobs import (
@@ -15,13 +16,16 @@ from .jobs import (
     scales_of,
 )
 from .runs import GUIDER, Run, Statistics, Steps, choose_statistics, choose_steps, one_line, printable, unfitted_steps
+from .trust import Origin, TrustBook, sample_on_trial
 
 __all__ = [
     "GUIDER",
     "PROMPTS",
+    "Origin",
     "Run",
     "Statistics",
     "Steps",
+    "TrustBook",
     "Watch",
     "choose_statistics",
     "choose_steps",
@@ -32,6 +36,7 @@ __all__ = [
     "place_for",
     "printable",
     "request_facts",
+    "sample_on_trial",
     "scales_of",
     "unfitted_steps",
 ]
