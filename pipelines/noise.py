@@ -50,7 +50,7 @@ class Noise(Protocol):
         ...
 
     def scale(self, level: float) -> float:
-        """Diffusers' x over the solver's x."""
+        """What diffusers calls x, over the solver's x."""
         ...
 
     def parts(self, level: float) -> tuple[float, float]:
@@ -90,7 +90,7 @@ class VPNoise:
         return (4 * time).exp() if self.continuous else self.schedule.level_at((time + 1) / len(self.schedule.alphas_cumprod))
 
     def scale(self, level: float) -> float:
-        """Alpha."""
+        """The factor alpha."""
         return 1 / math.sqrt(1 + level**2)
 
     def parts(self, level: float) -> tuple[float, float]:
@@ -135,7 +135,7 @@ class FlowNoise:
         return level.to(torch.float64) * self.steps
 
     def level_of(self, time: Tensor) -> Tensor:
-        """T."""
+        """The level t of these time steps."""
         return time.to(torch.float64) / self.steps
 
     def scale(self, level: float) -> float:
@@ -151,7 +151,7 @@ class FlowNoise:
         return 1.0
 
     def factors(self, level: float, prediction: str) -> tuple[float, float]:
-        """U = n - x0; eps and v for models that were trained on a flow's levels with another target."""
+        """The velocity u = n - x0; eps and v for models that were trained on a flow's levels with another target."""
         a, s = 1 - level, level
         if prediction == "flow_prediction":
             return 1.0, -s

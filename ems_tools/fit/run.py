@@ -34,7 +34,7 @@ from torch import Tensor
 from ...sampler import EMS, FittedSteps, SamplingError, StepInfo, sample_dpm_solver_v3
 from ..estimate.run import Job, JobState, Meter, Model, Progress, denoiser_for, in_batches, sample_noise, snapped_grid
 from ..file.layout import fitted_row, fitted_values
-from ..file.rows import FittedRow
+from ..file.rows import FittedRow, insane
 
 __all__ = ["FIT_NOISE", "FitPlan", "evaluations_of_fit", "fit_steps"]
 
@@ -569,7 +569,7 @@ def _judged(
     theirs = fixed[best] if fixed else mine
     found: Sequence[float] = coefficients.lambdas
     kept: FittedSteps | None = coefficients
-    if fixed and not _objective(mine) < _objective(theirs):
+    if fixed and (insane(coefficients) or not _objective(mine) < _objective(theirs)):
         kept = None
         own = bench.job.space.lambda_of(plan.fixed[best](steps))
         own[own == -math.inf] = bench.job.lambdas[0]  # t = 1 of a flow
