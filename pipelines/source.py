@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
+
+from diffusers import DiffusionPipeline
 
 from ..ems_tools.embedded.denoiser import WEIGHTS
 from ..ems_tools.estimate.run import EstimateError
