@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, ImagePipelineOutput
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
 
 from ..ems_tools.embedded import NULL_CLASS, SHAPE, VPHost, load_network
 

@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import BaseOutput, logging
+from torch import Tensor
 
 from ..ems_tools.file.contents import EMSFile
 from ..ems_tools.file.reader import load_ems_file

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from ..ems_tools.embedded.denoiser import WEIGHTS
 from ..ems_tools.estimate.run import EstimateError
