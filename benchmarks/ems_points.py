@@ -4,7 +4,7 @@
 
 Few-step error on the embedded model with statistics of each kind over that of data prediction, same settings (see ems_cost.py),
 on noise that no statistics have seen. On the analytic mixture both sources are compared with exact values in
-tests/test_estimate.py.
+tests/ems_tools/estimate/test_run.py.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ RIVALS: dict[str, Rival] = {
 }
 """euler is DDIM. Left out: samplers with more than one call a step (Heun, DPM-Solver-2, ...) and stochastic ones.
 
-Measured order of convergence (tests/test_rivals.py): euler 1, lms 4, UniPC of order 2 (with its corrector) and DEIS 3
-third; the others second: UniPC 3 and SA-Solver 3 because of their low-order ends, iPNDM because the steps differ in
+Measured order of convergence (tests/benchmarks/test_rivals.py): euler 1, lms 4, UniPC of order 2 (with its corrector) and
+DEIS 3 third; the others second: UniPC 3 and SA-Solver 3 because of their low-order ends, iPNDM because the steps differ in
 length, DPM-Solver++ 3M of diffusers as it is coded.
 """

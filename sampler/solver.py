@@ -6,6 +6,7 @@ nodes each one uses is worked out in `plan`; what the host's x and sigma mean is
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -24,12 +25,24 @@ from .space import Space
 __all__ = ["Run", "SamplingError", "StepInfo", "plan_for", "sample_dpm_solver_v3", "settings_for"]
 
 _NO_EMS = EMS.degenerate()
+_GREW = (
+    "the latent grew beyond all bounds before {place}: the statistics (EMS) do not suit this model or this schedule. Sample "
+    "with strength 0, or compute EMS for this model; if it happens at strength 0 too, lower the guidance scale."
+)
+_NOT_SANE = (
+    "would multiply the latent beyond what any step needs on this schedule, so they are another model's or damaged: sampling "
+    "without them. Compute EMS for this model, or remove the file"
+)
 GROWTH_LIMIT = 2.0
 """Of `EMS.growth` on unmeasured schedules. The embedded model's stay below 1 from 4 steps on (tests/test_file.py)."""
 
 
 class SamplingError(RuntimeError):
     """Sampling cannot go on; the message says at which step and what to do."""
+
+
+class DivergedError(SamplingError):
+    """The latent grew beyond all bounds: the statistics or fitted coefficients do not suit the model."""
 
 
 class StepInfo(TypedDict):
@@ -89,7 +102,7 @@ def sample_dpm_solver_v3(
         EMSError: statistics that do not fit x.
         SamplingError: the model returned values that are not finite.
     """
-    chosen = {
+    chosen: dict[str, Any] = {
         "order": order,
         "predictor": predictor,
         "corrector": corrector,
@@ -102,11 +115,30 @@ def sample_dpm_solver_v3(
     plan = plan_for(sigmas, ems=ems, space=space, guidance=guidance, **chosen)
     if not plan.steps:
         return x
+    arguments = (model, x, extra_args or {}, callback, disable)
+    try:
+        return _solve(plan, *arguments)
+    except DivergedError as error:
+        if ems is None:
+            raise
+        warnings.warn(f"{error} Sampling again without them.", RuntimeWarning, stacklevel=2)
+        return _solve(plan_for(sigmas, space=space, guidance=guidance, **{**chosen, "strength": AUTO}), *arguments)
+
+
+def _solve(
+    plan: Plan,
+    model: Callable[..., Tensor],
+    x: Tensor,
+    extra_args: Mapping[str, Any],
+    callback: Callable[[StepInfo], None] | None,
+    disable: bool | None,
+) -> Tensor:
+    """The loop: x at the plan's last level."""
     run = Run(plan, x)
+    del x
     for i in _progress(len(plan.steps), disable):
-        x = run.x
-        level = run.level
-        denoised = model(x, level * x.new_ones(len(x)), **(extra_args or {}))
+        x, level = run.x, run.level
+        denoised = model(x, level * x.new_ones(len(x)), **extra_args)
         run.observe(denoised)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": level, "sigma_hat": level, "denoised": denoised})
@@ -138,10 +170,19 @@ def plan_for(
     settings = settings_for(levels, space, ems, chosen, guidance)
     if len(levels) < 2:
         return Plan(tuple(levels.tolist()), ())
+    host = tuple(levels.tolist())
     fitted = _fitted_for(levels, space, ems, chosen)
     if fitted is not None:
-        return fitted_plan(tuple(levels.tolist()), space, fitted)
-    return make_plan(tuple(levels.tolist()), space, _NO_EMS if ems is None else ems, settings)
+        plan = fitted_plan(host, space, fitted)
+        if plan.is_sane(space):
+            return plan
+        warnings.warn(f"the fitted coefficients {_NOT_SANE}", RuntimeWarning, stacklevel=2)
+    if ems is not None and settings.strength:
+        plan = make_plan(host, space, ems, settings)
+        if plan.is_sane(space):
+            return plan
+        warnings.warn(f"the statistics (EMS) {_NOT_SANE}", RuntimeWarning, stacklevel=2)
+    return make_plan(host, space, _NO_EMS, settings)
 
 
 def settings_for(
@@ -154,15 +195,18 @@ def settings_for(
     they gained up to four times on some schedules and lost up to three times on others. Statistics without any recommendation
     are used at full strength unless `EMS.growth` is above GROWTH_LIMIT.
     """
+    rises = len(levels) > 1 and bool(levels[-1] > levels[0])
+    if rises and chosen.get("corrector") == AUTO:
+        chosen = {**chosen, "corrector": "none"}  # a corrector's feedback grows as the noise does: it diverges
     defaults = defaults_for(guidance)
     if ems is None:
         return resolve_settings(defaults, None, chosen)
     lambdas = space.lambda_of(levels)
     lambdas = lambdas[lambdas.isfinite()]
     advice = ems.recommendation
-    if advice is not None and advice.covers(lambdas.tolist()):
+    if advice is not None and not rises and advice.covers(lambdas.tolist()):
         return resolve_settings(defaults, advice.best_for(lambdas.tolist()), chosen)
-    unused = advice is not None or ems.growth(lambdas) * defaults.strength > GROWTH_LIMIT
+    unused = rises or advice is not None or ems.growth(lambdas) * defaults.strength > GROWTH_LIMIT
     return resolve_settings(replace(defaults, strength=0.0) if unused else defaults, None, chosen)
 
 
@@ -208,6 +252,8 @@ class Run:
         self._levels = torch.tensor(plan.levels, dtype=torch.float64).to(x.device, dtype)
         self._steps = _ready(plan, x.device, dtype, x.ndim)
         self._history: dict[int, Tensor] = {}  # node -> m
+        self._first_output: Tensor | None = None
+        self._makes_tensors = False
 
     @property
     def done(self) -> bool:
@@ -224,11 +270,35 @@ class Run:
         """The host's noise level now, a scalar tensor on x's device."""
         return self._levels[self.i]
 
+    def move(self, change: Tensor) -> None:
+        """Add `change` [B, C, ...] to the state: what a host did to `x` since the last step, as inpainting does."""
+        self._x = self._x + change
+
     def observe(self, denoised: Tensor) -> None:
         """Take in D [B, C, ...] of `x` at `level`: m = D - (1 - l) y."""
+        if denoised.shape != self._x.shape:
+            raise SamplingError(
+                f"the model returned a tensor of shape {tuple(denoised.shape)} for a latent of shape {tuple(self._x.shape)}: "
+                f"it must return the denoised latent, in the latent's own shape"
+            )
         if not denoised.sum(dtype=torch.float32).isfinite():
             _check_finite(self._x, denoised, self.i, self.plan)
-        self._history[self.i] = self._steps[self.i].m(self._x, denoised.to(self._x.dtype))
+        m = self._steps[self.i].m(self._x, denoised.to(self._x.dtype))
+        self._history[self.i] = self._kept(m, denoised)
+
+    def _kept(self, m: Tensor, denoised: Tensor) -> Tensor:
+        """`m`, or a copy of it where it is the model's own buffer, which the next call may write over.
+
+        The first output is kept beside its copy; a second one in other memory shows that the model makes new tensors.
+        """
+        if m.data_ptr() != denoised.data_ptr() or self._makes_tensors:
+            return m
+        if self._first_output is None:
+            self._first_output = denoised
+        elif self._first_output.data_ptr() != denoised.data_ptr():
+            self._makes_tensors, self._first_output = True, None
+            return m
+        return m.clone()
 
     def advance(self) -> None:
         """Correct the step that led here, then go on to the next level."""
@@ -241,6 +311,8 @@ class Run:
         self.i += 1
         for node in [node for node in self._history if node < self.i - self.plan.keep]:
             del self._history[node]
+        if self.done and not self._x.sum(dtype=torch.float32).isfinite() and not self._x.isfinite().all():
+            raise DivergedError(_GREW.format(place="the end"))
 
 
 @dataclass(frozen=True)
@@ -311,10 +383,7 @@ def _check_finite(x: Tensor, denoised: Tensor, i: int, plan: Plan) -> None:
         return
     place = f"step {i + 1} of {len(plan.steps)}, sigma = {plan.levels[i]:.4g}"
     if not torch.isfinite(x).all():
-        raise SamplingError(
-            f"the latent grew beyond all bounds before {place}: the statistics (EMS) do not suit this model or this schedule. "
-            f"Sample with strength 0, or compute EMS for this model; if it happens at strength 0 too, lower the guidance scale"
-        )
+        raise DivergedError(_GREW.format(place=place))
     raise SamplingError(
         f"the model returned {bad} of {denoised.numel()} values that are not finite (NaN or infinity) at {place}. The sampler "
         f"did not cause this: try the model in float32 or bfloat16, a lower guidance scale, or without the LoRA or attention "

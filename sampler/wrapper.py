@@ -1,4 +1,4 @@
-"""A k-diffusion (sigma-space) denoiser seen in the paper's variables: y = x0 + sigma n as a function of lambda."""
+"""Any host's denoiser seen in the paper's variables: y = x0 + sigma n as a function of lambda."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ BENEATH = {
     "ems_tools": {"ems_tools", "sampler"},
     "nodes": {"nodes", "ems_tools", "sampler"},
     "webui": {"webui", "ems_tools", "sampler"},
+    "pipelines": {"pipelines", "ems_tools", "sampler"},
 }
 
 

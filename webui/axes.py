@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
 
 from . import host
 from .find import AUTOMATIC, NONE, named, titles
+from .objects import Processing
 from .options import AXES, CORRECTORS, ORDERS, Choice
 
 __all__ = ["add_axes"]
@@ -19,7 +19,7 @@ def add_axes() -> None:
     grid = host.axis_module()
     if grid is None:
         return
-    files: dict[str, Any] = {"choices": lambda: [AUTOMATIC, NONE, *titles()], "confirm": _confirm("ems")}
+    files = {"choices": lambda: [AUTOMATIC, NONE, *titles()], "confirm": _confirm("ems")}
     ours = [
         grid.AxisOption(f"{_PREFIX}EMS", str, _apply("ems"), **files),
         grid.AxisOption(f"{_PREFIX}Strength", float, _apply("strength"), confirm=_confirm("strength")),
@@ -31,20 +31,20 @@ def add_axes() -> None:
     grid.axis_options[:] = [o for o in grid.axis_options if not o.label.startswith(_PREFIX)] + ours
 
 
-def _apply(name: str) -> Callable[[Any, Any, Any], None]:
-    def apply(p: Any, value: Any, values: Any) -> None:
+def _apply(name: str) -> Callable[[Processing, object, object], None]:
+    def apply(p: Processing, value: object, values: object) -> None:
         setattr(p, AXES, {**getattr(p, AXES, {}), name: str(value)})  # a new one: the host copies p shallowly
 
     return apply
 
 
-def _confirm(name: str) -> Callable[[Any, list[Any]], None]:
+def _confirm(name: str) -> Callable[[Processing, list[object]], None]:
     """Raises HostError before the first picture is made."""
 
-    def confirm(p: Any, values: list[Any]) -> None:
+    def confirm(p: Processing, values: list[object]) -> None:
         for value in map(str, values):
             if name != "ems":
-                Choice(**cast(Any, {name: value})).solver()
+                Choice().with_values({name: value}).solver()
             elif value not in (AUTOMATIC, NONE):
                 named(value)
 

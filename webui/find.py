@@ -9,11 +9,25 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..ems_tools.hosting import Run, choose_statistics
+from ..ems_tools.share.identity import ModelIdentity
 from ..ems_tools.share.library import Entry, Library
-from ..sampler import EMS, EMSError
-from . import host
+from ..sampler import EMS
+from . import host, model
 
-__all__ = ["AUTOMATIC", "NONE", "Found", "find", "find_entry", "fingerprint", "library", "named", "title_of", "titles"]
+__all__ = [
+    "AUTOMATIC",
+    "NONE",
+    "Found",
+    "facts_of",
+    "find",
+    "find_entry",
+    "fingerprint",
+    "library",
+    "named",
+    "title_of",
+    "titles",
+]
 
 AUTOMATIC, NONE = "automatic", "none"
 _SUFFIX = ".ems.safetensors"
@@ -72,14 +86,23 @@ def named(text: str) -> Entry:
     raise host.HostError(f"there is no EMS file {text!r} in {' or '.join(map(str, library().folders))}")
 
 
-def find(run: host.Running, x: Tensor, guidance: float, wanted: str = AUTOMATIC, same_architecture: bool = False) -> Found:
+def facts_of(run: model.Running, guidance: float | None, sampler: str | None = None) -> Run:
+    """What is known of a run, for the rules that all hosts share. Raises HostError for a model without noise levels."""
+    unknown = "the host does not say which picture this is for, so its CFG scale is not known"
+    return Run(model.level_table(run), guidance, model.guider_of(run), sampler, unknown)
+
+
+def find(run: model.Running, x: Tensor, guidance: float, wanted: str = AUTOMATIC, same_architecture: bool = False) -> Found:
     """Statistics for latents like x [B, C, ...]. A file that is missing or does not fit never stops a run."""
     entry, reason = find_entry(run, x.shape[1], wanted, same_architecture)
-    return Found(None, reason) if entry is None else _fitted(entry, guidance, x, reason)
+    if entry is None or entry.file is None:
+        return Found(None, reason)
+    found = choose_statistics(entry.file, entry.name, reason, facts_of(run, guidance), tuple(x.shape))
+    return Found(found.ems, found.message, NONE if found.ems is None else title_of(entry))
 
 
 def find_entry(
-    run: host.Running, channels: int | None, wanted: str = AUTOMATIC, same_architecture: bool = False
+    run: model.Running, channels: int | None, wanted: str = AUTOMATIC, same_architecture: bool = False
 ) -> tuple[Entry | None, str]:
     """The file to use and why, or None and what to do about it."""
     if wanted == NONE:
@@ -90,8 +113,8 @@ def find_entry(
         except host.HostError as error:
             return None, f"{error}: sampling with data prediction"
         note = "" if wanted.strip() in (title_of(entry), entry.name, entry.name.removesuffix(_SUFFIX)) else f", for {wanted}"
-        return entry, f"as asked for{note}"
-    identity = host.identity_of(run)
+        return entry, f"as asked for{note}{_of_another(entry, model.identity_of(run))}"
+    identity = model.identity_of(run)
     match = library().find(identity, channels=channels, same_architecture=same_architecture)
     if match is None:
         bad = [e.name for e in library().entries() if e.file is None]
@@ -108,11 +131,10 @@ def find_entry(
     return match.entry, reasons[match.how]
 
 
-def _fitted(entry: Entry, guidance: float, x: Tensor, reason: str) -> Found:
-    assert entry.file is not None
-    try:
-        ems, warned = entry.file.for_latents(guidance, x.shape)
-    except EMSError as error:
-        return Found(None, f"{entry.name} does not fit: {error}. Sampling with data prediction")
-    notes = "".join(f"; {text}" for text in warned)
-    return Found(ems, f"EMS {entry.name} at guidance {guidance:g}, {reason}{notes}", title_of(entry))
+def _of_another(entry: Entry, loaded: ModelIdentity) -> str:
+    """A clause that warns if the file was made for another checkpoint than the loaded one, as far as both are known."""
+    made_for = entry.identity
+    known = any(getattr(made_for, kind) and getattr(loaded, kind) for kind in ("sha256", "content"))
+    if not known or loaded.same_as(made_for):
+        return ""
+    return f", though it was made for another checkpoint ({made_for.name or 'unknown'}); 'automatic' finds the loaded one's own"

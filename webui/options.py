@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from ..sampler import AUTO, Settings
 from . import host
 from .find import AUTOMATIC, NONE, named, title_of, titles
+from .objects import Processing
 
-__all__ = ["AS_SET", "AXES", "CHOSEN", "CORRECTORS", "ORDERS", "Choice", "add_settings", "chosen", "record", "script_class"]
+__all__ = [
+    "AS_SET",
+    "AXES",
+    "CHOSEN",
+    "CORRECTORS",
+    "ORDERS",
+    "Choice",
+    "SolverOptions",
+    "add_settings",
+    "chosen",
+    "record",
+    "script_class",
+]
 
 AS_SET = "as in Settings"
 CHOSEN, AXES = "dpm_solver_v3_chosen", "dpm_solver_v3_axes"
@@ -19,13 +33,17 @@ CHOSEN, AXES = "dpm_solver_v3_chosen", "dpm_solver_v3_axes"
 ORDERS = (AUTO, "1", "2", "3")
 CORRECTORS = (AUTO, "none", "pseudo", "true", "raised")
 _STRENGTHS = (AUTO, "0", "0.25", "0.5", "0.75", "1")
-_RECORD = "DPM-Solver-v3"
+_RECORD, _CHOICE = "DPM-Solver-v3", "EMS choice"
 _ABOUT = {
     "order": "Order of the predictor. 2 is the safe choice; 3 can win at low guidance.",
     "corrector": "Corrects each step with the next evaluation, at no extra cost. none: often best at high guidance and few "
     "steps; pseudo: the paper's; true: of the predictor's order; raised: one order more.",
     "strength": "How much of the EMS to use: 1 all, 0 none (data prediction).",
 }
+
+
+SolverOptions = dict[str, Any]
+"""Keyword arguments of the sampler: order, corrector, strength."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +62,16 @@ class Choice:
     strength: str = AUTO
     same_architecture: bool = False
 
-    def solver(self) -> dict[str, Any]:
+    def with_values(self, values: Mapping[str, object]) -> Choice:
+        """The same with these fields, as text."""
+        fields = {"ems": self.ems, "order": self.order, "corrector": self.corrector, "strength": self.strength}
+        for name, value in values.items():
+            fields[name] = str(value)
+        return Choice(**fields, same_architecture=self.same_architecture)
+
+    def solver(self) -> SolverOptions:
         """Keyword arguments for the sampler. Raises HostError for a value that it does not take."""
-        values: dict[str, Any] = {"corrector": self.corrector}
+        values: SolverOptions = {"corrector": self.corrector}
         try:
             values["order"] = self.order if self.order == AUTO else int(self.order)
             values["strength"] = self.strength if self.strength == AUTO else float(self.strength)
@@ -56,25 +81,34 @@ class Choice:
         return values
 
 
-def chosen(p: Any) -> Choice:
+def chosen(p: Processing | None) -> Choice:
     """For one picture: Settings, then the accordion, then the X/Y/Z plot."""
+    base = Choice(same_architecture=bool(host.option("dpm_solver_v3_same_architecture", False)))
     stored = {name: host.option(f"dpm_solver_v3_{name}", AUTO) for name in ("order", "corrector", "strength")}
-    base = Choice(**stored, same_architecture=bool(host.option("dpm_solver_v3_same_architecture", False)))
     own = {name: value for name, value in getattr(p, CHOSEN, {}).items() if value not in (AS_SET, "", None)}
-    axes = getattr(p, AXES, {})
-    return replace(base, **cast(Any, {name: str(value) for name, value in {**own, **axes}.items()}))
+    return base.with_values({**stored, **own, **getattr(p, AXES, {})})
 
 
-def record(p: Any, title: str, settings: Settings | None, part: str = "") -> None:
+def record(p: Processing | None, choice: Choice, title: str, settings: Settings | None, part: str = "") -> None:
     """Write what was used into the picture's parameters; of a later part ("hires", "refiner") only what differs.
 
-    `settings` None: steps fitted to this very schedule, which are used where all options are "auto".
+    Args:
+        p: the picture.
+        choice: what the user chose, so that pasting brings back the choice, not what it led to with this checkpoint.
+        title: of the EMS file, or NONE.
+        settings: of the solver; None for steps fitted to this very schedule, which are used where all options are "auto".
+        part: of the picture.
     """
     parameters = getattr(p, "extra_generation_params", None)
     if not isinstance(parameters, dict):
         return
-    names = ("order", "corrector", *(("strength",) if title != NONE else ()))
-    used = {"EMS": title, **{name: AUTO if settings is None else getattr(settings, name) for name in names}}
+    used = {"EMS": title, **{name: AUTO if settings is None else getattr(settings, name) for name in ("order", "corrector")}}
+    if choice.ems == AUTOMATIC and not part:
+        used[_CHOICE] = AUTOMATIC
+    if title != NONE:
+        used["strength"] = AUTO if settings is None else settings.strength
+    elif choice.strength != AUTO:
+        used["strength"] = float(choice.strength)
     for name, value in used.items():
         text = f"{value:g}" if isinstance(value, float) else str(value)
         if not part or parameters.get(f"{_RECORD} {name}") != text:
@@ -130,7 +164,7 @@ def script_class() -> type:
                     strength = menu("Strength of the EMS", [AS_SET, *_STRENGTHS], "strength")
             found = {"EMS": ems, "order": order, "corrector": corrector, "strength": strength}
             self.infotext_fields = [(component, _reader(name)) for name, component in found.items()]
-            self.paste_field_names = [f"{_RECORD} {name}" for name in found]
+            self.paste_field_names = [f"{_RECORD} {name}" for name in (*found, _CHOICE)]
             return list(found.values())
 
         def before_process(self, p: Any, *values: Any) -> None:
@@ -144,20 +178,27 @@ def _ems_choices() -> list[str]:
     return [AUTOMATIC, NONE, *titles()]
 
 
-def _reader(name: str) -> Any:
+def _reader(name: str) -> Callable[[dict[str, str]], str | None]:
     """Parameters of a picture -> the accordion's value, or None where the picture says nothing."""
 
-    def read(parameters: dict[str, Any]) -> str | None:
+    def read(parameters: dict[str, str]) -> str | None:
         value = parameters.get(f"{_RECORD} {name}")
-        if value is None or name != "EMS" or value == NONE:
+        if value is None or name != "EMS":
             return value
-        try:
-            title = title_of(named(value))
-        except (host.HostError, OSError) as error:
-            host.log(f"{error}: the picture's EMS cannot be restored, the checkpoint's own are used")
-            return AUTOMATIC
-        if title != value:
-            host.log(f"the picture was made with the EMS {value}; here is {title}")
-        return title
+        return _ems_of_picture(value, parameters.get(f"{_RECORD} {_CHOICE}") == AUTOMATIC)
 
     return read
+
+
+def _ems_of_picture(value: str, automatic: bool) -> str:
+    """What the menu of files shows for a picture made with the file `value`, chosen by the user or found by the checkpoint."""
+    if value == NONE:
+        return AUTOMATIC if automatic else NONE
+    try:
+        title = title_of(named(value))
+    except (host.HostError, OSError) as error:
+        host.log(f"{error}: the picture's EMS cannot be restored, the checkpoint's own are used")
+        return AUTOMATIC
+    if title != value:
+        host.log(f"the picture was made with the EMS {value}; here is {title}")
+    return AUTOMATIC if automatic else title

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..sampler import AUTO, EMS, LevelTable, StepInfo, karras, sample_dpm_solver_v3, settings_for
-from . import host
-from .find import NONE, Found, find, find_entry
-from .options import Choice, chosen, record
+from ..ems_tools.hosting import choose_steps, unfitted_steps
+from ..sampler import AUTO, EMS, LevelTable, Space, StepInfo, sample_dpm_solver_v3, settings_for
+from . import host, model
+from .find import NONE, Found, facts_of, find, find_entry
+from .objects import Denoiser, StepTold, Wrap
+from .options import Choice, SolverOptions, chosen, record
 
 __all__ = ["ALIASES", "FITTED_LABEL", "FITTED_NAME", "MEASURE", "NAME", "fitted_schedule", "sample_host"]
 
@@ -19,7 +21,8 @@ NAME, ALIASES = "DPM-Solver-v3", ["dpm_solver_v3", "k_dpm_solver_v3"]
 FITTED_NAME, FITTED_LABEL = "dpm_solver_v3_fitted", "DPM-Solver-v3 fitted"
 MEASURE = "dpm_solver_v3_measure"
 """Attribute of the processing object: what to do instead of sampling, `(denoiser, x, extra_args) -> x`."""
-_SAID: set[str] = set()
+_SAID: dict[str, str] = {}
+"""What was said last about each topic."""
 
 
 class _SwitchedError(Exception):
@@ -36,11 +39,11 @@ class _Watched:
     `known` is the answer to the first call, where it was given before the switch was noticed.
     """
 
-    def __init__(self, denoiser: Any, known: Tensor | None) -> None:
+    def __init__(self, denoiser: Denoiser, known: Tensor | None) -> None:
         self.denoiser, self.known, self.calls = denoiser, known, 0
         self.checkpoint = _checkpoint(denoiser)
 
-    def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, **extra_args: object) -> Tensor:
         self.calls += 1
         if self.known is not None:
             known, self.known = self.known, None
@@ -51,16 +54,16 @@ class _Watched:
         return denoised
 
 
-def _checkpoint(denoiser: Any) -> Any:
-    return host.checkpoint_of(host.running(denoiser).model)
+def _checkpoint(denoiser: Denoiser) -> str | int:
+    return model.checkpoint_of(model.running(denoiser).model)
 
 
 def sample_host(
-    model: Any,
+    model: Denoiser,
     x: Tensor,
     sigmas: Tensor,
-    extra_args: dict[str, Any] | None = None,
-    callback: Callable[[StepInfo], None] | None = None,
+    extra_args: Mapping[str, object] | None = None,
+    callback: StepTold | None = None,
     disable: bool | None = None,
 ) -> Tensor:
     """What the host calls for "DPM-Solver-v3"; hosts give arguments by these names.
@@ -68,10 +71,16 @@ def sample_host(
     Where the refiner takes over, sampling starts anew from there with the refiner's statistics: what was evaluated before is
     another model's and must not be extrapolated. No evaluation is lost.
     """
-    run = host.running(model)
+    return _sample(model, x, sigmas, dict(extra_args or {}), callback, bool(disable))
+
+
+def _sample(
+    denoiser: Denoiser, x: Tensor, sigmas: Tensor, extra_args: dict[str, object], callback: StepTold | None, quiet: bool
+) -> Tensor:
+    run = model.running(denoiser)
     measure = getattr(run.p, MEASURE, None)
     if measure is not None:
-        return measure(model, x, extra_args or {})
+        return cast(Tensor, measure(denoiser, x, extra_args))
     if len(sigmas) < 2:
         return x
     choice = chosen(run.p)
@@ -80,17 +89,19 @@ def sample_host(
     part = "hires" if getattr(run.p, "is_hr_pass", False) else ""
     start, known = 0, None
     while True:
-        run, watched = host.running(model), _Watched(model, known)
-        ems = _statistics(run, x, sigmas[start:], extra_args or {}, choice, options, part)
+        run, watched = model.running(denoiser), _Watched(denoiser, known)
+        guidance = run.guidance(extra_args.get("cond_scale"))
+        ems = _statistics(run, x, sigmas[start:], guidance, choice, options, part)
         told = _told(callback, start)
-        arguments = {"ems": ems, "space": run.space, "guidance": run.guidance(extra_args or {}), **options}
         try:
-            return sample_dpm_solver_v3(watched, x, sigmas[start:], extra_args, told, disable, **arguments)
+            return sample_dpm_solver_v3(
+                watched, x, sigmas[start:], extra_args, told, quiet, ems=ems, space=run.space, guidance=guidance, **options
+            )
         except _SwitchedError as switch:
             start, x, known, part = start + switch.call, switch.x, switch.denoised, "refiner"
 
 
-def _told(callback: Callable[[StepInfo], None] | None, start: int) -> Callable[[StepInfo], None] | None:
+def _told(callback: StepTold | None, start: int) -> StepTold | None:
     """`callback` for a run that begins at step `start`."""
     if callback is None:
         return None
@@ -103,53 +114,59 @@ def _told(callback: Callable[[StepInfo], None] | None, start: int) -> Callable[[
 
 
 def _statistics(
-    run: host.Running, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any], choice: Choice, options: dict[str, Any], part: str
+    run: model.Running, x: Tensor, sigmas: Tensor, guidance: float, choice: Choice, options: SolverOptions, part: str
 ) -> EMS | None:
-    guidance = run.guidance(extra_args)
     try:
         found = find(run, x, guidance, choice.ems, choice.same_architecture)
     except Exception as error:  # the picture comes first
         found = Found(None, f"looking for EMS failed ({type(error).__name__}: {error}): sampling with data prediction", NONE)
-    _say(found.message)
+    _say(f"statistics {part}", found.message)
     levels = sigmas.detach().to("cpu", torch.float64)
-    advice = found.ems and found.ems.recommendation
-    fitted = advice and all(v == AUTO for v in options.values()) and advice.fitted_for(run.space.lambda_of(levels).tolist())
-    record(run.p, found.title, None if fitted else settings_for(levels, run.space, found.ems, options, guidance), part)
+    advice = None if found.ems is None else found.ems.recommendation
+    lambdas = run.space.lambda_of(levels).tolist()
+    fitted = advice is not None and all(v == AUTO for v in options.values()) and advice.fitted_for(lambdas) is not None
+    used = None if fitted else settings_for(levels, run.space, found.ems, options, guidance)
+    record(run.p, choice, found.title, used, part)
     return found.ems
 
 
-def _say(message: str) -> None:
-    """In the log, once."""
-    if message not in _SAID:
-        _SAID.add(message)
+def _say(topic: str, message: str) -> None:
+    """In the log, unless it was the last thing said about this topic: the last line is always what holds now."""
+    if _SAID.get(topic) != message:
+        _SAID[topic] = message
         host.log(message)
 
 
-def fitted_schedule(n: int, sigma_min: float, sigma_max: float, inner_model: Any, device: Any) -> Tensor:
+def fitted_schedule(n: int, sigma_min: float, sigma_max: float, inner_model: Wrap, device: torch.device | str) -> Tensor:
     """What the host calls for the schedule type "DPM-Solver-v3 fitted"; hosts give arguments by these names.
 
-    The steps that were fitted to the checkpoint for `n` steps at this CFG scale; Karras steps, said so, where it has none.
+    The steps that were fitted to the checkpoint for `n` steps at this CFG scale, or the best unfitted ones with a message.
     """
+    run = model.asking(inner_model)
     try:
-        run = host.asking(inner_model)
-        if (other := host.sampler_name(run.p)) not in (None, NAME):
-            # Theirs are two to four times better than these.
-            _say(f"fitted steps suit the sampler {NAME} only, not {other}: Karras steps instead")
-            return _karras_steps(n, sigma_min, sigma_max, device)
-        choice, guidance = chosen(run.p), run.guidance({"cond_scale": getattr(run.p, "cfg_scale", 1.0)})
-        entry, reason = find_entry(run, None, choice.ems, choice.same_architecture)
-        file = None if entry is None else entry.file
-        if entry is not None and file is not None and file.meta.space == run.space.value and file.covers_fit(n, guidance):
-            _say(f"schedule fitted for {n} steps at CFG scale {guidance:g}, from {entry.name}, {reason}")
-            return file.fitted_sigmas(n, guidance).to(device, torch.float32)
-        if entry is not None:
-            reason = f"{entry.name} has no schedule fitted for {n} steps at CFG scale {guidance:g}"
+        message, levels = _steps(run, n)
     except Exception as error:  # the picture comes first
-        reason = f"looking for fitted schedules failed ({type(error).__name__}: {error})"
-    _say(f"{reason.partition(': sampling')[0]}: Karras steps instead. The tab EMS fits schedules to the checkpoint")
-    return _karras_steps(n, sigma_min, sigma_max, device)
+        title, levels = unfitted_steps(_any_schedule(run, sigma_min, sigma_max), n)
+        message = f"looking for fitted steps failed ({type(error).__name__}: {error}): {title} steps instead"
+    _say(f"schedule {'hires' if getattr(run.p, 'is_hr_pass', False) else ''}", message)
+    return levels.to(device, torch.float32)
 
 
-def _karras_steps(n: int, sigma_min: float, sigma_max: float, device: Any) -> Tensor:
-    ends = LevelTable(torch.tensor([sigma_min, sigma_max], dtype=torch.float64))
-    return karras(ends, n, to_zero=True).to(device, torch.float32)
+def _any_schedule(run: model.Running, sigma_min: float, sigma_max: float) -> LevelTable:
+    """The host's noise levels, or what their ends say where it has no table."""
+    try:
+        return model.level_table(run)
+    except host.HostError:
+        space = Space.FLOW if sigma_max <= 1 else Space.SIGMA
+        high = min(sigma_max, 0.999) if space is Space.FLOW else sigma_max
+        return LevelTable(torch.tensor([sigma_min, high], dtype=torch.float64), space)
+
+
+def _steps(run: model.Running, n: int) -> tuple[str, Tensor]:
+    """What to tell the user, and the levels [n + 1]."""
+    choice, guidance = chosen(run.p), None if run.p is None else run.guidance(getattr(run.p, "cfg_scale", None))
+    entry, reason = find_entry(run, model.channels_of(run.p), choice.ems, choice.same_architecture)
+    file, name = (None, reason.partition(": sampling")[0]) if entry is None else (entry.file, entry.name)
+    steps = choose_steps(file, name, facts_of(run, guidance, model.sampler_name(run.p)), n)
+    advice = f", {reason}" if steps.fitted else ". The tab EMS fits steps to the checkpoint"
+    return steps.message + advice, steps.levels

@@ -6,10 +6,11 @@ A pass of text to image with one prompt a row is begun; the sampler function the
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from torch import Tensor
 
@@ -17,18 +18,38 @@ from ..ems_tools.compute import EFFORTS, compute_ems, job_for, plan_for
 from ..ems_tools.estimate.points import DivergedError
 from ..ems_tools.estimate.run import EstimateError, Progress
 from ..ems_tools.estimate.source import Source
-from ..ems_tools.file.contents import EMSFile
-from ..ems_tools.hosting import Watch, place_for
+from ..ems_tools.file import EMSFile
+from ..ems_tools.hosting import GUIDER, PROMPTS, Watch, evaluations_of_effort, in_words, place_for, request_facts, scales_of
+from ..ems_tools.share.identity import ModelIdentity, one_line_of
 from ..sampler import SamplingError
-from . import host
+from . import host, model, passes
+from .objects import Denoiser
 from .sampling import MEASURE, NAME
 
-__all__ = ["Request", "Work", "begin", "current"]
+__all__ = ["BusyError", "Request", "Work", "begin", "cost_in_words", "current", "request_of", "steps_of"]
+
+State = Literal["running", "done", "stopped", "failed"]
+
+
+class BusyError(RuntimeError):
+    """Another computation is under way; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure: prompts and sizes as in text to image, guidance scales, a name of EFFORTS, the file's name or ""."""
+    """What to measure.
+
+    Args:
+        prompts: one for each sample, in turn.
+        negative: the negative prompt of all of them.
+        width, height: of the pictures, in pixels.
+        scales: guidance scales.
+        effort: a name of EFFORTS.
+        steps: step counts to fit; those of the effort if empty.
+        name: of the file; the checkpoint's if empty.
+        batch: samples at once.
+        seed: of the start noise.
+    """
 
     prompts: tuple[str, ...]
     negative: str
@@ -36,9 +57,54 @@ class Request:
     height: int
     scales: tuple[float, ...]
     effort: str
+    steps: tuple[int, ...] = ()
     name: str = ""
     batch: int = 4
     seed: int = 0
+
+
+def request_of(
+    prompt: str,
+    more: bool,
+    negative: str,
+    width: float | None,
+    height: float | None,
+    scales: str,
+    effort: str,
+    steps: str,
+    name: str,
+    batch: float | None,
+    seed: float | None,
+) -> Request:
+    """From the fields of the page, where a box of a number may be empty. Raises EstimateError with what to change."""
+    prompts = (prompt.strip(), *(PROMPTS if more else ()))
+    at_once = Request.batch if batch is None else int(batch)
+    if not 1 <= at_once <= 1024:
+        raise EstimateError(f"'Samples at once' must lie between 1 and 1024, not {at_once}")
+    size = int(width or 512), int(height or 512)
+    return Request(prompts, negative, *size, scales_of(scales), effort, steps_of(steps), name.strip(), at_once, int(seed or 0))
+
+
+def steps_of(text: str) -> tuple[int, ...]:
+    """Step counts of a line such as "4, 6, 8"; () for an empty one. Raises EstimateError."""
+    parts = [part.strip() for part in text.replace(";", ",").split(",") if part.strip()]
+    if not all(part.isascii() and part.isdigit() and len(part) < 4 for part in parts):
+        raise EstimateError(f"step counts must be whole numbers with commas between them, such as '4, 6, 8', not {text!r}")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def cost_in_words(scales: str, effort: str, steps: str) -> str:
+    """What a computation with these fields costs. Raises EstimateError for fields that cannot be used."""
+    found, counts = scales_of(scales), steps_of(steps)
+    evaluations = evaluations_of_effort(effort, len(found), counts)
+    text = f"About {evaluations:,} evaluations of the model for {len(found)} CFG scale{'s' if len(found) > 1 else ''}"
+    if _SPEED:
+        return f"{text}: about {in_words(evaluations * _SPEED[-1])} at the speed of the last computation."
+    return f"{text}. The time that is left is shown a few seconds after the start."
+
+
+_SPEED: list[float] = []
+"""Seconds for each evaluation of the latest computation, at most one."""
 
 
 @dataclass
@@ -54,27 +120,38 @@ class Work:
     begun: bool = False
     over: threading.Event = field(default_factory=threading.Event)
 
+    @property
+    def state(self) -> State:
+        """Whether it runs, and how it ended."""
+        if not self.over.is_set():
+            return "running"
+        return "done" if self.file is not None else "stopped" if self.stopped else "failed"
+
     def run(self) -> None:
-        """Measure; how it ended is in `message`."""
+        """Measure; how it ended is in `state` and `message`."""
         try:
-            with host.session("EMS") as call:
+            with passes.session("EMS") as call:
                 call(self._generate)
-            if self.file is not None:
-                self.share, self.message = 1.0, f"Done: {self.path}"
-            elif self.stopped:
-                partial = self.path and self.path.with_name(self.path.name + ".partial")
-                kept = f"What was measured is kept in {partial}" if partial and partial.exists() else "Nothing was measured yet"
-                self.message = f"Stopped. {kept}: compute with the same settings again to go on."
-            else:
-                self.message = "The host ended the pass before anything was measured; its console says why."
+            self.message = self._ending()
         except Exception as error:
             known = (host.HostError, EstimateError, SamplingError, DivergedError)
             self.message = str(error) if isinstance(error, known) else f"{type(error).__name__}: {error}"
             if isinstance(error, OSError) and self.path is not None:
                 self.message = f"{self.path} cannot be written ({error}): make room there, then compute again to go on"
+            self.stopped = False
         finally:
             host.log(f"EMS: {self.message}")
             self.over.set()
+
+    def _ending(self) -> str:
+        if self.file is not None:
+            self.share = 1.0
+            return f"Done: {self.path}"
+        if self.stopped:
+            partial = self.path and self.path.with_name(self.path.name + ".partial")
+            kept = f"What was measured is kept in {partial}" if partial and partial.exists() else "Nothing was measured yet"
+            return f"Stopped. {kept}: compute with the same settings again to go on."
+        return "The host ended the pass before anything was measured; its console says why."
 
     def interrupt(self) -> None:
         """The next call of the denoiser ends it; while another job has its turn, that one is left alone."""
@@ -82,7 +159,7 @@ class Work:
             return
         self.stopped, self.message = True, "Stopping"
         if self.begun:
-            host.interrupt()
+            passes.interrupt()
 
     def _generate(self) -> None:
         self.begun = True
@@ -90,32 +167,33 @@ class Work:
             return
         r = self.request
         mark = {MEASURE: self._measure}
-        host.generate(list(r.prompts), r.negative, r.width, r.height, NAME, mark, lambda: self.file is not None or self.stopped)
+        size = (r.width, r.height)
+        passes.generate(list(r.prompts), r.negative, size, NAME, mark, lambda: self.file is not None or self.stopped)
 
-    def _measure(self, denoiser: Any, x: Tensor, extra_args: dict[str, Any]) -> Any:
+    def _measure(self, denoiser: Denoiser, x: Tensor, extra_args: dict[str, object]) -> Tensor:
         """What the sampler function does in this pass; x [prompts, C, h, w]."""
         try:
             self._compute(denoiser, x, extra_args)
         except BaseException:  # the host's interrupt is one
-            if not host.interrupted():
+            if not passes.interrupted():
                 raise
             self.stopped = True
-        return host.no_images(x)
+        return passes.no_images(x)
 
-    def _compute(self, denoiser: Any, x: Tensor, extra_args: dict[str, Any]) -> None:
+    def _compute(self, denoiser: Denoiser, x: Tensor, extra_args: dict[str, object]) -> None:
         r, effort = self.request, EFFORTS[self.request.effort]
-        run = host.running(denoiser)
-        identity = host.identity_of(run)
-        table = host.level_table(run)
+        run = model.running(denoiser)
+        identity = model.identity_of(run)
+        table, schedules = model.level_table(run), model.step_schedules(run)
         source = Source(
             models={g: _Denoiser(denoiser, extra_args, g, len(r.prompts)) for g in r.scales},
             shape=tuple(x.shape[1:]),
             schedule=table,
-            identity={**identity.facts(), "prompts": f"{len(r.prompts)}, the first: {r.prompts[0]:.200}"},
-            levels=table.levels if host.rounds_levels(run) else None,
-            host_schedules=host.step_schedules(run),
+            identity=self._identity(run, identity, list(schedules)),
+            levels=table.levels if model.rounds_levels(run) else None,
+            host_schedules=schedules,
         )
-        job, plan = job_for(source, effort, r.seed), plan_for(source, effort)
+        job, plan = job_for(source, effort, r.seed), plan_for(source, effort, r.steps)
         self.path, done = place_for(host.output_folder(), r.name or identity.name or "model", source, job, plan, host.log)
         if done is None:
             watch = Watch(job, plan)
@@ -124,21 +202,32 @@ class Work:
             done = compute_ems(source, job, plan, self.path, batch=r.batch, device=x.device, progress=show)
         self.file = done
 
+    def _identity(self, run: model.Running, identity: ModelIdentity, schedules: list[str]) -> dict[str, str]:
+        """What the file says of the model, and what tells this request from another one."""
+        r, guider = self.request, model.guider_of(run)
+        prompts = f"{len(r.prompts)}, the first: {one_line_of(r.prompts[0], 200)}"
+        request = request_facts("\0".join((*r.prompts, r.negative)), schedules)
+        return {**identity.facts(), "prompts": prompts, **request, **({GUIDER: one_line_of(guider)} if guider else {})}
+
     def _show(self, watch: Watch, p: Progress) -> None:
-        self.message = watch.update(p)
+        text, each = watch.update(p), watch.seconds_each
         self.share = watch.done / watch.total
-        host.report_progress(watch.done, watch.total, self.message)
+        if not self.stopped:
+            self.message = text
+        if each is not None:
+            _SPEED[:] = [each]
+        passes.report_progress(watch.done, watch.total, self.message)
 
 
 @dataclass
 class _Denoiser:
     """D(x, level) at one guidance scale; `samples` tell which prompt each row has."""
 
-    denoiser: Any
-    extra_args: dict[str, Any]
+    denoiser: Denoiser
+    extra_args: dict[str, object]
     scale: float
     prompts: int
-    samples: list[int] | None = None
+    samples: Sequence[int] | None = None
 
     def for_samples(self, samples: list[int]) -> _Denoiser:
         """The same for these samples."""
@@ -146,7 +235,7 @@ class _Denoiser:
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
         rows = [k % self.prompts for k in self.samples] if self.samples and len(self.samples) == len(x) else [0] * len(x)
-        return host.evaluate(self.denoiser, x, level, self.extra_args, rows, self.scale)
+        return passes.evaluate(self.denoiser, x, level, self.extra_args, rows, self.scale)
 
 
 _CURRENT: list[Work] = []
@@ -158,10 +247,12 @@ def current() -> Work | None:
 
 
 def begin(request: Request) -> Work:
-    """Start a computation; if one is under way, that one."""
+    """Start a computation. Raises BusyError while another one is under way."""
     running = current()
-    if running is not None and not running.over.is_set():
-        return running
+    if running is not None and running.state == "running":
+        raise BusyError(
+            "A computation is under way, and this form was not used for it. Wait for it, or press Interrupt and then Compute."
+        )
     work = Work(request)
     _CURRENT[:] = [work]
     threading.Thread(target=work.run, name="EMS", daemon=True).start()

@@ -1,207 +1,206 @@
-"""The tab "EMS": compute statistics for the loaded checkpoint, and look after the files that are there."""
+"""The tab "EMS": compute statistics for the loaded checkpoint, and look after the files that are there.
+
+The computation runs in a thread of its own (`session`). A page only watches it: whoever opens the page later sees the same.
+"""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterator
-from html import escape
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+import inspect as reflection
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from ..ems_tools.compute import EFFORTS
 from ..ems_tools.estimate.run import EstimateError
-from ..ems_tools.file.contents import EMSFile
-from ..ems_tools.file.reader import EMSFileError, load_ems_file
-from ..ems_tools.hosting import PROMPTS, effort_in_words, scales_of
-from ..ems_tools.judge.consistency import evidence_problems
-from ..ems_tools.show.describe import lines_of
-from ..ems_tools.show.draw import plot_ems
-from . import host
-from .find import fingerprint, library
-from .session import Request, Work, begin, current
+from ..ems_tools.file import EMSFileError, load_ems_file
+from ..ems_tools.hosting import PROMPTS
+from ..ems_tools.judge.consistency import consistency_problems
+from . import page, passes
+from .find import library
+from .session import BusyError, Work, begin, cost_in_words, current, request_of
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 __all__ = ["make_tab"]
 
 _SECONDS = 0.5
-_FILES = ["file", "fingerprint", "made for", "guidance", "channels", "computed", "problem"]
-_EVIDENCE = ["guidance", "schedule", "steps", "noise", "without", "with EMS", "ratio"]
+_ABOUT = (
+    "Measures the loaded checkpoint once (its empirical model statistics, EMS) and fits steps to it. The sampler DPM-Solver-v3 "
+    "then finds the file by the checkpoint. Pictures wait while it runs; this page may be closed and opened again."
+)
+_Updates = tuple[Any, ...]
+"""Values for the page's outputs, in the order of `_Page.outputs`."""
 
 
 def make_tab() -> list[tuple[Any, str, str]]:
-    """What the host's `on_ui_tabs` wants."""
+    """What the host's `on_ui_tabs` wants: (gradio Blocks, title, element id)."""
     import gradio as gr
 
     with gr.Blocks(analytics_enabled=False) as tab:
+        gr.HTML(f"{page.STYLE}<p>{_ABOUT}</p>")
         with gr.Row():
-            with gr.Column(scale=2):
+            with gr.Column(scale=2, min_width=320):
                 inputs = _inputs(gr)
-            with gr.Column(scale=3):
+            with gr.Column(scale=3, min_width=380):
+                cost = gr.HTML(elem_id="dpm_solver_v3_cost")
                 with gr.Row():
                     start = gr.Button("Compute", variant="primary", elem_id="dpm_solver_v3_compute")
-                    stop = gr.Button("Interrupt", elem_id="dpm_solver_v3_interrupt")
-                status = gr.HTML(_status(current()), elem_id="dpm_solver_v3_status")
-                evidence = gr.Dataframe(
-                    headers=_EVIDENCE, label="Evidence: distance from what many steps give", interactive=False
-                )
-        plot = gr.HTML(elem_id="dpm_solver_v3_plot")
-        with gr.Accordion("Installed EMS files", open=True):
-            files = gr.Dataframe(_file_rows(), headers=_FILES, label="Files", interactive=False)
-            with gr.Row():
-                names = gr.Dropdown(_names(), value=None, label="File", scale=4, elem_id="dpm_solver_v3_file")
-                inspect = gr.Button("Inspect", size="sm", elem_id="dpm_solver_v3_inspect")
-                verify = gr.Button("Verify all", size="sm", elem_id="dpm_solver_v3_verify")
-                refresh = gr.Button("Refresh", size="sm", elem_id="dpm_solver_v3_refresh")
-            report = gr.HTML(elem_id="dpm_solver_v3_report")
-
-        def listed() -> tuple[Any, Any]:
-            return gr.update(value=_file_rows()), gr.update(choices=_names())
-
-        results = [status, plot, evidence, files, names]
-        start.click(_follow if host.streams() else _finish, inputs=inputs, outputs=results, show_progress=False)
-        stop.click(_interrupt, inputs=[], outputs=[status], show_progress=False)
-        refresh.click(listed, inputs=[], outputs=[files, names], show_progress=False)
-        inspect.click(_inspect, inputs=[names], outputs=[plot, evidence, report], show_progress=False)
-        verify.click(_verify, inputs=[], outputs=[report], show_progress=False)
+                    stop = gr.Button("Interrupt", interactive=False, elem_id="dpm_solver_v3_interrupt")
+                status = gr.HTML(elem_id="dpm_solver_v3_status")
+        files = gr.HTML(elem_id="dpm_solver_v3_files")
+        with gr.Row():
+            names = gr.Dropdown(_names(), value=None, label="File", scale=4, elem_id="dpm_solver_v3_file")
+            inspect = gr.Button("Inspect", size="sm", elem_id="dpm_solver_v3_inspect")
+            verify = gr.Button("Verify all", size="sm", elem_id="dpm_solver_v3_verify")
+            refresh = gr.Button("Refresh", size="sm", elem_id="dpm_solver_v3_refresh")
+        shown = gr.HTML(elem_id="dpm_solver_v3_shown")
+        results = [status, start, stop, files, names, shown]
+        streams = passes.streams()
+        open_end = _without_limit(start.click)
+        start.click(_start if streams else _last(_start), inputs=inputs, outputs=results, show_progress=False, **open_end)
+        tab.load(_watch if streams else _now, inputs=[], outputs=results, show_progress=False, **open_end)
+        stop.click(_interrupt, inputs=[], outputs=[status, stop], show_progress=False)
+        refresh.click(_now, inputs=[], outputs=results, show_progress=False)
+        inspect.click(_inspect, inputs=[names], outputs=[shown], show_progress=False)
+        verify.click(_verify, inputs=[], outputs=[shown], show_progress=False)
+        for field in (inputs[place] for place in _PRICED):
+            field.change(_cost, inputs=[inputs[place] for place in _PRICED], outputs=[cost], show_progress=False)
+        tab.load(_cost, inputs=[inputs[place] for place in _PRICED], outputs=[cost], show_progress=False)
     return [(tab, "EMS", "dpm_solver_v3_ems")]
 
 
-def _inputs(gr: Any) -> list[Any]:
-    """The fields of a `Request`, in its order."""
-    about = "Measure the loaded checkpoint once; the sampler DPM-Solver-v3 then finds the file by the checkpoint."
-    gr.HTML(f"<p>{about}</p>")
+_PRICED = (5, 6, 7)
+"""Places in `_inputs` of what a computation costs: CFG scales, effort, step counts."""
+
+
+def _without_limit(event: Callable[..., Any]) -> dict[str, Any]:
+    """Gradio 4 runs a handler once at a time unless told otherwise; each page watches by itself."""
+    return {"concurrency_limit": None} if "concurrency_limit" in reflection.signature(event).parameters else {}
+
+
+def _inputs(gr: ModuleType) -> list[Any]:
+    """The fields of a `Request`, in the order of `request_of`."""
     prompt = gr.Textbox(label="Prompt (with the LoRAs that you always use)", lines=2, elem_id="dpm_solver_v3_prompt")
-    more = gr.Checkbox(True, label=f"Add {len(PROMPTS)} built-in prompts: statistics of one prompt are that prompt's")
-    negative = gr.Textbox(label="Negative prompt", lines=1)
+    label = f"Add {len(PROMPTS)} built-in prompts. Statistics of one prompt do not carry over to others."
+    more = gr.Checkbox(True, label=label, elem_id="dpm_solver_v3_more")
+    negative = gr.Textbox(label="Negative prompt", lines=1, elem_id="dpm_solver_v3_negative")
     with gr.Row():
         width = gr.Slider(64, 2048, value=512, step=8, label="Width", elem_id="dpm_solver_v3_width")
         height = gr.Slider(64, 2048, value=512, step=8, label="Height", elem_id="dpm_solver_v3_height")
-    scales = gr.Textbox("1, 4, 7.5", label="CFG scales (in between is interpolated)", elem_id="dpm_solver_v3_scales")
-    effort = gr.Radio(list(EFFORTS), value="quick", label="Effort", info=effort_in_words(), elem_id="dpm_solver_v3_effort")
+    label = "CFG scales, with commas (between two of them the statistics are interpolated)"
+    scales = gr.Textbox("1, 4, 7.5", label=label, elem_id="dpm_solver_v3_scales")
+    effort = gr.Radio(list(EFFORTS), value="quick", label="Effort", elem_id="dpm_solver_v3_effort")
+    label = "Step counts to fit, with commas (empty: those of the effort)"
+    steps = gr.Textbox("", label=label, placeholder="4, 6, 8", elem_id="dpm_solver_v3_steps")
     with gr.Row():
         name = gr.Textbox(label="File name", placeholder="the checkpoint's", elem_id="dpm_solver_v3_name")
-        batch = gr.Number(4, label="Samples at once", precision=0)
-        seed = gr.Number(0, label="Seed", precision=0)
-    return [prompt, more, negative, width, height, scales, effort, name, batch, seed]
+        batch = gr.Number(4, label="Samples at once", precision=0, elem_id="dpm_solver_v3_batch")
+        seed = gr.Number(0, label="Seed", precision=0, elem_id="dpm_solver_v3_seed")
+    return [prompt, more, negative, width, height, scales, effort, steps, name, batch, seed]
 
 
-def _request(
-    prompt: str,
-    more: bool,
-    negative: str,
-    width: float,
-    height: float,
-    scales: str,
-    effort: str,
-    name: str,
-    batch: float,
-    seed: float,
-) -> Request:
-    prompts = (prompt.strip(), *(PROMPTS if more else ()))
-    return Request(
-        prompts, negative, int(width), int(height), scales_of(scales), effort, name.strip(), int(batch), int(seed or 0)
-    )
+def _cost(scales: str, effort: str, steps: str) -> str:
+    try:
+        return page.box(cost_in_words(scales, effort, steps))
+    except EstimateError as error:
+        return page.box(str(error), "error")
 
 
-def _follow(*values: Any) -> Iterator[tuple[Any, ...]]:
-    """Start, or join what is under way; gives the page's state until it is over."""
+def _start(*values: Any) -> Iterator[_Updates]:
+    """Begin a computation and watch it; one that is under way goes on, and the page says that this form was not used."""
+    note = ""
+    try:
+        begin(request_of(*values))
+    except BusyError as error:
+        note = page.box(str(error), "stopped")
+    except EstimateError as error:
+        yield _updates(page.box(str(error), "error"), current())
+        return
+    for status, *others in _watch():
+        yield (note + status, *others)
+
+
+def _watch() -> Iterator[_Updates]:
+    """The page as it stands now; while a computation is under way, until its end."""
+    work = current()
+    listed = None
+    while work is not None and work.state == "running":
+        if listed != (listed := work.path is not None and work.path.with_name(f"{work.path.name}.partial").exists()):
+            yield _updates(page.status(work), work, files=True)
+        else:
+            yield _updates(page.status(work), work)
+        work.over.wait(_SECONDS)
+    yield _now()
+
+
+def _now() -> _Updates:
+    """Everything on the page, read anew."""
+    work = current()
+    finished = work is not None and work.state == "done"
+    return _updates(page.status(work), work, files=True, show=finished)
+
+
+def _updates(status: str, work: Work | None, files: bool = False, show: bool = False) -> _Updates:
+    """Values for status, Compute, Interrupt, the table of files, the menu of files, and the details of a file."""
     import gradio as gr
 
-    same = gr.update()
-    try:
-        work = begin(_request(*values))
-    except EstimateError as error:
-        yield (_status(None, str(error)), same, same, same, same)
-        return
-    while not work.over.wait(_SECONDS):
-        yield (_status(work), same, same, same, same)
-    names = gr.update(choices=_names())
-    if work.file is None or work.path is None:
-        yield (_status(work), same, same, _file_rows(), names)
-        return
-    yield (_status(work), _picture(work.file, work.path.name), _evidence_rows(work.file), _file_rows(), names)
+    same, running = gr.update(), work is not None and work.state == "running"
+    stoppable = running and work is not None and not work.stopped
+    name = work.path.name if show and work is not None and work.path is not None else None
+    menu = same
+    if files:
+        menu = gr.update(choices=_names(), value=name) if name else gr.update(choices=_names())
+    table = page.file_table(work) if files else same
+    shown = same
+    if name is not None and work is not None and work.path is not None and work.file is not None:
+        shown = page.details(name, work.path, work.file)
+    return (status, gr.update(interactive=not running), gr.update(interactive=stoppable), table, menu, shown)
 
 
-def _finish(*values: Any) -> tuple[Any, ...]:
+def _last(handler: Callable[..., Iterator[_Updates]]) -> Callable[..., _Updates]:
     """The same where the host's pages cannot show values in between."""
-    *_, last = _follow(*values)
-    return last
+
+    def finish(*values: Any) -> _Updates:
+        *_, last = handler(*values)
+        return last
+
+    return finish
 
 
-def _interrupt() -> str:
+def _interrupt() -> tuple[str, Any]:
+    import gradio as gr
+
     work = current()
     if work is not None:
         work.interrupt()
-    return _status(work)
-
-
-def _status(work: Work | None, message: str = "") -> str:
-    text = message or (work.message if work else "")
-    share = 100 * work.share if work else 0.0
-    bar = f'<progress value="{share:.1f}" max="100" style="width:100%"></progress>' if work and not work.over.is_set() else ""
-    return f"{bar}<p>{escape(text)}</p>"
-
-
-def _picture(file: EMSFile, title: str) -> str:
-    """As SVG: the text of a PNG would be tiny with the Pillow 9 that hosts pin."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "plot.svg"
-        plot_ems(file, path, title)
-        data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{escape(title)}" style="width: 100%" src="data:image/svg+xml;base64,{data}">'
-
-
-def _evidence_rows(file: EMSFile) -> list[list[Any]]:
-    rows = []
-    for r in sorted(file.meta.evidence, key=lambda r: (r.guidance, r.schedule, r.steps, r.split)):
-        ratio = f"{r.ems / r.data_prediction:.3f}" if r.data_prediction else ""
-        rows.append([f"{r.guidance:g}", r.schedule, r.steps, r.split, f"{r.data_prediction:.2e}", f"{r.ems:.2e}", ratio])
-    return rows
-
-
-def _file_rows() -> list[list[Any]]:
-    rows = []
-    for entry in library().entries():
-        if entry.file is None:
-            rows.append([entry.name, "", "", "", "", "", entry.problem])
-            continue
-        scales = ", ".join(f"{g:g}" for g in entry.file.guidance.tolist())
-        made_for, date = entry.identity.name or "unknown", entry.file.meta.date
-        rows.append([entry.name, fingerprint(entry.path), made_for, scales, str(entry.file.channels), date, ""])
-    for folder in host.ems_folders():
-        unfinished = sorted(folder.glob("*.partial")) if folder.is_dir() else []
-        rows += [[path.name, "", "", "", "", "", "unfinished: compute with the same settings to go on"] for path in unfinished]
-    return rows
+    return page.status(work), gr.update(interactive=False)
 
 
 def _names() -> list[str]:
     return [name for name, _ in library().paths()]
 
 
-def _inspect(name: str | None) -> tuple[Any, Any, str]:
-    import gradio as gr
-
+def _inspect(name: str | None) -> str:
     if not name:
-        return gr.update(), gr.update(), "<p>Choose a file first.</p>"
+        return page.box("Choose a file first.", "error")
     try:
-        file = library().get(name).file
+        entry = library().get(name)
     except EMSFileError as error:
-        return gr.update(), gr.update(), f"<p>{escape(str(error))}</p>"
-    assert file is not None
-    return _picture(file, name), _evidence_rows(file), _pre("\n".join([name, *lines_of(file)]))
+        return page.box(str(error), "error")
+    assert entry.file is not None
+    return page.details(name, entry.path, entry.file)
 
 
 def _verify() -> str:
-    """Every file read again from the disk: all bytes by its own checksum, and its evidence against its recommendation."""
+    """Every file read again from the disk, and checked as `ems verify` does without a model.
+
+    All bytes by the file's checksum, what it says of itself, and its evidence against its recommendation.
+    """
     lines = []
     for name, path in library().paths():
         try:
-            problems = evidence_problems(load_ems_file(path))
+            problems = consistency_problems(load_ems_file(path))
         except EMSFileError as error:
             problems = [error.what]
         lines.append(f"{name}: {'; '.join(problems) or 'ok'}")
-    return _pre("\n".join(lines) or "There are no EMS files yet.")
-
-
-def _pre(text: str) -> str:
-    return f'<pre style="overflow-x:auto">{escape(text)}</pre>'
+    return page.preformatted("\n".join(lines) or "There are no EMS files yet.")

@@ -6,7 +6,6 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,7 +19,9 @@ from ..file.layout import SUFFIX
 from ..file.reader import load_ems_file
 from ..fit.run import FitPlan, evaluations_of_fit
 from ..judge.calibrate import CalibrationPlan
+from ..share.library import safe_name
 from .model import add_model_options, add_running_options, scales, seconds_of, shape, source_of
+from .plugs import Commands
 
 __all__ = ["add_compute", "add_fit"]
 
@@ -40,7 +41,7 @@ A job that was interrupted or killed continues when the same command is given ag
 """
 
 
-def add_compute(commands: Any) -> None:
+def add_compute(commands: Commands) -> None:
     """Register `ems compute`."""
     p = commands.add_parser(
         "compute",
@@ -78,7 +79,7 @@ def run_compute(args: argparse.Namespace) -> int:
     """Run `ems compute`. Returns the exit status; raises EstimateError for the user."""
     source = source_of(args)
     job, plan = _job(args, source)
-    out = args.out or Path(f"{source.identity['name']}{SUFFIX}")
+    out = args.out or _place(source)
     extend = load_ems_file(args.extend) if args.extend else None
     if extend is not None and not extend.moments:
         raise EstimateError(f"{args.extend} has no moments to extend: it was made without --keep-moments")
@@ -122,6 +123,13 @@ def run_compute(args: argparse.Namespace) -> int:
     return _verdict(file)
 
 
+def _place(source: Source) -> Path:
+    """The file to write where none is given: the model's name, with the hash of its checkpoint that Civitai shows."""
+    stem, digest = source.identity["name"], source.identity.get("sha256", "")
+    known = digest and "architecture" in source.identity  # a host's checkpoint; the embedded model is one of a kind
+    return Path(safe_name(f"{stem}-{digest[:10]}" if known else stem))
+
+
 def _verdict(file: EMSFile) -> int:
     for row in file.meta.evidence:
         if row.split == "report":
@@ -156,7 +164,7 @@ An interrupted fit continues when the same command is given again.
 """
 
 
-def add_fit(commands: Any) -> None:
+def add_fit(commands: Commands) -> None:
     """Register `ems fit`."""
     raw = argparse.RawDescriptionHelpFormatter
     p = commands.add_parser("fit", help="fit few-step schedules to a model", description=_FIT, formatter_class=raw)

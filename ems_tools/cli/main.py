@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from ...sampler import EMSError, SamplingError
 from ..estimate.moments import MergeError
@@ -14,6 +13,7 @@ from ..estimate.run import EstimateError
 from ..show.draw import PlotError
 from .compute import add_compute, add_fit
 from .files import add_convert, add_inspect, add_merge, add_plot, add_verify
+from .plugs import Commands, plugs
 from .share import add_index, add_pull, add_share
 
 __all__ = ["main"]
@@ -52,12 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ems", description="Compute and handle EMS, the statistics of DPM-Solver-v3.")
     parser.add_argument("--version", action="version", version=f"ems {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in COMMANDS:
+    for add in (*COMMANDS, *(add for plug in plugs() for add in plug.COMMANDS)):
         add(commands)
     return parser
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (
+COMMANDS: tuple[Callable[[Commands], None], ...] = (
     add_compute,
     add_fit,
     add_inspect,

@@ -17,6 +17,7 @@ from .. import embedded
 from ..embedded.denoiser import WEIGHTS
 from ..estimate.run import EstimateError, Job, Model, denoiser_for, sample_noise
 from ..estimate.source import Source
+from .plugs import plugs
 
 __all__ = ["add_model_options", "add_running_options", "scales", "seconds_of", "shape", "source_of"]
 
@@ -56,6 +57,8 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--space", choices=[s.value for s in Space], default="sigma", help="what x and levels are (sigma)")
     p.add_argument("--name", help="name of the model, kept in the file")
     p.add_argument("--classes", type=_classes, help="of the embedded model, comma-separated (all)")
+    for plug in plugs():
+        plug.add_model_options(p)
 
 
 def add_running_options(p: argparse.ArgumentParser) -> None:
@@ -67,6 +70,10 @@ def add_running_options(p: argparse.ArgumentParser) -> None:
 
 def source_of(args: argparse.Namespace) -> Source:
     """The model that `add_model_options` describes, at `args.guidance`. Raises EstimateError."""
+    for plug in plugs():
+        found = plug.source_of(args)
+        if found is not None:
+            return found
     if args.model is None:
         return _embedded(args)
     missing = [f"--{n.replace('_', '-')}" for n in ("shape", "sigma_min", "sigma_max") if getattr(args, n) is None]

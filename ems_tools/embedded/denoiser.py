@@ -85,7 +85,7 @@ class GuidedDenoiser(nn.Module):
         return GuidedDenoiser(self.network, self.labels[torch.tensor(samples) % len(self.labels)], self.guidance)
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """X [B, 3, 32, 32], sigma [B] to x0."""
+        """The clean picture x0 [B, 3, 32, 32] for x [B, 3, 32, 32] and sigma [B]."""
         n = len(x)
         labels = self.labels.to(x.device)[torch.arange(n, device=x.device) % len(self.labels)]
         sigma = sigma.expand(n)

@@ -39,7 +39,7 @@ class VPHost(nn.Module):
         self.register_buffer("alphas_cumprod", self.schedule.alphas_cumprod.float())
 
     def apply_model(self, x: Tensor, t: Tensor, cond: object = None) -> Tensor:
-        """Eps or v for x [B, ...] at time steps t [B]."""
+        """The predicted eps or v for x [B, ...] at time steps t [B]."""
         time = (t.to(torch.float64) + 1) / len(self.schedule.alphas_cumprod)
         sigma = self.schedule.level_at(time.cpu()).to(x.device, x.dtype)
         s = sigma.reshape(-1, *(1,) * (x.ndim - 1))
@@ -64,7 +64,7 @@ class FlowHost(nn.Module):
         self.denoiser = denoiser
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
-        """U at x [B, ...] and t [B] in (0, 1]; at t = 1 sigma is held at 1e4, where D no longer depends on it."""
+        """The velocity u at x [B, ...] and t [B] in (0, 1]; at t = 1 sigma is held at 1e4, where D no longer depends on it."""
         s = t.reshape(-1, *(1,) * (x.ndim - 1))
         scale = (1 - s).clamp(min=1e-4)
         y = x / scale

@@ -35,6 +35,12 @@ class UNetConfig:
         return {**asdict(self), "channels": list(self.channels)}
 
 
+def _begin_at_zero(layer: nn.Module) -> None:
+    """So that an untrained block adds nothing."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
 class _Block(nn.Module):
     """Residual block: norm, SiLU, conv, twice; the embedding scales and shifts the second norm."""
 
@@ -47,8 +53,7 @@ class _Block(nn.Module):
         self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1)
         self.skip = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
         self.attention = _Attention(n_out) if attention else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+        _begin_at_zero(self.conv2)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -66,8 +71,7 @@ class _Attention(nn.Module):
         self.norm = nn.GroupNorm(min(32, n // 4), n)
         self.qkv = nn.Conv2d(n, 3 * n, 1)
         self.out = nn.Conv2d(n, n, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
+        _begin_at_zero(self.out)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, dim=1)
@@ -108,8 +112,7 @@ class UNet(nn.Module):
                 n = width
         self.norm_out = nn.GroupNorm(min(32, n // 4), n)
         self.conv_out = nn.Conv2d(n, 12, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
+        _begin_at_zero(self.conv_out)
 
     def network(self, x: Tensor, noise: Tensor, label: Tensor) -> Tensor:
         """F: the raw network on scaled input x [B, 3, H, W] and noise level log(sigma) / 4 [B]."""

@@ -11,6 +11,7 @@ from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from ..estimate.job import JobState
+from ..file.rows import insane
 from ..trajectory import Runner, Trajectories, few_steps
 from .panel import Entrant
 from .plan import FitPlan, panel_heats
@@ -108,9 +109,10 @@ def best_entrant(bench: Bench, entrants: Sequence[Entrant], steps: int) -> Entra
 
 def _follows(bench: Bench, entrant: Entrant, steps: int) -> bool:
     try:
-        return len(entrant.steps(steps, bench.snap).lambdas) == steps
+        found = entrant.steps(steps, bench.snap)
     except ValueError:
         return False
+    return len(found.lambdas) == steps and not insane(found)
 
 
 def _score(bench: Bench, entrant: Entrant, steps: int, noises: int) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ...sampler import FittedSteps
-from ..file.rows import FittedRow
+from ..file.rows import FittedRow, insane
 from ..trajectory import Runner, Trajectories, few_steps
 from .steps import objective
 
@@ -33,7 +33,7 @@ def judged_row(
     theirs = judge.errors(few_steps(runner, samples, rival))
     ratio, clear = ratio_of(mine, theirs)
     kept = fitted
-    if not clear:
+    if not clear or insane(fitted):
         kept, mine, ratio = rival, theirs, (1.0, 1.0, 1.0)
     return FittedRow(
         guidance, len(kept.lambdas), kept.lambdas, kept, _averages(mine), _averages(theirs), rival_name, ratio, len(samples)

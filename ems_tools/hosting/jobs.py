@@ -31,6 +31,8 @@ __all__ = [
     "scales_of",
 ]
 
+_WINDOW, _SETTLED = 60.0, 2.0
+"""Seconds over which the speed is measured, and those that must pass before a time is told."""
 PROMPTS = (
     "a photograph of an old fisherman mending a net in a harbour at dawn",
     "a watercolour painting of a fox in a snowy birch forest",
@@ -62,11 +64,14 @@ def scales_of(text: str) -> tuple[float, ...]:
     return scales
 
 
-def evaluations_of_effort(effort: str, scales: int = 1) -> int:
-    """Denoiser evaluations of an effort for this many guidance scales, as `compute_ems` would make them."""
+def evaluations_of_effort(effort: str, scales: int = 1, steps: tuple[int, ...] = ()) -> int:
+    """Denoiser evaluations of an effort for this many guidance scales, as `compute_ems` would make them.
+
+    `steps` are the step counts to fit, those of the effort if empty. Raises EstimateError for step counts that cannot be.
+    """
     models = {float(k + 1): _no_model for k in range(scales)}
     source = Source(models=models, shape=(1, 1, 1), schedule=VPDiscrete.linear(), identity={})
-    return evaluations(job_for(source, EFFORTS[effort]), plan_for(source, EFFORTS[effort]))
+    return evaluations(job_for(source, EFFORTS[effort]), plan_for(source, EFFORTS[effort], steps))
 
 
 def _no_model(x: Tensor, level: Tensor) -> Tensor:
@@ -161,8 +166,7 @@ class Watch:
     plan: CalibrationPlan
     done: int = 0
     _stages: dict[str, int] = field(default_factory=dict)
-    _start: int = -1
-    _began: float = 0.0
+    _marks: list[tuple[float, int]] = field(default_factory=list)
 
     @property
     def total(self) -> int:
@@ -175,12 +179,26 @@ class Watch:
         if p.stage != "estimate":
             self._stages[p.note] = p.total
             before = evaluations_of(self.job) + sum(total for note, total in self._stages.items() if note != p.note)
-        self.done, now = min(before + p.done, self.total), time.monotonic()
-        if self._start < 0:
-            self._start, self._began = self.done, now
-        new = self.done - self._start
-        left = f", {in_words((now - self._began) / new * (self.total - self.done))} left" if new > 0 else ""
-        return f"{100 * self.done // self.total} % of {self.total} evaluations{left}: {p.note}"
+        self.done = min(before + p.done, self.total)
+        self._mark(time.monotonic())
+        each = self.seconds_each
+        left = "" if each is None else f", {in_words(each * (self.total - self.done))} left"
+        return f"{100 * self.done // self.total} % of {self.total:,} evaluations{left}: {p.note}"
+
+    def _mark(self, now: float) -> None:
+        """Keep when how many were done, over the last `_WINDOW` seconds."""
+        self._marks.append((now, self.done))
+        while len(self._marks) > 2 and self._marks[1][0] < now - _WINDOW:
+            del self._marks[0]
+
+    @property
+    def seconds_each(self) -> float | None:
+        """Seconds for an evaluation of late, None until that can be told.
+
+        The first evaluations load and warm up the model, so the first batch does not count, and then some seconds must pass.
+        """
+        (began, first), (now, last) = (self._marks[0], self._marks[-1]) if self._marks else ((0.0, 0), (0.0, 0))
+        return (now - began) / (last - first) if now - began >= _SETTLED and last > first else None
 
 
 def in_words(seconds: float) -> str:

@@ -18,9 +18,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from ..file.rows import MAX_TEXT
 from ..file.storage import write_atomic
 
-__all__ = ["FingerprintCache", "ModelIdentity", "content_fingerprint", "weights_fingerprint"]
+__all__ = ["FingerprintCache", "ModelIdentity", "content_fingerprint", "one_line_of", "weights_fingerprint"]
 
 _TENSORS, _BLOCK = 256, 4096
 _MAX_HEADER = 256 * 2**20
@@ -49,6 +50,11 @@ class ModelIdentity:
     architecture: str = ""
     prediction: str = ""
     patches: str = ""
+
+    def __post_init__(self) -> None:
+        """Names come from files and prompts of all sorts: they become what a statistics file can keep."""
+        for f in fields(self):
+            object.__setattr__(self, f.name, one_line_of(getattr(self, f.name)))
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, object]) -> ModelIdentity:
@@ -126,6 +132,16 @@ def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
     for device in sorted(parts, key=str):
         digest.update(torch.cat(parts[device]).cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def one_line_of(text: str, limit: int = MAX_TEXT) -> str:
+    """Any text as the one line of printable characters that metadata holds, at most `limit` of them.
+
+    Line ends, tabs and the many kinds of spaces become a space, invisible characters (joiners, control codes, halves of a
+    surrogate pair) nothing. So two texts that look alike are mostly kept alike.
+    """
+    spaced = "".join(" " if c.isspace() else c for c in text)
+    return " ".join("".join(c for c in spaced if c.isprintable()).split())[:limit].rstrip()
 
 
 class FingerprintCache:

@@ -1,4 +1,4 @@
-"""The pack in ComfyUI's real front end, in headless Chromium. Screenshots go to out/screenshots; the README shows some."""
+"""The pack in ComfyUI's real front end, in headless Chromium. Screenshots go to out/screenshots; docs/comfyui.md shows some."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_compute_ems_shows_progress_and_then_the_plot(page: Any, plain_server: A
         {
             **emoji(3, 1),
             "5": ("DPMSolverV3_ComputeEMS", compute, (340, 0), (340, 430)),
-            "6": ("PreviewImage", {"images": ["5", 2]}, (740, 0), (760, 430)),
+            "6": ("PreviewImage", {"images": ["5", 2]}, (740, 0), (480, 470)),
         },
     )
 
@@ -173,6 +173,20 @@ def test_compute_ems_shows_progress_and_then_the_plot(page: Any, plain_server: A
     entry = run_and_wait(page, server, progress)
     assert "evidence" in entry["outputs"]["5"]["text"][0]
     shot(page, "compute-plot")
+
+
+def test_inspect_shows_what_a_file_gains(page: Any, plain_server: Any) -> None:
+    load(
+        page,
+        {
+            "1": ("DPMSolverV3_LoadEMS", {"ems_name": "embedded-emoji.ems.safetensors"}, (0, 0), (320, 60)),
+            "2": ("DPMSolverV3_InspectEMS", {"ems": ["1", 0], "statistics": False}, (0, 120), (320, 100)),
+            "3": ("PreviewImage", {"images": ["2", 0]}, (380, 0), (480, 470)),
+        },
+    )
+    entry = run_and_wait(page, plain_server)
+    assert "embedded-emoji" in entry["outputs"]["2"]["text"][0]
+    shot(page, "inspect")
 
 
 def test_compare_samplers_shows_plot_and_pictures(page: Any, plain_server: Any) -> None:

@@ -264,6 +264,7 @@ class Host:
         sampler = config.constructor(self.model)
         sampler.config = config
         prompts = p.prompt if isinstance(p.prompt, list) else [p.prompt]
+        p.rng = SimpleNamespace(shape=(CHANNELS, p.height // 8, p.width // 8))  # modules/rng.py: ImageRNG
         p.conditions = Conditions((len(prompts),), [[prompt] for prompt in prompts]), [[p.negative_prompt]] * len(prompts)
         p.latents = sampler.sample(p, len(prompts))
         if not getattr(p.latents, "already_decoded", False):
@@ -474,11 +475,17 @@ class Component:
     """Any component of gradio 3.41 (AUTOMATIC1111, reForge) and 4.40 (Forge)."""
 
     def __init__(self, *values: Any, **named: Any) -> None:
-        self.values, self.named, self.clicks = values, named, []
+        self.values, self.named, self.clicks, self.loads, self.changes = values, named, [], [], []
         self.label = named.get("label")
 
     def click(self, function: Any, inputs: Any, outputs: Any, **named: Any) -> None:
         self.clicks.append((function, inputs, outputs))
+
+    def load(self, function: Any, inputs: Any, outputs: Any, **named: Any) -> None:
+        self.loads.append((function, inputs, outputs))
+
+    def change(self, function: Any, inputs: Any, outputs: Any, **named: Any) -> None:
+        self.changes.append((function, inputs, outputs))
 
     def __enter__(self) -> Component:
         return self

@@ -224,17 +224,24 @@ def test_tab_computes_for_the_checkpoint(webui: WebUI, page: Any) -> None:
     file = load_ems_file(webui.folder / "tiny.ems.safetensors")
     assert file.guidance.tolist() == [1.0, 3.0] and len(file.meta.evidence) == 4
     assert file.meta.model["name"] == "tiny" and len(file.meta.model["sha256"]) == 64
-    page.locator("#dpm_solver_v3_plot img").first.wait_for()
-    page.locator("#dpm_solver_v3_verify").click()
-    page.locator("#dpm_solver_v3_report", has_text="tiny.ems.safetensors: ok").first.wait_for()
+    page.locator("#dpm_solver_v3_shown svg").first.wait_for()
     wanted = os.environ.get("WEBUI_SCREENSHOT")
     page.screenshot(path=wanted or str(webui.base / "tab.png"), full_page=True)
+    page.locator("#dpm_solver_v3_verify").click()
+    page.locator("#dpm_solver_v3_shown", has_text="tiny.ems.safetensors: ok").first.wait_for()
 
 
 def test_interrupt_and_resume(webui: WebUI, page: Any) -> None:
     compute(page, "evidence at", name="again")
-    page.locator("#dpm_solver_v3_interrupt").click()
+    opened = page.context.browser.new_page()  # another page, or the same one opened again
+    show(opened, webui)
+    assert " % of " in wait_for(opened, "evidence at")
+    opened.locator("#dpm_solver_v3_files", has_text="again.ems.safetensors.partial").first.wait_for()
+    assert not opened.locator("#dpm_solver_v3_compute").first.is_enabled()
+    opened.locator("#dpm_solver_v3_interrupt").first.click()
+    opened.close()
     assert "again.ems.safetensors.partial" in wait_for(page, "Stopped.")
+    page.locator("#dpm_solver_v3_compute:enabled").first.wait_for()
     assert (webui.folder / "again.ems.safetensors.partial").is_file()
     assert NAME in webui.picture().infotext
     assert "again.ems.safetensors" in compute(page, "Done:", name="again")
@@ -292,11 +299,11 @@ def test_fitted_schedule(webui: WebUI) -> None:
         assert replayed < 1e-4
         other = webui.picture(sampler="Euler", scheduler=f"{NAME} fitted")
         assert f"Schedule type: {NAME} fitted" in other.infotext
-        assert f"suit the sampler {NAME} only, not Euler: Karras steps instead" in webui.log()
+        assert "suit the sampler dpm_solver_v3 only, not Euler" in webui.log()
     finally:
         path.write_bytes(kept)
     webui.picture(scheduler=f"{NAME} fitted")
-    assert "has no schedule fitted for 6 steps at CFG scale 3: Karras steps instead" in webui.log()
+    assert "has no schedule fitted for 6 steps at cfg 3" in webui.log()
 
 
 def test_options_of_one_picture_are_recorded(webui: WebUI) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +15,10 @@ from torch import Tensor
 
 from dpm_solver_v3.ems_tools.file.contents import EMSFile
 from dpm_solver_v3.ems_tools.file.rows import EMSMeta, FittedRow
+from dpm_solver_v3.ems_tools.hosting import unfitted_steps
 from dpm_solver_v3.ems_tools.share.identity import content_fingerprint
-from dpm_solver_v3.sampler import EMS, FittedSteps, sample_dpm_solver_v3
-from dpm_solver_v3.webui import find, options, sampling
+from dpm_solver_v3.sampler import EMS, FittedSteps, LevelTable, sample_dpm_solver_v3
+from dpm_solver_v3.webui import find, model, options, sampling
 from dpm_solver_v3.webui.host import HostError
 
 NAME = "DPM-Solver-v3"
@@ -59,7 +62,7 @@ def test_equals_the_library_without_ems(host: Any, capsys: pytest.CaptureFixture
     p = host.make(prompt=["a fox", "a boat"])
     assert torch.equal(p.latents, library_result(host, p))
     assert p.sampler.steps_seen == [0, 1, 2, 3, 4, 5] and len(p.sampler.model_wrap_cfg.seen) == 6
-    assert recorded(p) == {"EMS": "none", "order": "2", "corrector": "pseudo"}
+    assert recorded(p) == {"EMS": "none", "EMS choice": "automatic", "order": "2", "corrector": "pseudo"}
     said = capsys.readouterr().out
     assert said.count("no EMS for pretty") == 1 and "sampling with data prediction" in said and "tab EMS" in said
     host.make()
@@ -80,12 +83,13 @@ def test_statistics_by_checkpoint(host: Any, by: str, capsys: pytest.CaptureFixt
     mark = find.fingerprint(host.data / "models" / "ems" / "mine.ems.safetensors")
     assert recorded(p)["EMS"] == f"mine [{mark}]" and recorded(p)["strength"] != ""
     reason = "of a checkpoint with the same name" if by == "name" else "made for this checkpoint"
-    assert f"EMS mine.ems.safetensors at guidance 4, {reason}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"EMS mine.ems.safetensors, {reason}" in said and "guidance 4" in said
 
 
 def test_same_architecture_only_if_allowed(host: Any) -> None:
     host.start()
-    identity = find.host.identity_of(find.host.running(type("D", (), {"inner_model": None, "p": None})))
+    identity = model.identity_of(model.running(type("D", (), {"inner_model": None, "p": None})))
     write(host, "kin", {"name": "kin", "architecture": identity.architecture, "prediction": "EPS"})
     assert recorded(host.make())["EMS"] == "none"
     host.modules["modules.shared"].opts.data["dpm_solver_v3_same_architecture"] = True
@@ -162,7 +166,7 @@ def test_picture_restores_its_options(host: Any) -> None:
     page = host.accordion()
     p = host.make(script_values=[(page, ["mine", "3", "raised", "0.3"])])
     infotext = {key: str(value) for key, value in p.extra_generation_params.items()}
-    assert set(page.paste_field_names) == set(infotext)
+    assert set(page.paste_field_names) == {*infotext, f"{NAME} EMS choice"}
     restored = [read(infotext) for _, read in page.infotext_fields]
     assert restored == [infotext[f"{NAME} EMS"], "3", "raised", "0.3"]
     again = host.make(script_values=[(page, restored)])
@@ -191,7 +195,7 @@ def test_fitted_schedule_and_coefficients(host: Any, capsys: pytest.CaptureFixtu
     ems = with_fit(host, "mine", LAMBDAS).at(4.0)
     p = host.make(scheduler=FITTED)
     assert (-p.used_sigmas[:-1].log()).tolist() == pytest.approx(LAMBDAS, abs=1e-5) and p.used_sigmas[-1] == 0
-    assert "schedule fitted for 6 steps at CFG scale 4, from mine.ems.safetensors" in capsys.readouterr().out
+    assert "schedule fitted for 6 steps at cfg 4, from mine.ems.safetensors" in capsys.readouterr().out
     assert torch.equal(p.latents, library_result(host, p, ems))
     assert {name: recorded(p)[name] for name in ("order", "corrector", "strength")} == dict.fromkeys(
         ("order", "corrector", "strength"), "auto"
@@ -201,12 +205,18 @@ def test_fitted_schedule_and_coefficients(host: Any, capsys: pytest.CaptureFixtu
     assert not torch.allclose(p.latents, q.latents)
     capsys.readouterr()
     euler = host.make(sampler="Euler", scheduler=FITTED)  # does worse on these steps
-    assert torch.allclose(euler.used_sigmas, host.schedulers["Karras"].function(6, 0.0292, 14.61), rtol=2e-3)
-    assert "suit the sampler DPM-Solver-v3 only, not Euler: Karras steps instead" in capsys.readouterr().out
+    assert torch.allclose(euler.used_sigmas, unfitted(host, 6))
+    said = capsys.readouterr().out
+    assert "suit the sampler dpm_solver_v3 only, not Euler" in said and "steps instead" in said
+
+
+def unfitted(host: Any, n: int) -> Tensor:
+    """Where nothing was fitted: the schedule that was measured best for this family of models."""
+    return unfitted_steps(LevelTable(host.model.sigmas.double()), n)[1].float()
 
 
 @pytest.mark.parametrize("case", ["no file", "no fit", "none wanted", "other steps", "far scale", "broken host"])
-def test_without_a_fit_the_schedule_is_karras(
+def test_without_a_fit_the_schedule_is_the_best_unfitted_one(
     host: Any, case: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host.start()
@@ -221,10 +231,58 @@ def test_without_a_fit_the_schedule_is_karras(
     )
     p = host.make(scheduler=FITTED, **{**values, **({"cfg_scale": 14.0} if case == "far scale" else {})})
     n = values.get("steps", 6)
-    expected = host.schedulers["Karras"].function(n, 0.0292, 14.61)
-    assert torch.allclose(p.used_sigmas, expected, rtol=2e-3) and len(p.used_sigmas) == n + 1
-    assert "Karras steps instead. The tab EMS fits schedules to the checkpoint" in capsys.readouterr().out
+    assert torch.allclose(p.used_sigmas, unfitted(host, n)) and len(p.used_sigmas) == n + 1
+    assert "steps instead" in capsys.readouterr().out
     assert p.latents.isfinite().all()
+
+
+def change_model_options(host: Any) -> None:
+    def rescaled(arguments: Any) -> Any:
+        """Stands for an extension that changes the guidance."""
+
+    host.model.forge_objects.unet.model_options = {"sampler_cfg_function": rescaled}
+
+
+@pytest.mark.parametrize("case", ["other channels", "other noise range", "other noise space", "other guidance"])
+def test_fitted_steps_are_only_for_what_they_were_fitted_to(
+    host: Any, case: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.start()
+    file = with_fit(host, "mine", LAMBDAS)
+    path = host.data / "models" / "ems" / "mine.ems.safetensors"
+    if case == "other channels":
+        three = {name: getattr(file, name)[:, :, :3].contiguous() for name in "lsb"}
+        replace(file, **three).save(path)
+    if case == "other noise range":
+        replace(file, meta=replace(file.meta, sigma_max=120.0)).save(path)
+    if case == "other noise space":
+        replace(file, meta=replace(file.meta, space="flow")).save(path)
+    if case == "other guidance":
+        if host.kind == "A1111":
+            pytest.skip("AUTOMATIC1111 has no place where extensions change the guidance")
+        change_model_options(host)
+    p = host.make(scheduler=FITTED)
+    assert torch.allclose(p.used_sigmas, unfitted(host, 6))
+    said = capsys.readouterr().out
+    words = {
+        "other channels": "no EMS for pretty (SD15, 4 channels)" if host.kind == "A1111" else "4 channels",
+        "other noise range": "noise up to sigma 120",
+        "other noise space": "made for a rectified flow",
+        "other guidance": "computed under plain guidance, this run has",
+    }
+    assert words[case] in said and "steps instead" in said
+    assert recorded(p)["order"] != "auto"  # nor does the sampler use coefficients that were fitted elsewhere
+
+
+def test_flow_models_fall_back_to_steps_of_a_flow(host: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    host.start()
+    t = torch.linspace(0.001, 1, 1000)
+    flow = type("PredictionFlow", (), {"prediction_type": "const", "sigmas": t})()
+    wrap = type("Wrap", (), {"sigmas": t, "inner_model": host.model, "predictor": flow, "get_sigmas": None})()
+    levels = sampling.fitted_schedule(8, 0.001, 1.0, wrap, "cpu")
+    assert levels[0] > 0.99 and levels[-1] == 0 and (levels.diff() < 0).all()
+    assert levels[4] > 0.4  # Karras steps, as of a model of the other kind, would be at 0.09 there
+    assert "steps instead" in capsys.readouterr().out
 
 
 def title_of_mine() -> str:
@@ -246,6 +304,71 @@ def test_restoring_a_file_that_moved_or_changed(host: Any, capsys: pytest.Captur
     (folder / "mine.ems.safetensors").unlink()
     assert read({f"{NAME} EMS": title}) == "automatic"
     assert "cannot be restored" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["automatic", "pinned", "nothing found"])
+def test_pasting_restores_the_choice_not_the_file_that_it_led_to(
+    host: Any, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A picture made with "automatic" uses the loaded checkpoint's own file wherever it is pasted."""
+    host.start()
+    if kind != "nothing found":
+        write(host, "mine", {"name": "pretty", "sha256": host.checkpoint.sha256})
+    page = host.accordion()
+    p = host.make(script_values=[(page, ["mine" if kind == "pinned" else "automatic", "auto", "auto", "auto"])])
+    infotext = {key: str(value) for key, value in p.extra_generation_params.items()}
+    restored = page.infotext_fields[0][1](infotext)
+    assert restored == (title_of_mine() if kind == "pinned" else "automatic")
+    other = host.make_checkpoint("other", 7)
+    write(host, "theirs", {"name": "other", "sha256": other.sha256}, shift=1.0)
+    host.load(other)
+    capsys.readouterr()
+    again = host.make(script_values=[(page, [restored, "auto", "auto", "auto"])])
+    if kind == "pinned":
+        assert recorded(again)["EMS"] == title_of_mine()
+        assert "though it was made for another checkpoint (pretty); 'automatic' finds" in capsys.readouterr().out
+    else:
+        assert recorded(again)["EMS"].startswith("theirs [")
+    host.load(host.checkpoint)
+
+
+def test_strength_without_statistics_is_pasted_back(host: Any) -> None:
+    host.start()
+    page = host.accordion()
+    p = host.make(script_values=[(page, ["none", "2", "none", "0.3"])])
+    infotext = {key: str(value) for key, value in p.extra_generation_params.items()}
+    assert [read(infotext) for _, read in page.infotext_fields] == ["none", "2", "none", "0.3"]
+
+
+def test_last_line_of_the_log_is_what_holds_now(host: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    host.start()
+    first = {"name": "pretty", "sha256": host.checkpoint.sha256}
+    write(host, "mine", first)
+    host.make()
+    (host.data / "models" / "ems" / "mine.ems.safetensors").unlink()
+    host.make()
+    write(host, "mine", first)
+    capsys.readouterr()
+    host.make()
+    assert "EMS mine.ems.safetensors, made for this checkpoint" in capsys.readouterr().out
+    host.make()
+    assert "EMS" not in capsys.readouterr().out  # but not twice
+
+
+def test_log_shows_escapes_of_strangers_texts(
+    host: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.start()
+    page = host.accordion()
+    capsys.readouterr()
+    page.infotext_fields[0][1]({f"{NAME} EMS": "\x1b]0;owned\x07\nmine"})
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "\x07" not in said and "\\x1b]0;owned" in said and said.count("\n") == 1
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    find.host.log("\u6a21\u578b")
+    narrow.flush()
+    assert b"\\u6a21" in narrow.buffer.getvalue()
 
 
 @pytest.mark.parametrize(("field", "value"), [("order", "4"), ("order", "two"), ("corrector", "best"), ("strength", "-1")])

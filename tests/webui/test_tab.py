@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import base64
+import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,25 @@ import pytest
 import torch
 
 from dpm_solver_v3.ems_tools.compute import EFFORTS
-from dpm_solver_v3.ems_tools.file.reader import load_ems_file
+from dpm_solver_v3.ems_tools.file import load_ems_file
 from dpm_solver_v3.sampler import Settings
 from dpm_solver_v3.webui import host as window
-from dpm_solver_v3.webui import session, tab
+from dpm_solver_v3.webui import page, passes, session, tab
 
-ARGUMENTS = ["a fox", True, "blurry", 64, 64, "1, 4", "tiny", "", 3, 0]
+FORM = {
+    "prompt": "a fox",
+    "more": True,
+    "negative": "blurry",
+    "width": 64,
+    "height": 64,
+    "scales": "1, 4",
+    "effort": "tiny",
+    "steps": "",
+    "name": "",
+    "batch": 3,
+    "seed": 0,
+}
+State = dict[str, Any]
 
 
 @pytest.fixture(autouse=True)
@@ -37,51 +51,93 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(EFFORTS, "tiny", effort)
     monkeypatch.setattr(tab, "_SECONDS", 0.02)
     monkeypatch.setattr(session, "_CURRENT", [])
+    monkeypatch.setattr(session, "_SPEED", [])
 
 
-def follow(*changes: tuple[int, Any]) -> list[tuple[Any, ...]]:
-    values = list(ARGUMENTS)
-    for place, value in changes:
-        values[place] = value
-    return list(tab._follow(*values))
+def named(update: tuple[Any, ...]) -> State:
+    return dict(zip(("status", "start", "stop", "files", "names", "shown"), update, strict=True))
 
 
-def message(state: tuple[Any, ...]) -> str:
-    return str(state[0])
+def follow(**changes: Any) -> list[State]:
+    """Every state of the page from a press of Compute to the end."""
+    return [named(update) for update in tab._start(*{**FORM, **changes}.values())]
 
 
-def drawn(picture: str) -> bytes:
-    """The SVG in the page's image."""
-    return base64.b64decode(picture.partition("base64,")[2].partition('"')[0])
+def last(**changes: Any) -> State:
+    return follow(**changes)[-1]
+
+
+def enabled(state: State) -> tuple[bool, bool]:
+    """Of Compute and Interrupt."""
+    return state["start"]["interactive"], state["stop"]["interactive"]
+
+
+def text_of(html: str) -> str:
+    return re.sub(r"<[^>]*>", " ", html)
+
+
+class Paused:
+    """The next evaluations wait until `go`; `reached` tells that one does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+        self.go, self.reached, self.count, self.after = threading.Event(), threading.Event(), 0, after
+        evaluate = passes.evaluate
+
+        def watched(*arguments: Any) -> Any:
+            self.count += 1
+            if self.count >= self.after:
+                self.reached.set()
+                assert self.go.wait(60)
+            return evaluate(*arguments)
+
+        monkeypatch.setattr(passes, "evaluate", watched)
 
 
 def test_computes_for_the_loaded_checkpoint(host: Any) -> None:
     host.start()
     states = follow()
-    status, picture, evidence, files, names = states[-1]
+    end = states[-1]
     path = host.data / "models" / "ems" / "pretty.ems.safetensors"
-    assert f"Done: {path}" in status
-    assert any(" % of " in message(s) for s in states[:-1])
+    assert f"Done: {path}" in end["status"] and "dpmv3-done" in end["status"]
+    assert "choose the sampler DPM-Solver-v3 and the schedule type" in end["status"] and "with 5 steps" in end["status"]
+    assert any(" % of " in state["status"] and "<progress" in state["status"] for state in states[:-1])
+    assert [enabled(state) for state in states if state["status"].count("<progress")] == [(False, True)] * (len(states) - 1)
+    assert enabled(end) == (True, False)
     file = load_ems_file(path)
     assert file.guidance.tolist() == [1.0, 4.0] and file.channels == 4
     assert file.meta.model["sha256"] == host.checkpoint.sha256 and file.meta.model["prompts"].startswith("16, the first: a fox")
     assert file.meta.grid["kind"] == ("the host's own levels" if host.kind != "A1111" else "uniform in lambda")
-    assert b"guidance 4" in drawn(picture)
-    assert [row[:4] for row in evidence] == [[g, "Automatic", 5, s] for g in ("1", "4") for s in ("calibration", "report")]
-    assert path.name in [row[0] for row in files] and path.name in names["choices"]
+    assert end["names"]["choices"] == ["pretty.ems.safetensors", "embedded-emoji.ems.safetensors"] or path.name in str(
+        end["names"]
+    )
+    assert end["names"]["value"] == path.name and path.name in end["files"] and path.name in end["shown"]
     state = host.modules["modules.shared"].state
     assert state.jobs == ["EMS", "end"] and not state.interrupted and state.sampling_steps > 0
     p = host.make()  # the sampler finds it
     assert p.extra_generation_params["DPM-Solver-v3 EMS"].startswith("pretty [")
     before = path.stat().st_mtime_ns
-    assert "Done" in message(follow()[-1]) and path.stat().st_mtime_ns == before  # the same job is not done twice
-    assert "pretty_2.ems" in message(follow((9, 7))[-1])  # another seed never writes over it
+    assert "Done" in last()["status"] and path.stat().st_mtime_ns == before  # the same job is not done twice
+    assert "pretty_2.ems" in last(seed=7)["status"]  # another seed never writes over it
+
+
+def test_what_a_file_gives_is_said_with_its_name_in_plain_numbers(host: Any) -> None:
+    host.start()
+    shown = last()["shown"]
+    text = text_of(shown)
+    assert "pretty.ems.safetensors" in text and "made for pretty" in text and "CFG scales 1, 4" in text
+    assert "Error without" in text and "ratio below 1 means that the file helps" in text
+    assert "DPM-Solver-v3 fitted" in text and "Error ratio" in text
+    assert shown.count("<svg") >= 5 and "CFG 4" in text  # what it gains, and l, s, b
+    tables = " ".join(re.findall(r"<table>.*?</table>", shown))
+    assert not re.search(r"\de[-+]\d", tables)  # no 1.61e+00
+    for split in ("calibration", "report"):
+        assert f">{split}<" not in tables
 
 
 def test_statistics_are_those_of_the_model(host: Any) -> None:
     """For x0 ~ N(m, v) without guidance: l = 1 - v / (v + sigma^2), in closed form."""
     host.start()
-    follow((1, False), (5, "1"))
+    follow(more=False, scales="1")
     file = load_ems_file(host.data / "models" / "ems" / "pretty.ems.safetensors")
     sigma = (-file.lambdas).exp()
     true = 1 - 0.25 / (0.25 + sigma**2)
@@ -90,47 +146,119 @@ def test_statistics_are_those_of_the_model(host: Any) -> None:
 
 def test_every_sample_has_its_own_prompt(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[list[str], float]] = []
-    evaluate = window.evaluate
+    evaluate = passes.evaluate
 
     def watched(denoiser: Any, *arguments: Any) -> Any:
         result = evaluate(denoiser, *arguments)
         seen.append(denoiser.seen[-1])
         return result
 
-    monkeypatch.setattr(window, "evaluate", watched)
+    monkeypatch.setattr(passes, "evaluate", watched)
     host.start()
-    follow((5, "1, 4"))
+    follow()
     prompts = ("a fox", *tab.PROMPTS)
     assert set(prompts[:6]) <= {p for used, _ in seen for p in used} <= set(prompts)
     assert {scale for _, scale in seen} == {1.0, 4.0}
     assert list(prompts[:3]) in [used for used, _ in seen]
 
 
+def test_step_counts_to_fit(host: Any) -> None:
+    host.start()
+    assert "with 3 to 5 steps" in last(steps=" 5, 3;4", scales="1")["status"]
+    file = load_ems_file(host.data / "models" / "ems" / "pretty.ems.safetensors")
+    assert sorted({row.steps for row in file.meta.fitted}) == [3, 4, 5]
+    for wrong, why in (("4, many", "whole numbers"), ("-3", "whole numbers"), ("1, 4", "between 2 and 64")):
+        refused = last(steps=wrong)
+        assert why in refused["status"] and "dpmv3-error" in refused["status"]
+
+
+@pytest.mark.parametrize(
+    "text", ["a fox\nin two lines", "\U0001f468\u200d\U0001f469\u200d\U0001f467 at home", "a\u3000fox\u00a0here"]
+)
+def test_a_prompt_of_any_text_reaches_the_file(host: Any, text: str) -> None:
+    """What metadata cannot hold would have been refused at the very end, after all evaluations."""
+    host.start()
+    host.load(host.make_checkpoint("odd\u3000name", 3))
+    assert "Done" in last(prompt=text, scales="1", more=False)["status"]
+    (path,) = (host.data / "models" / "ems").glob("*.safetensors")
+    facts = load_ems_file(path).meta.model
+    assert facts["name"] == "odd name" and facts["prompts"].isprintable()
+    assert host.make().extra_generation_params["DPM-Solver-v3 EMS"] != "none"
+
+
+def test_another_request_is_another_file(host: Any) -> None:
+    """A changed prompt beyond the first, a changed negative prompt: not the file of before."""
+    host.start()
+    last(scales="1")
+    assert "pretty_2.ems" in last(scales="1", negative="ugly")["status"]
+    assert "pretty_3.ems" in last(scales="1", negative="ugly", more=False)["status"]
+    assert "pretty_2.ems" in last(scales="1", negative="ugly")["status"]
+
+
+def test_page_opened_during_a_computation(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shows what the first page shows: status, bar, the unfinished job, and in the end the finished file."""
+    host.start()
+    paused = Paused(monkeypatch, after=60)
+    first = tab._start(*FORM.values())
+    next(first)
+    assert paused.reached.wait(60)
+    opened = tab._watch()
+    seen = named(next(opened))
+    assert "<progress" in seen["status"] and " % of " in seen["status"] and enabled(seen) == (False, True)
+    assert "pretty.ems.safetensors.partial" in seen["files"] and "being computed" in seen["files"]
+    paused.go.set()
+    end = named(list(opened)[-1])
+    assert "Done" in end["status"] and end["names"]["value"] == "pretty.ems.safetensors" and "Error ratio" in end["shown"]
+    assert "pretty.ems.safetensors" in end["files"] and "partial" not in end["files"] and enabled(end) == (True, False)
+    assert "Done" in named(list(first)[-1])["status"]
+    assert "Done" in named(next(tab._watch()))["status"]  # opened after it
+
+
+def test_page_watches_from_its_opening(host: Any) -> None:
+    """The host's page calls it when it is opened, not when it is built."""
+    host.start()
+    blocks = host.tabs[0][0]
+    assert "_watch" in [function.__name__ for function, _, _ in blocks.loads]
+
+
+def test_compute_during_a_computation_says_that_the_form_is_not_used(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.start()
+    paused = Paused(monkeypatch, after=20)
+    first = tab._start(*FORM.values())
+    next(first)
+    work = session.current()
+    joined = tab._start(*{**FORM, "seed": 5}.values())
+    seen = named(next(joined))
+    assert session.current() is work
+    assert "this form was not used" in seen["status"] and "<progress" in seen["status"]
+    paused.go.set()
+    assert "Done" in named(list(joined)[-1])["status"] and "Done" in named(list(first)[-1])["status"]
+    assert len(list((host.data / "models" / "ems").glob("*.safetensors"))) == 1
+
+
 def test_interrupt_keeps_what_was_measured_and_resumes(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     host.start()
-    whole = follow((7, "whole"))
-    assert "Done" in message(whole[-1])
+    assert "Done" in last(name="whole")["status"]
     stop_after, calls = 40, []
-    evaluate = window.evaluate
+    evaluate = passes.evaluate
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == stop_after:
-            tab._interrupt()
+            status, button = tab._interrupt()
+            assert "Stopping" in status and not button["interactive"]
         return evaluate(*arguments)
 
-    monkeypatch.setattr(window, "evaluate", interrupted)
+    monkeypatch.setattr(passes, "evaluate", interrupted)
     partial = host.data / "models" / "ems" / "parts.ems.safetensors.partial"
-    stopped = message(follow((7, "parts"))[-1])
-    assert "Stopped." in stopped and str(partial) in stopped and partial.exists() and len(calls) == stop_after
-    assert [row[-1] for row in tab._file_rows() if row[0] == partial.name] == [
-        "unfinished: compute with the same settings to go on"
-    ]
+    stopped = last(name="parts")
+    assert "Stopped." in stopped["status"] and str(partial) in stopped["status"] and "dpmv3-stopped" in stopped["status"]
+    assert partial.exists() and len(calls) == stop_after and enabled(stopped) == (True, False)
+    assert "unfinished: compute with the same settings to go on" in stopped["files"]
     state = host.modules["modules.shared"].state
     assert not state.interrupted and state.jobs[-1] == "end"
     assert host.make().latents.isfinite().all()  # the host goes on
-    done = message(follow((7, "parts"))[-1])
-    assert "Done" in done and not partial.exists()
+    assert "Done" in last(name="parts")["status"] and not partial.exists()
     parts, once = (load_ems_file(partial.with_name(f"{n}.ems.safetensors")) for n in ("parts", "whole"))
     for name in "lsb":
         assert torch.allclose(getattr(parts, name), getattr(once, name), atol=1e-6)
@@ -141,73 +269,82 @@ def test_interrupt_while_another_job_has_its_turn(host: Any) -> None:
     host.start()
     state = host.modules["modules.shared"].state
     with host.modules["modules.call_queue"].queue_lock:
-        states = tab._follow(*ARGUMENTS)
+        states = tab._start(*FORM.values())
         next(states)
         tab._interrupt()
         assert not state.interrupted
-    assert "Stopped. Nothing was measured yet" in message(list(states)[-1])
+    assert "Stopped. Nothing was measured yet" in named(list(states)[-1])["status"]
     assert not list((host.data / "models").rglob("*.ems.*"))
 
 
-def test_one_at_a_time_and_come_back(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second click, or another page, joins the computation that is under way."""
+def test_errors_look_like_errors(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     host.start()
-    first = tab._follow(*ARGUMENTS)
-    next(first)
-    work = session.current()
-    joined = tab._follow(*[*ARGUMENTS[:-1], 5])
-    next(joined)
-    assert session.current() is work
-    assert "Done" in message(list(joined)[-1]) and "Done" in message(list(first)[-1])
-    assert "Done" in tab._status(work)
 
+    def error(**changes: Any) -> str:
+        state = last(**changes)
+        assert "dpmv3-error" in state["status"] and enabled(state) == (True, False)
+        return text_of(state["status"])
 
-def test_errors_are_told_on_the_page(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    host.start()
-    assert "guidance scales must be numbers above 0" in message(follow((5, "1, many"))[-1])
+    assert "guidance scales must be numbers above 0" in error(scales="1, many")
+    assert "&#x27;Samples at once&#x27; must lie between 1 and 1024, not 0" in error(batch=0)
 
     def fails(*_: Any) -> None:
         raise RuntimeError("the checkpoint is damaged")
 
     with monkeypatch.context() as patch:
         patch.setattr(host.modules["modules.processing"], "process_images", fails)
-        assert "RuntimeError: the checkpoint is damaged" in message(follow()[-1])
+        assert "RuntimeError: the checkpoint is damaged" in error()
     with monkeypatch.context() as patch:
         patch.setattr(host.modules["modules.processing"], "process_images", lambda p: None)
-        assert "ended the pass before anything was measured" in message(follow()[-1])
+        assert "ended the pass before anything was measured" in error()
     with monkeypatch.context() as patch:
         patch.setattr(window, "output_folder", lambda: Path("/proc/nowhere"))
-        assert "cannot be written" in message(follow()[-1])
-    assert "Done" in message(follow()[-1])
+        assert "cannot be written" in error()
+    assert "Done" in last(batch=None, seed=None)["status"]  # empty boxes mean the usual values
+
+
+def test_cost_is_that_of_all_scales_and_has_a_time_once_it_is_known(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluations(*form: str) -> int:
+        found = re.search(r"About ([\d,]+) evaluations", tab._cost(*form))
+        assert found is not None
+        return int(found[1].replace(",", ""))
+
+    host.start()
+    assert evaluations("1, 4", "quick", "") == 2 * evaluations("4", "quick", "")
+    assert evaluations("4", "quick", "6") < evaluations("4", "quick", "") < evaluations("4", "standard", "")
+    assert "time that is left is shown" in tab._cost("1", "quick", "")
+    monkeypatch.setattr(session, "_SPEED", [0.5])
+    assert "about 50 min" not in tab._cost("1", "tiny", "") and re.search(r"about \d+ (s|min)", tab._cost("1", "tiny", ""))
+    assert "dpmv3-error" in tab._cost("none", "quick", "") and "dpmv3-error" in tab._cost("1", "quick", "one")
 
 
 def test_page_without_a_queue(host: Any) -> None:
     """With --no-gradio-queue a handler may not yield."""
     host.modules["modules.shared"].cmd_opts.no_gradio_queue = True
     host.start()
-    assert not window.streams()
-    assert "Done" in message(tab._finish(*ARGUMENTS))
+    assert not passes.streams()
+    assert "Done" in named(tab._last(tab._start)(*FORM.values()))["status"]
 
 
-def test_inspect_and_verify(host: Any, tmp_path: Path) -> None:
+def test_inspect_and_verify(host: Any) -> None:
     host.start()
-    follow()
+    status = last()["status"]
     folder = host.data / "models" / "ems"
     data = bytearray((folder / "pretty.ems.safetensors").read_bytes())
     data[-3] ^= 1
     (folder / "bad <b>.ems.safetensors").write_bytes(data)
-    picture, evidence, text = tab._inspect("pretty.ems.safetensors")
-    assert b"guidance 1" in drawn(picture) and len(evidence) == 4 and "trajectory" in text
+    shown = tab._inspect("pretty.ems.safetensors")
+    assert "pretty.ems.safetensors" in shown and "trajectory" in shown and "Done" not in shown
+    assert "Done" in status  # and what was computed stays said above
     report = tab._verify()
     assert "pretty.ems.safetensors: ok" in report and "<b>" not in report
     (bad,) = [line for line in report.splitlines() if "bad &lt;b&gt;" in line]
     assert not bad.endswith("ok")
-    _, _, refused = tab._inspect("bad <b>.ems.safetensors")
-    assert "&lt;b&gt;" in refused
-    assert "Choose a file first" in tab._inspect(None)[2]
-    assert "no such statistics file" in tab._inspect("gone")[2]
-    rows = {row[0]: row for row in tab._file_rows()}
-    assert rows["pretty.ems.safetensors"][2:5] == ["pretty", "1, 4", "4"] and rows["bad <b>.ems.safetensors"][-1]
+    assert "&lt;b&gt;" in tab._inspect("bad <b>.ems.safetensors")
+    assert "Choose a file first" in tab._inspect(None)
+    assert "no such statistics file" in tab._inspect("gone")
+    table = named(tab._now())["files"]
+    assert "cannot be used" in table and "bad &lt;b&gt;" in table and "<b>.ems" not in table
 
 
 def test_page_binds_every_button(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,4 +352,16 @@ def test_page_binds_every_button(host: Any, monkeypatch: pytest.MonkeyPatch) -> 
     gradio = host.modules["gradio"]
     monkeypatch.setattr(gradio.Button, "click", lambda self, f, inputs, outputs, **k: bound.append(f))
     host.start()
-    assert {f.__name__ for f in bound} == {"_follow", "_interrupt", "listed", "_inspect", "_verify"}
+    assert {f.__name__ for f in bound} == {"_start", "_interrupt", "_now", "_inspect", "_verify"}
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(1.61, "1.61"), (0.0123456, "0.0123"), (24.0, "24.0"), (5740.4, "5740"), (0.0, "0"), (2e-7, "0.000000200")],
+)
+def test_plain_numbers(value: float, shown: str) -> None:
+    assert page.plain(value) == shown
+
+
+def test_runs_of_numbers() -> None:
+    assert page.runs_of([4, 5, 6, 8, 10, 11]) == "4 to 6, 8, 10, 11" and page.runs_of([]) == ""
