@@ -11,7 +11,7 @@ from .find import Attached, Handle, attach, library
 __all__ = ["ApplyNode", "InspectNode", "LoadNode", "MergeNode", "SaveNode"]
 
 CATEGORY = "DPM-Solver-v3"
-NOTHING = "(no EMS file found)"
+NOTHING = "(no EMS file of your own yet)"
 _STRENGTHS = ["auto", "0", "0.25", "0.5", "0.75", "1"]
 
 
@@ -21,12 +21,15 @@ class LoadNode:
     CATEGORY = CATEGORY
     FUNCTION = "load"
     RETURN_TYPES = ("EMS",)
-    DESCRIPTION = "Load a statistics file (*.ems.safetensors) from models/ems, output/ems or the pack's own stats."
-    SEARCH_ALIASES = ("load ems", "dpm_solver_v3", "statistics")
+    DESCRIPTION = (
+        "Load empirical model statistics (EMS), a file *.ems.safetensors, from models/ems, output/ems or the pack's own stats."
+    )
+    SEARCH_ALIASES = ("load ems", "empirical model statistics")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        names = [name for name, _ in library().paths()] or [NOTHING]
+        own, shipped = names_by_origin()
+        names = [*(own or [NOTHING]), *shipped]  # the first one is preselected: never the pack's own toy
         tooltip = "Files in models/ems, output/ems and the pack's stats folder."
         return {"required": {"ems_name": (names, {"tooltip": tooltip})}, "hidden": {"extra_pnginfo": "EXTRA_PNGINFO"}}
 
@@ -54,6 +57,12 @@ class LoadNode:
         entry = library().get(ems_name)
         assert entry.file is not None
         return (Handle(entry.file, entry.name, entry.path),)
+
+
+def names_by_origin() -> tuple[list[str], list[str]]:
+    """Names of the files in the host's folders, and of those that come with the pack."""
+    paths, stats = library().paths(), host.ems_folders()[-1]
+    return [n for n, p in paths if not p.is_relative_to(stats)], [n for n, p in paths if p.is_relative_to(stats)]
 
 
 def _carried(name: str, extra_pnginfo: Any) -> Handle:
@@ -86,8 +95,11 @@ class ApplyNode:
     CATEGORY = CATEGORY
     FUNCTION = "apply"
     RETURN_TYPES = ("MODEL",)
-    DESCRIPTION = "Attach EMS to a model; the sampler dpm_solver_v3 then uses them. Without an EMS: data prediction."
-    SEARCH_ALIASES = ("apply ems", "dpm_solver_v3")
+    DESCRIPTION = (
+        "Attach empirical model statistics (EMS) to a model; the sampler dpm_solver_v3 then uses them. Without an EMS: "
+        "data prediction."
+    )
+    SEARCH_ALIASES = ("apply ems", "empirical model statistics")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -110,8 +122,11 @@ class SaveNode:
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("path",)
     OUTPUT_NODE = True
-    DESCRIPTION = "Write an EMS (loaded, merged, ...) into output/ems. A different file of that name stays: a number is added."
-    SEARCH_ALIASES = ("save ems", "dpm_solver_v3")
+    DESCRIPTION = (
+        "Write empirical model statistics (EMS; loaded, merged, ...) into output/ems. A different file of that name "
+        "stays: a number is added."
+    )
+    SEARCH_ALIASES = ("save ems", "empirical model statistics")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -182,8 +197,10 @@ class InspectNode:
     RETURN_TYPES = ("IMAGE", "STRING")
     RETURN_NAMES = ("plot", "text")
     OUTPUT_NODE = True
-    DESCRIPTION = "Draw what an EMS gains, and print all that it holds. Lists refused files of the folders."
-    SEARCH_ALIASES = ("inspect ems", "dpm_solver_v3", "plot ems")
+    DESCRIPTION = (
+        "Draw what empirical model statistics (EMS) gain, and print all that they hold. Lists refused files of the folders."
+    )
+    SEARCH_ALIASES = ("inspect ems", "plot ems", "empirical model statistics")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -209,8 +226,11 @@ class MergeNode:
     CATEGORY = CATEGORY
     FUNCTION = "merge"
     RETURN_TYPES = ("EMS",)
-    DESCRIPTION = "Add up EMS of one model computed with different seeds and keep_moments. The result has no evidence yet."
-    SEARCH_ALIASES = ("merge ems", "dpm_solver_v3")
+    DESCRIPTION = (
+        "Add up empirical model statistics (EMS) of one model computed with different seeds and keep_moments. The result "
+        "has no evidence yet."
+    )
+    SEARCH_ALIASES = ("merge ems", "empirical model statistics")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:

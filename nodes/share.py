@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import host
 from .find import Handle, channels_of, identity_of, library
+from .graph import Place
 
 if TYPE_CHECKING:
     from ..ems_tools.share.identity import ModelIdentity
@@ -22,10 +23,10 @@ class FindNode:
     RETURN_NAMES = ("ems", "text")
     OUTPUT_NODE = True
     DESCRIPTION = (
-        "Find the EMS of this checkpoint: in models/ems and output/ems, and with online in a Hugging Face repository of EMS "
-        "files. What is fetched is verified and put into output/ems; no other file is overwritten."
+        "Find the empirical model statistics (EMS) of this checkpoint: in models/ems and output/ems, and with online in a "
+        "Hugging Face repository of EMS files. What is fetched is verified and put into output/ems; no file is overwritten."
     )
-    SEARCH_ALIASES = ("find ems", "download ems", "dpm_solver_v3")
+    SEARCH_ALIASES = ("find ems", "download ems", "empirical model statistics")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -46,7 +47,7 @@ class FindNode:
         self, model: Any, online: bool = False, repository: str = "", unique_id: Any = None, prompt: Any = None
     ) -> dict[str, Any]:
         """EMS and how it was found. Raises HostError or EMSError, whose message says what to do."""
-        identity = identity_of(model, host.Place(prompt or {}, str(unique_id)))
+        identity = identity_of(model, Place(prompt or {}, str(unique_id)))
         match = library().find(identity, channels=channels_of(model))
         if match is not None and match.entry.file is not None and (match.how == "exact" or not online):
             by = "made for this checkpoint" if match.how == "exact" else "for a checkpoint of the same name"
@@ -74,5 +75,5 @@ class FindNode:
 
     def _answer(self, handle: Handle, text: str) -> dict[str, Any]:
         line = f"{handle.name}: {text}"
-        host.LOG.info("%s", line)
+        host.log(line)
         return {"ui": {"text": [line]}, "result": (handle, line)}

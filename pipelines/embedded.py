@@ -25,7 +25,7 @@ class EmbeddedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """The embedded network as one that predicts epsilon on Stable Diffusion's noise schedule, by classes."""
 
     @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(self, sample_size: int = SHAPE[-1], in_channels: int = SHAPE[0]) -> None:
+    def __init__(self, sample_size: int = SHAPE[-1], in_channels: int = SHAPE[0], num_class_embeds: int = NULL_CLASS) -> None:
         super().__init__()
         self.network = load_network()
 

@@ -120,7 +120,7 @@ def _shaped(shape: str, low: float, high: float, n: int) -> Tensor:
     if shape == "use_karras_sigmas":
         return (high ** (1 / 7) + (low ** (1 / 7) - high ** (1 / 7)) * u) ** 7
     if shape == "use_beta_sigmas":
-        from scipy.stats import beta  # type: ignore[import-untyped]
+        from scipy.stats import beta
 
         return low + (high - low) * torch.from_numpy(beta.ppf(1 - u.numpy(), 0.6, 0.6))
     return torch.exp(math.log(high) + (math.log(low) - math.log(high)) * u)

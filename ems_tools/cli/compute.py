@@ -6,7 +6,6 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,6 +21,7 @@ from ..fit.run import FitPlan, evaluations_of_fit
 from ..judge.calibrate import CalibrationPlan
 from ..share.library import safe_name
 from .model import add_model_options, add_running_options, scales, seconds_of, shape, source_of
+from .plugs import Commands
 
 __all__ = ["add_compute", "add_fit"]
 
@@ -41,7 +41,7 @@ A job that was interrupted or killed continues when the same command is given ag
 """
 
 
-def add_compute(commands: Any) -> None:
+def add_compute(commands: Commands) -> None:
     """Register `ems compute`."""
     p = commands.add_parser(
         "compute",
@@ -164,7 +164,7 @@ An interrupted fit continues when the same command is given again.
 """
 
 
-def add_fit(commands: Any) -> None:
+def add_fit(commands: Commands) -> None:
     """Register `ems fit`."""
     raw = argparse.RawDescriptionHelpFormatter
     p = commands.add_parser("fit", help="fit few-step schedules to a model", description=_FIT, formatter_class=raw)
