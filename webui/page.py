@@ -170,14 +170,15 @@ def _fitted(rows: Sequence[FittedRow]) -> str:
     table = []
     for row in sorted(rows, key=lambda r: (r.guidance, r.steps)):
         ratio, low, high = row.ratio
-        gain = f"{ratio:.2f} ({low:.2f} to {high:.2f})"
-        kept = "fitted" if row.coefficients else f"{row.fixed_schedule}: nothing fitted was better"
-        table.append([f"{row.guidance:g}", str(row.steps), gain, row.fixed_schedule, kept])
+        better = row.coefficients is not None and row.ratio != (1.0, 1.0, 1.0)
+        gain = f"{ratio:.2f} ({low:.2f} to {high:.2f})" if better else "1"
+        use = "fitted steps" if better else f"{row.fixed_schedule}, as nothing fitted was clearly better"
+        table.append([f"{row.guidance:g}", str(row.steps), gain, row.fixed_schedule, use])
     about = (
-        "Error of a picture with the fitted steps over that of the best schedule which they were compared with, on start noise "
-        "that took no part in the fit; in brackets the interval that holds it in 95 of 100 cases. Below 1 is better."
+        "Error of a picture with these steps, over that of the best known method and schedule for this checkpoint, on start "
+        "noise that took no part in the fit; in brackets the interval that holds it in 95 of 100 cases. 0.5 is half the error."
     )
-    heads = ["CFG scale", "Steps", "Error ratio", "Compared with", "In use"]
+    heads = ["CFG scale", "Steps", "Error ratio", "Best known", "In use"]
     return _head(f'Schedule type "{FITTED_LABEL}"', about) + _table(heads, table)
 
 

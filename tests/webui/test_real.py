@@ -280,12 +280,14 @@ def replay(webui: WebUI, run: Run, start: float = 1.0) -> float:
     def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
         nonlocal worst
         its, _, denoised = next(calls)
+        its = its[: len(denoised)]  # AUTOMATIC1111 tells of the conditioned and the unconditioned half
         worst = max(worst, ((x - its).abs().max() / its.abs().max()).item())
         return denoised
 
     sigmas = torch.stack([sigma[0] for _, sigma, _ in run.calls] + [torch.zeros(())])
     ems = load_ems_file(webui.folder / "tiny.ems.safetensors").at(3.0)
-    result = sample_dpm_solver_v3(denoiser, run.calls[0][0] * start, sigmas, disable=True, ems=ems, guidance=3.0)
+    noise = run.calls[0][0][: len(run.calls[0][2])]
+    result = sample_dpm_solver_v3(denoiser, noise * start, sigmas, disable=True, ems=ems, guidance=3.0)
     return max(worst, ((result - run.latents).abs().max() / run.latents.abs().max()).item())
 
 
