@@ -131,6 +131,8 @@ def _notes(file: EMSFile) -> list[str]:
         notes.append("no moments to compute l, s, b again from")
     reports = [r for r in file.meta.evidence if r.split == "report"]
     lost = sum(r.ems > r.data_prediction for r in reports)
+    if not file.meta.evidence and file.meta.fitted:
+        return [*notes, "the statistics themselves have not been tried on any schedule, so they are used on none"]
     if not file.meta.evidence:
         return [*notes, "no evidence: these statistics have not been tried"]
     return [*notes, f"on report noise no worse than data prediction in {len(reports) - lost} of {len(reports)} cases"]
