@@ -49,14 +49,14 @@ _FLOW_START = 0.03
 
 
 @dataclass
-class DPMSolverV3SchedulerOutput(BaseOutput):  # type: ignore[misc]
+class DPMSolverV3SchedulerOutput(BaseOutput):
     """What `step` returns: the latents for the next step, and the denoised latents that the model predicted in this one."""
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
 
 
-class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
     """DPM-Solver-v3 (arXiv 2310.13268) for diffusers' pipelines: one model call a step, deterministic.
 
         pipe.scheduler = DPMSolverV3Scheduler.from_config(pipe.scheduler.config, ems="my.ems.safetensors", guidance_scale=7.5)
@@ -85,7 +85,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     _compatibles: ClassVar[list[str]] = [*(e.name for e in KarrasDiffusionSchedulers), *_OTHERS]
     order = 1
 
-    @register_to_config  # type: ignore[untyped-decorator]
+    @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,

@@ -73,8 +73,8 @@ def test_every_section_of_numbers_names_its_command() -> None:
 
 def test_cli_page_has_every_command() -> None:
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    added = [*COMMANDS, *(add for plug in plugs() for add in plug.COMMANDS)]
-    names = {re.sub(r"^_?add_", "", add.__name__) for add in added}
+    adds = (*COMMANDS, *(add for plug in plugs() for add in plug.COMMANDS))
+    names = {re.sub(r"^_?add_", "", add.__name__) for add in adds}
     assert names == set(re.findall(r"^\| `ems (\w+)", text, re.MULTILINE))
 
 

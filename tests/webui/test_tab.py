@@ -36,7 +36,16 @@ State = dict[str, Any]
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {"samples": 6, "intervals": 8, "noises": 2, "steps": (5,), "schedules": 1, "strengths": (0.5,), "reference_steps": 8}
+    few = {
+        "samples": 6,
+        "intervals": 8,
+        "noises": 2,
+        "steps": (5,),
+        "schedules": 1,
+        "probe_every": 1,
+        "strengths": (0.5,),
+        "reference_steps": 8,
+    }
     fit = replace(EFFORTS["quick"].fit, steps=(5,), noises=2, held_out=2, search=0)
     effort = replace(EFFORTS["quick"], combinations=(Settings(order=2, corrector="pseudo"),), fit=fit, **few)
     monkeypatch.setitem(EFFORTS, "tiny", effort)
