@@ -72,6 +72,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         prediction_type: "epsilon", "v_prediction", "sample" or "flow_prediction".
         use_flow_sigmas: a rectified flow; levels are times t.
         flow_shift: of a flow's times, where use_dynamic_shifting does not set it from the image's size.
+        base_shift, max_shift, base_image_seq_len, max_image_seq_len: read by pipelines, which compute `mu` of them.
         sigma_data: not None for EDM's preconditioning.
         snr_shift_scale: CogVideoX's change of the betas.
         Others: as in diffusers' DPMSolverMultistepScheduler and EulerDiscreteScheduler.
@@ -117,6 +118,10 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         use_dynamic_shifting: bool = False,
         time_shift_type: str = "exponential",
         shift_terminal: float | None = None,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
         ems: str | None = None,
         guidance_scale: float | None = None,
         order: int | str = AUTO,
