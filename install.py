@@ -21,6 +21,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -114,8 +115,12 @@ def check_host() -> None:
     if not missing:
         _say("All is there: torch, " + ", ".join(SMALL) + ". Nothing to install.")
         return
+    obstacle = _obstacle()
+    if obstacle:
+        raise InstallError(f"{', '.join(missing)} must be installed into {sys.executable}, but {obstacle}")
     _say("Installing what is missing: " + ", ".join(missing))
-    if subprocess.run([sys.executable, "-m", "pip", "install", *missing]).returncode:
+    # --no-user: else pip, where it may not write, installs into the user's home, for every Python program there.
+    if subprocess.run([sys.executable, "-m", "pip", "install", "--no-user", *missing]).returncode:
         raise InstallError(
             f"pip could not install {', '.join(missing)}; its message is above. "
             f'Check the network, or install by hand: "{sys.executable}" -m pip install {" ".join(missing)}'
@@ -125,6 +130,31 @@ def check_host() -> None:
     if still:
         raise InstallError(f"pip reported success, but {sys.executable} still does not find {', '.join(still)}.")
     _say("Installed.")
+
+
+def _obstacle() -> str:
+    """Why pip cannot install into this Python, and what to do, as the end of a sentence; "" if nothing seems in the way."""
+    own = "Run install.py with the Python that ComfyUI or the WebUI starts with (as a rule the one in its own `venv` folder)"
+    in_venv = sys.prefix != sys.base_prefix
+    if not in_venv and Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").is_file():
+        return (
+            f"this Python belongs to the operating system, which does not let pip change it. {own}. If the host has no such "
+            f'folder, make one: "{sys.executable}" -m venv venv, and start the host with the Python in it.'
+        )
+    if importlib.util.find_spec("pip") is None:
+        return (
+            f'this Python has no pip. Get it with "{sys.executable}" -m ensurepip --upgrade (on Debian and Ubuntu: '
+            f"`apt install python3-pip`), then run this again."
+        )
+    folder = sysconfig.get_path("purelib")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return (
+            f"its folder for packages cannot be written: {folder} ({error.strerror}). Run install.py as the user who "
+            f"installed the host. {own}."
+        )
 
 
 def _stamp(requirements: tuple[str, ...]) -> str:

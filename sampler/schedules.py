@@ -143,7 +143,7 @@ class Flow:
     space = Space.FLOW
 
     def level_at(self, time: Tensor) -> Tensor:
-        """T at unshifted `time`."""
+        """The level t at unshifted `time`."""
         u = time.to(torch.float64)
         return self.shift * u / (1 + (self.shift - 1) * u)
 

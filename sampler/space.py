@@ -1,4 +1,4 @@
-"""Where a host's noise levels meet the paper's lambda: the one home of these conversions.
+"""Where a host's noise levels meet the paper's lambda; no other module converts between them.
 
 A host names a noise level by a number that it calls sigma. What that number means depends on its space:
 

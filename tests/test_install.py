@@ -97,7 +97,7 @@ import sys
 from pathlib import Path
 here = Path(__file__).parent
 (here / "asked.txt").write_text(" ".join(sys.argv[1:]))
-for name in sys.argv[2:]:
+for name in sys.argv[3:]:
     (here / (name + ".py")).write_text("")
 """
 
@@ -106,7 +106,7 @@ def test_small_packages_are_installed_only_where_missing(tmp_path: Path) -> None
     env = host(tmp_path, ("torch", "numpy"), pip=WORKING_PIP)
     result = run_install(env=env, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "site" / "asked.txt").read_text() == "install safetensors tqdm"
+    assert (tmp_path / "site" / "asked.txt").read_text() == "install --no-user safetensors tqdm"
 
 
 @pytest.mark.parametrize(
@@ -149,6 +149,42 @@ def test_prepare_skips_pip_until_something_changes(
     assert pip_calls() == 0
     (checkout / "pyproject.toml").write_text("[project]\nname = 'other'\n")
     assert pip_calls() == 3
+
+
+@pytest.mark.parametrize("case", ["belongs to the system", "has no pip", "read only"])
+def test_wrong_pythons_are_named_before_pip_runs(
+    install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """Each with what to do, instead of pip's own advice, which can break a system or fill the user's home."""
+    commands = Commands()
+    monkeypatch.setattr(install.subprocess, "run", commands)
+    monkeypatch.setattr(install, "_found", lambda name: name == "torch")
+    folders = {"stdlib": tmp_path / "lib", "purelib": tmp_path / "site"}
+    for folder in folders.values():
+        folder.mkdir()
+    monkeypatch.setattr(install.sysconfig, "get_path", lambda name: str(folders[name]))
+    monkeypatch.setattr(install.sys, "prefix", install.sys.base_prefix)
+    if case == "belongs to the system":
+        (folders["stdlib"] / "EXTERNALLY-MANAGED").touch()
+    if case == "has no pip":
+        monkeypatch.setattr(install.importlib.util, "find_spec", lambda name: None)
+    if case == "read only":
+        folders["purelib"].rmdir()  # as root, nothing else keeps a file from being written
+    words = {"belongs to the system": "-m venv venv", "has no pip": "ensurepip", "read only": "cannot be written"}
+    with pytest.raises(install.InstallError, match=words[case]):
+        install.check_host()
+    assert commands.seen == []
+
+
+def test_pip_never_installs_into_the_users_home(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = Commands()
+    monkeypatch.setattr(install.subprocess, "run", commands)
+    monkeypatch.setattr(install, "_obstacle", lambda: "")
+    present = {"torch"}
+    monkeypatch.setattr(install, "_found", lambda name: name in present or bool(commands.seen))
+    install.check_host()
+    (command,) = commands.seen
+    assert command[1:5] == ["-m", "pip", "install", "--no-user"] and set(command[5:]) == {"numpy", "safetensors", "tqdm"}
 
 
 def test_interrupted_pip_leaves_no_stamp(install: ModuleType, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:

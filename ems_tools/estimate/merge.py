@@ -7,13 +7,16 @@ from os import PathLike
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..file.contents import EMSFile
 from ..file.reader import EMSFileError
-from .moments import MergeError, Moments
+from .moments import MOMENTS, MergeError, Moments
 from .run import EstimateError
 
-__all__ = ["merge_files"]
+__all__ = ["merge_files", "moments_problem"]
+
+MAX_GROUPS = 4096
 
 
 def merge_files(files: list[tuple[str | PathLike[str], EMSFile]]) -> EMSFile:
@@ -22,7 +25,7 @@ def merge_files(files: list[tuple[str | PathLike[str], EMSFile]]) -> EMSFile:
         raise EstimateError("merging needs at least two files")
     first_path, first = files[0]
     totals = _moments(first_path, first)
-    seeds = list(first.meta.estimate.get("seeds", ()))  # type: ignore[arg-type]
+    seeds = _seeds(first)
     for path, file in files[1:]:
         for what, mine, theirs in (
             ("model", dict(first.meta.model), dict(file.meta.model)),
@@ -31,12 +34,12 @@ def merge_files(files: list[tuple[str | PathLike[str], EMSFile]]) -> EMSFile:
         ):
             if mine != theirs:
                 raise EMSFileError(path, f"its {what} ({theirs}) differs from {first_path}'s ({mine}): these cannot be merged")
-        repeated = set(seeds) & set(file.meta.estimate.get("seeds", ()))  # type: ignore[arg-type]
+        repeated = set(seeds) & set(_seeds(file))
         if repeated:
             raise EMSFileError(
                 path, f"holds samples of seed {sorted(map(str, repeated))[0]}, counted already: compute it with another --seed"
             )
-        seeds += list(file.meta.estimate.get("seeds", ()))  # type: ignore[arg-type]
+        seeds += _seeds(file)
         try:
             totals = [a.merged(b) for a, b in zip(totals, _moments(path, file), strict=True)]
         except MergeError as error:
@@ -48,7 +51,24 @@ def _moments(path: str | PathLike[str], file: EMSFile) -> list[Moments]:
     names = [(f"sums.{g}", f"count.{g}") for g in range(len(file.guidance))]
     if not all(name in file.moments for pair in names for name in pair):
         raise EMSFileError(path, "has no moments: compute it with --keep-moments to merge or extend it")
+    for sums, count in names:
+        problem = moments_problem(file, file.moments[sums], file.moments[count])
+        if problem:
+            raise EMSFileError(path, problem)
     return [Moments(file.lambdas, file.moments[count], file.moments[sums]) for sums, count in names]
+
+
+def moments_problem(file: EMSFile, sums: Tensor, count: Tensor) -> str:
+    """What keeps these from being moments of the file's statistics; "" if nothing does."""
+    fits = count.ndim == 1 and tuple(sums.shape) == (len(MOMENTS), len(count), *file.l.shape[1:])
+    if not fits or len(count) > MAX_GROUPS or not (count >= 0).all() or not 1 <= float(count.sum()) < 1e12:
+        return "the moments have not the shape of these statistics"
+    return "" if float(sums.abs().max()) < 1e30 else "the moments are larger than moments can be"
+
+
+def _seeds(file: EMSFile) -> list[Any]:
+    found = file.meta.estimate.get("seeds", ())
+    return list(found) if isinstance(found, tuple) else [found]
 
 
 def _with_moments(file: EMSFile, moments: list[Moments], seeds: tuple[Any, ...]) -> EMSFile:

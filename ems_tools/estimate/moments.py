@@ -23,6 +23,7 @@ __all__ = ["MOMENTS", "MergeError", "Moments", "Statistics", "smoothed_slope"]
 MOMENTS = ("y", "D", "D'", "yy", "yD", "DD", "yD'", "DD'", "vJv")
 SMOOTHING = 0.4
 """Half width in lambda of the local cubic fit that gives the slope l' (the paper: an 11-point moving average)."""
+_WINDOW = 64
 S_LIMIT = 10.0
 """|s| is held to this. f grows or decays by e^(s h) over a step h: more means that f hardly varies, and s is a ratio of two
 rounding errors. (The largest |s| of the embedded model is 1.1.)"""
@@ -95,12 +96,16 @@ class Moments:
             raise MergeError(f"the shapes differ: {mine} and {theirs} (channels, positions) or the number of groups")
         return Moments(self.lambdas, self.count + other.count, self.sums + other.sums)
 
-    def statistics(self) -> Statistics:
-        """l, s, b from all samples, and jackknife standard errors over the groups in use."""
+    def values(self) -> tuple[Tensor, Tensor, Tensor]:
+        """l, s, b [N+1, C, ...] from all samples. Raises ValueError without any."""
         if self.samples == 0:
             raise ValueError("no samples yet")
+        return _solve(self.lambdas, self.sums.sum(1) / self.count.sum())
+
+    def statistics(self) -> Statistics:
+        """l, s, b from all samples, and jackknife standard errors over the groups in use. Raises ValueError without samples."""
+        values = self.values()
         total, count = self.sums.sum(1), self.count.sum()
-        values = _solve(self.lambdas, total / count)
         used = (self.count > 0).nonzero().flatten().tolist()
         if len(used) < 2:
             nan = torch.full_like(values[0], torch.nan)
@@ -138,16 +143,21 @@ def _solve(lambdas: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def smoothed_slope(lambdas: Tensor, values: Tensor, half_width: float = SMOOTHING) -> Tensor:
     """Slope [N+1, ...] of a local cubic fit within `half_width` (at least 7 points of the grid, or all of it).
 
-    The weights are a parabola over the window (Epanechnikov), so that a noisy value at its edge counts little.
+    The weights are a parabola over the window (Epanechnikov), so that a noisy value at its edge counts little. Of a window with
+    more than 64 points about 64 are used: time and memory grow with N, however dense a stranger's grid is.
     """
     n = len(lambdas)
-    slope = torch.zeros(n, n, dtype=torch.float64)
+    slope = torch.zeros_like(values, dtype=torch.float64)
     for i in range(n):
-        distance = (lambdas - lambdas[i]).abs()
-        width = max(half_width, distance.sort().values[min(6, n - 1)].item() * 1.01)
-        inside = (distance < width).nonzero().flatten()
+        near = lambdas[max(i - 7, 0) : i + 8] - lambdas[i]
+        width = max(half_width, near.abs().sort().values[min(6, n - 1)].item() * 1.01)
+        ends = torch.searchsorted(
+            lambdas, lambdas[i] + width * torch.tensor([-1 + 1e-9, 1 - 1e-9], dtype=torch.float64)
+        ).tolist()
+        inside = slice(ends[0], ends[1], max((ends[1] - ends[0]) // _WINDOW, 1))
         u = (lambdas[inside] - lambdas[i]) / width
         root = (1 - u**2).clamp(min=1e-3).sqrt()
-        design = u[:, None] ** torch.arange(min(4, len(inside)), dtype=torch.float64)
-        slope[i, inside] = torch.linalg.lstsq(root[:, None] * design, torch.diag(root)).solution[1] / width
-    return torch.tensordot(slope, values, dims=1)
+        design = u[:, None] ** torch.arange(min(4, len(u)), dtype=torch.float64)
+        weights = torch.linalg.lstsq(root[:, None] * design, torch.diag(root)).solution[1] / width
+        slope[i] = torch.tensordot(weights, values[inside].double(), dims=1)
+    return slope

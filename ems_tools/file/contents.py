@@ -16,13 +16,15 @@ from torch import Tensor
 
 from ...sampler import EMS, EMSError, Recommendation, RecommendationEntry, Space
 from .layout import DTYPE_NAMES, encoded
-from .rows import MAX_GUIDANCE, MAX_LAMBDA, EMSMeta, FittedRow
+from .rows import MAX_GUIDANCE, MAX_LAMBDA, MIN_GUIDANCE, EMSMeta, FittedRow
 from .storage import write_atomic
 
 __all__ = ["STATISTICS", "EMSFile"]
 
 STATISTICS = ("l", "s", "b")
-MAX_VALUE, MAX_SCALES, MAX_POINTS = 1e4, 64, 20_001
+MAX_VALUES = {"l": 100.0, "s": 100.0, "b": 1e4}
+"""A model's l is about 0 to 1 and grows with the guidance scale; |s| is estimated up to 10 (`estimate.moments.S_LIMIT`)."""
+MAX_ERROR, MAX_SCALES, MAX_POINTS, LEAST_GAP = 1e4, 64, 4001, 1e-6
 PER_CHANNEL_BYTES = 64 * 1024
 """What a per-channel file without moments is meant to stay below."""
 FITTED_REACH = 0.4, 1.5
@@ -208,9 +210,7 @@ def _own(name: str, value: object) -> Tensor:
 
 def _check_tensors(file: EMSFile) -> None:
     _check_axis("lambdas", file.lambdas, 2, MAX_POINTS, -MAX_LAMBDA, MAX_LAMBDA)
-    _check_axis("guidance", file.guidance, 1, MAX_SCALES, 0, MAX_GUIDANCE)
-    if file.guidance[0] <= 0:
-        raise EMSError(f"tensor 'guidance' holds {file.guidance[0].item():g}, scales must be above 0")
+    _check_axis("guidance", file.guidance, 1, MAX_SCALES, MIN_GUIDANCE, MAX_GUIDANCE)
     shape, expected = tuple(file.l.shape), (len(file.guidance), len(file.lambdas))
     if file.l.ndim < 3 or shape[:2] != expected or file.l.ndim > 8:
         raise EMSError(f"tensor 'l' has shape {shape}, but must have [{expected[0]}, {expected[1]}, C, ...]")
@@ -219,11 +219,11 @@ def _check_tensors(file: EMSFile) -> None:
         if tuple(value.shape) != shape or value.dtype != file.l.dtype or value.dtype is torch.float16:
             kind = f"shape {tuple(value.shape)} and {value.dtype}"
             raise EMSError(f"tensor '{name}' has {kind}; l, s, b must share {shape} and be all float32 or all float64")
-        _check_values(name, value, -MAX_VALUE)
+        _check_values(name, value, -MAX_VALUES[name], MAX_VALUES[name])
     for name, value in (file.errors or {}).items():
         if tuple(value.shape) not in (shape, (shape[0], 1, *shape[2:])):
             raise EMSError(f"tensor '{name}_se' has shape {tuple(value.shape)}, which does not go with {shape}")
-        _check_values(f"{name}_se", value, 0)
+        _check_values(f"{name}_se", value, 0, MAX_ERROR)
     for name, value in file.moments.items():
         if value.dtype is not torch.float64 or value.ndim > 12:
             raise EMSError(f"tensor 'moments.{name}' must be of float64 and have at most 12 axes")
@@ -234,12 +234,12 @@ def _check_axis(name: str, value: Tensor, least: int, most: int, low: float, hig
         what = f"{value.dtype} of shape {tuple(value.shape)}"
         raise EMSError(f"tensor '{name}' is {what}, but must be float64 with {least} to {most} values in one axis")
     _check_values(name, value, low, high)
-    if not (value.diff() > 0).all():
-        at = int((value.diff() <= 0).nonzero()[0].item())
+    if not (value.diff() >= LEAST_GAP).all():
+        at = int((value.diff() < LEAST_GAP).nonzero()[0].item())
         raise EMSError(f"tensor '{name}' must increase strictly, and does not at {at + 1}")
 
 
-def _check_values(name: str, value: Tensor, low: float, high: float = MAX_VALUE) -> None:
+def _check_values(name: str, value: Tensor, low: float, high: float) -> None:
     if value.min() < low or value.max() > high:
         found = f"{value.min().item():g} to {value.max().item():g}"
         raise EMSError(f"tensor '{name}' holds values from {found}, outside [{low:g}, {high:g}]")

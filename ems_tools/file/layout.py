@@ -5,8 +5,8 @@ A safetensors file (8 bytes of header length, a JSON header, raw tensors) with
 | tensor                | shape                    | dtype            |                                             |
 |-----------------------|--------------------------|------------------|---------------------------------------------|
 | `lambdas`             | [N+1]                    | float64          | half log-SNR, increasing, in [-30, 30]      |
-| `guidance`            | [G]                      | float64          | covered scales, increasing, in (0, 1000]    |
-| `l`, `s`, `b`         | [G, N+1, C, (*spatial)]  | float32, float64 | within +-1e4                                |
+| `guidance`            | [G]                      | float64          | covered scales, increasing, 0.001 to 1000   |
+| `l`, `s`, `b`         | [G, N+1, C, (*spatial)]  | float32, float64 | within +-100, +-100, +-1e4                  |
 | `l_se`, `s_se`, `b_se`| the same, or 1 for N+1   | float16 to 64    | standard errors, optional; see `compacted`  |
 | `moments.<name>`      | any                      | float64          | to extend or merge the estimate, optional   |
 

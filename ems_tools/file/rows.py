@@ -26,11 +26,20 @@ __all__ = [
     "RecommendedSetting",
     "advice_by_case",
     "check_count",
+    "error_ratio",
+    "insane",
     "number",
 ]
 
-MAX_LAMBDA, MAX_GUIDANCE, MAX_TEXT = 30.0, 1000.0, 4096
-MAX_FITTED_STEPS, MAX_FITTED_ROWS, MAX_COEFFICIENT = 64, 1024, 1e6
+MAX_LAMBDA, MIN_GUIDANCE, MAX_GUIDANCE, MAX_TEXT = 30.0, 1e-3, 1000.0, 4096
+MAX_EVIDENCE, MAX_ADVICE, MAX_FITTED_STEPS, MAX_FITTED_ROWS = 8192, 4096, 64, 1024
+MAX_ERROR = 1e31
+"""Errors are squared differences; a run that blew up is counted as 1e30."""
+MAX_START, MAX_DECAY, MAX_WEIGHT, MAX_EXCESS = 2.0, 4.0, 32.0, 1.0
+"""What a sane fitted step can need. A step maps y = D = c to about c, so that decay and weights add up to about 1 (the excess
+is the difference). The embedded model's fits have starts from 1 to 1.13, decays to 0.74, weights to 1.6, excesses to 0.12."""
+MARGIN = 0.5
+"""How far in lambda a fitted schedule may lie outside the noise range of its file."""
 
 Scalar: TypeAlias = "str | int | float | bool | None"
 Fact: TypeAlias = "Scalar | tuple[Scalar, ...]"
@@ -64,7 +73,7 @@ class EvidenceRow:
         if self.split not in ("calibration", "report"):
             raise EMSError(f"an evidence row's split must be 'calibration' or 'report', not {self.split!r:.40}")
         for name in ("data_prediction", "ems", "full_strength"):
-            value = number(f"an evidence row's {name}", getattr(self, name), 0, math.inf)
+            value = number(f"an evidence row's {name}", getattr(self, name), 0, MAX_ERROR)
             object.__setattr__(self, name, float(f"{value:.4e}"))
 
 
@@ -122,15 +131,16 @@ class FittedRow:
         if len(self.lambdas) not in (self.steps, self.steps + 1) or not rises:
             raise EMSError(f"a fitted row of {self.steps} steps needs as many lambdas, or one more, and they must increase")
         for name in ("fitted", "fixed", "ratio"):
-            _check_numbers(f"a fitted row's {name}", getattr(self, name), 0, 1e31)
+            _check_numbers(f"a fitted row's {name}", getattr(self, name), 0, MAX_ERROR)
             if len(getattr(self, name)) != 3:
                 raise EMSError(f"a fitted row's {name} must be three numbers")
         c = self.coefficients
         if c is not None:
             if not isinstance(c, FittedSteps) or c.lambdas != self.lambdas:
                 raise EMSError("a fitted row's coefficients must be sampler.FittedSteps on its lambdas")
-            for row in ((c.start,), c.decay, *c.weights):
-                _check_numbers("a fitted row's coefficient", row, -MAX_COEFFICIENT, MAX_COEFFICIENT)
+            wrong = insane(c)
+            if wrong:
+                raise EMSError(f"a fitted row's coefficients are none that a step can need: {wrong}")
 
 
 @dataclass(frozen=True)
@@ -180,9 +190,32 @@ class EMSMeta:
                 raise EMSError(f"metadata key {key!r:.80} is not known; others' keys begin with 'modelspec.' or 'ss_'")
             _check_text(key, value)
         object.__setattr__(self, "foreign", MappingProxyType(dict(self.foreign)))
+        if len(self.evidence) > MAX_EVIDENCE or len(self.recommendation) > MAX_ADVICE:
+            raise EMSError(f"at most {MAX_EVIDENCE} rows of evidence and {MAX_ADVICE} of recommendation are allowed")
         cases = {(row.guidance, row.steps) for row in self.fitted}
         if len(cases) != len(self.fitted) or len(cases) > MAX_FITTED_ROWS:
             raise EMSError(f"fitted rows must be at most {MAX_FITTED_ROWS}, each for another guidance scale or number of steps")
+        first, last = -math.log(high) - MARGIN, -math.log(low) + MARGIN
+        for row in self.fitted:
+            if row.lambdas[0] < first or row.lambdas[-1] > last:
+                span = f"from lambda {row.lambdas[0]:g} to {row.lambdas[-1]:g}"
+                raise EMSError(f"a fitted row goes {span}, outside the file's noise range, {first:.3g} to {last:.3g}")
+
+
+def error_ratio(row: EvidenceRow) -> float:
+    """Error with EMS over that without, held to [1e-9, 1e9]: beyond that one of the two is no error at all."""
+    return min(max(max(row.ems, 1e-30) / max(row.data_prediction, 1e-30), 1e-9), 1e9)
+
+
+def insane(c: FittedSteps) -> str:
+    """Which coefficient is none that a step can need, in words; "" if all are sane."""
+    if not 1 / MAX_START <= c.start <= MAX_START:
+        return f"the start factor is {c.start:g}, not within {1 / MAX_START:g} and {MAX_START:g}"
+    for k, (decay, weights) in enumerate(zip(c.decay, c.weights, strict=True), 1):
+        largest, excess = max(map(abs, weights)), decay + sum(weights) - 1
+        if abs(decay) > MAX_DECAY or largest > MAX_WEIGHT or abs(excess) > MAX_EXCESS:
+            return f"step {k} has decay {decay:g}, weights up to {largest:g}, and together they exceed 1 by {excess:g}"
+    return ""
 
 
 def advice_by_case(meta: EMSMeta) -> dict[tuple[float, str, int], RecommendedSetting]:
@@ -190,13 +223,19 @@ def advice_by_case(meta: EMSMeta) -> dict[tuple[float, str, int], RecommendedSet
 
     A schedule of n lambdas has n - 1 steps, or n if it ends at sigma 0; all lengths of one schedule end alike.
     """
+    steps: dict[tuple[float, str], set[int]] = {}
+    entries: dict[tuple[float, str], list[RecommendedSetting]] = {}
+    for row in meta.evidence:
+        tried = steps.setdefault((row.guidance, row.schedule), set())
+        if row.split == "calibration":
+            tried.add(row.steps)
+    for entry in meta.recommendation:
+        entries.setdefault((entry.guidance, entry.schedule), []).append(entry)
     found = {}
-    for guidance, schedule in {(r.guidance, r.schedule) for r in meta.evidence}:
-        place = (guidance, schedule)
-        steps = {r.steps for r in meta.evidence if (r.guidance, r.schedule) == place and r.split == "calibration"}
+    for (guidance, schedule), tried in steps.items():
         for offset in (1, 0):
-            mine = {len(r.lambdas) - offset: r for r in meta.recommendation if (r.guidance, r.schedule) == place}
-            if set(mine) == steps:
+            mine = {len(entry.lambdas) - offset: entry for entry in entries.get((guidance, schedule), ())}
+            if set(mine) == tried:
                 found.update({(guidance, schedule, n): entry for n, entry in mine.items()})
     return found
 

@@ -1,7 +1,8 @@
 """Every decision that ComfyUI and the WebUIs share, so that a rule is written and tested once.
 
 `runs`: which statistics and which steps a run uses, and what the user is told. `jobs`: the scales, prompts, file and progress
-of a computation. Nothing here knows a host: hosts hand over plain facts and show the answers.
+of a computation. `trust`: sampling with files that others made. Nothing here knows a host: hosts hand over plain facts and show
+the answers.
 """
 
 from .jobs import (
@@ -14,14 +15,17 @@ from .jobs import (
     request_facts,
     scales_of,
 )
-from .runs import GUIDER, Run, Statistics, Steps, choose_statistics, choose_steps, one_line, unfitted_steps
+from .runs import GUIDER, Run, Statistics, Steps, choose_statistics, choose_steps, one_line, printable, unfitted_steps
+from .trust import Origin, TrustBook, sample_on_trial
 
 __all__ = [
     "GUIDER",
     "PROMPTS",
+    "Origin",
     "Run",
     "Statistics",
     "Steps",
+    "TrustBook",
     "Watch",
     "choose_statistics",
     "choose_steps",
@@ -30,7 +34,9 @@ __all__ = [
     "in_words",
     "one_line",
     "place_for",
+    "printable",
     "request_facts",
+    "sample_on_trial",
     "scales_of",
     "unfitted_steps",
 ]

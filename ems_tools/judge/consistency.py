@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 
-from ..estimate.moments import MOMENTS, Moments
+from ..estimate.merge import moments_problem
+from ..estimate.moments import Moments
 from ..file.contents import EMSFile
 from ..file.rows import EvidenceRow, advice_by_case
 
@@ -52,14 +53,13 @@ def _moment_problems(file: EMSFile) -> list[str]:
         if sums is None or count is None:
             continue
         place = f"guidance {guidance:g}"
-        fits = count.ndim == 1 and tuple(sums.shape) == (len(MOMENTS), len(count), *file.l.shape[1:])
-        if not fits or not (count >= 0).all() or count.sum() < 1:
-            problems.append(f"{place}: the moments have not the shape of these statistics")
+        problem = moments_problem(file, sums, count)
+        if problem:
+            problems.append(f"{place}: {problem}")
             continue
         moments = Moments(file.lambdas, count, sums)
-        found = moments.statistics()
-        for name in "lsb":
-            mine, theirs = getattr(file, name)[g].double(), getattr(found, name)
+        for name, theirs in zip("lsb", moments.values(), strict=True):
+            mine = getattr(file, name)[g].double()
             off = (mine - theirs).abs() - 1e-5 * (1 + theirs.abs())
             if not bool((off <= 0).all()):
                 worst = (mine - theirs).abs().max().item()
@@ -70,11 +70,11 @@ def _moment_problems(file: EMSFile) -> list[str]:
 
 
 def _fit_problems(file: EMSFile) -> list[str]:
-    """Coefficients are kept where they won; the ratio is that of the errors."""
+    """Coefficients are kept where they won, or those of the panel's best, at ratio 1; the ratio is that of the errors."""
     problems = []
     for row in file.meta.fitted:
         place = f"guidance {row.guidance:g}, fitted, {row.steps} steps"
-        if (row.coefficients is not None) != (row.ratio[0] < 1):
+        if (row.coefficients is None and row.ratio[0] < 1) or (row.coefficients is not None and row.ratio[0] > 1):
             problems.append(f"{place}: coefficients are kept where they win, and the ratio is {row.ratio[0]:g}")
         if min(row.fixed[0], row.fitted[0]) > 1e-25 and max(row.fixed[0], row.fitted[0]) < 1e25:
             expected = row.fitted[0] / row.fixed[0]

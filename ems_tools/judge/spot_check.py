@@ -48,7 +48,7 @@ ALPHA = 0.01
 """How often a right file may fail the spot check."""
 FUNCTIONS = 3
 _FEWEST_SAMPLES, _FEWEST_NOISES = 12, 4
-"""What a file is at least taken to rest on: one that claims less would ask to be believed whatever it holds."""
+"""A floor for the number of samples that a file says it rests on, so that claiming few samples cannot loosen the test."""
 
 
 @dataclass(frozen=True)

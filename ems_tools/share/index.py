@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,7 @@ from ...sampler import EMSError
 from ..file.contents import EMSFile
 from ..file.layout import MAX_FILE_BYTES, SUFFIX
 from ..file.reader import decode_ems_file
-from ..file.rows import MAX_TEXT, advice_by_case
+from ..file.rows import MAX_TEXT, advice_by_case, error_ratio
 from ..file.storage import write_atomic
 from .identity import ModelIdentity, content_fingerprint
 from .library import safe_name
@@ -179,12 +180,10 @@ def entry_of(data: bytes, name: str, checkpoints: Iterable[Hashes] = ()) -> Inde
 
 def mean_ratio(file: EMSFile) -> float | None:
     """Geometric mean of (error with EMS / error without) over the report rows, to 4 digits; None without evidence."""
-    import math
-
     rows = [r for r in file.meta.evidence if r.split == "report" and r.data_prediction > 0]
     if not rows:
         return None
-    logs = [math.log(max(r.ems, 1e-30) / r.data_prediction) for r in rows]
+    logs = [math.log(error_ratio(r)) for r in rows]
     return float(f"{math.exp(sum(logs) / len(logs)):.4g}")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..file.contents import EMSFile
-from ..file.rows import EvidenceRow
+from ..file.rows import EvidenceRow, error_ratio
 
 __all__ = ["COLOURS", "Curve", "Panel", "limits_of", "statistics_of", "style_of", "summary_of", "ticks_between"]
 
@@ -152,7 +152,7 @@ def _mean_ratios(rows: Iterable[EvidenceRow]) -> dict[float, float]:
     usable = [r for r in usable if r.split == "report"] or usable
     logs: dict[float, list[float]] = {}
     for r in sorted(usable, key=lambda r: r.steps):
-        logs.setdefault(float(r.steps), []).append(math.log(r.ems / r.data_prediction))
+        logs.setdefault(float(r.steps), []).append(math.log(error_ratio(r)))
     return {steps: math.exp(sum(values) / len(values)) for steps, values in logs.items()}
 
 
@@ -190,12 +190,15 @@ def _quantile(flat: Tensor, q: float) -> Tensor:
 
 
 def _evidence(file: EMSFile, guidance: float) -> Panel:
-    rows = [r for r in file.meta.evidence if r.guidance == guidance and r.data_prediction > 0]
+    rows: dict[str, list[EvidenceRow]] = {}
+    for row in file.meta.evidence:
+        if row.guidance == guidance and row.data_prediction > 0:
+            rows.setdefault(row.schedule, []).append(row)
     curves = []
-    for k, schedule in enumerate(dict.fromkeys(r.schedule for r in rows)):
+    for k, (schedule, all_of_it) in enumerate(list(rows.items())[:MAX_CURVES]):
         for split, dash in (("report", "solid"), ("calibration", "dotted")):
-            mine = sorted((r for r in rows if (r.schedule, r.split) == (schedule, split)), key=lambda r: r.steps)
-            points = [(float(r.steps), r.ems / r.data_prediction) for r in mine]
+            mine = sorted((r for r in all_of_it if r.split == split), key=lambda r: r.steps)
+            points = [(float(r.steps), error_ratio(r)) for r in mine]
             if points:
                 xs, ys = zip(*points, strict=True)
                 name = schedule[:32] if split == "report" else ""  # the dotted curve has its schedule's colour

@@ -175,6 +175,20 @@ def test_compute_ems_shows_progress_and_then_the_plot(page: Any, plain_server: A
     shot(page, "compute-plot")
 
 
+def test_inspect_shows_what_a_file_gains(page: Any, plain_server: Any) -> None:
+    load(
+        page,
+        {
+            "1": ("DPMSolverV3_LoadEMS", {"ems_name": "embedded-emoji.ems.safetensors"}, (0, 0), (320, 60)),
+            "2": ("DPMSolverV3_InspectEMS", {"ems": ["1", 0], "statistics": False}, (0, 120), (320, 100)),
+            "3": ("PreviewImage", {"images": ["2", 0]}, (380, 0), (480, 470)),
+        },
+    )
+    entry = run_and_wait(page, plain_server)
+    assert "embedded-emoji" in entry["outputs"]["2"]["text"][0]
+    shot(page, "inspect")
+
+
 def test_compare_samplers_shows_plot_and_pictures(page: Any, plain_server: Any) -> None:
     server = plain_server
     wires = {"model": ["1", 0], "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0], "vae": ["15", 0]}

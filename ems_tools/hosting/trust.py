@@ -1,0 +1,187 @@
+"""Sampling with statistics that somebody else may have made: tried on first use, remembered, dropped if they are wrong.
+
+Hosts call `sample_on_trial` in place of the sampler. A file that was computed on this machine is believed. Any other is watched
+in the first run of each kind (`judge.trial`). If that shows that it does not suit the model, the picture is made anew with data
+prediction, and the file is not used again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ...sampler import AUTO, EMS, SamplingError, Settings, Space, StepInfo, sample_dpm_solver_v3, settings_for
+from ..file.contents import EMSFile
+from ..file.layout import fitted_values
+from ..file.storage import write_atomic
+from ..judge.trial import Trial, Verdict
+
+__all__ = ["Origin", "TrustBook", "sample_on_trial"]
+
+_FORMAT, _ENTRIES, _CASES, _MAX_BYTES = "dpm-solver-v3-trust-1", 2000, 64, 2**24
+_OPTIONS = tuple(f.name for f in fields(Settings))
+_KEYS: WeakKeyDictionary[EMSFile, str] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run's statistics come from: the file, and its name for messages."""
+
+    file: EMSFile
+    name: str
+
+    @property
+    def key(self) -> str:
+        """Digest of all that sampling uses of the file."""
+        if self.file not in _KEYS:
+            digest = hashlib.sha256()
+            for name in ("lambdas", "guidance", "l", "s", "b"):
+                digest.update(getattr(self.file, name).contiguous().numpy().data)
+            digest.update(json.dumps([fitted_values(row) for row in self.file.meta.fitted]).encode())
+            digest.update(repr(self.file.meta.recommendation).encode())
+            _KEYS[self.file] = digest.hexdigest()[:32]
+        return _KEYS[self.file]
+
+
+class TrustBook:
+    """What was found out about statistics files, in one small JSON file in the host's user folder (None: not kept).
+
+    A book that cannot be read or written costs evaluations, never a picture.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._files: dict[str, dict[str, Any]] | None = None
+        self._lock = threading.Lock()
+
+    def computed(self, file: EMSFile) -> None:
+        """Note that this machine computed the file: it is believed from now on."""
+        self._note(Origin(file, "").key, {"computed": True})
+
+    def is_trusted(self, origin: Origin, case: str) -> bool:
+        """Whether the file was computed here, or has passed in a run of this kind."""
+        entry = self._load().get(origin.key, {})
+        return entry.get("computed") is True or case in _texts(entry.get("passed"))
+
+    def refusal(self, origin: Origin) -> str:
+        """Why the file is not used any more, "" if it may be."""
+        why = self._load().get(origin.key, {}).get("failed", "")
+        return why if isinstance(why, str) and why.isprintable() else ""
+
+    def note(self, origin: Origin, case: str, failure: str = "") -> None:
+        """Keep the outcome of a trial."""
+        passed = _texts(self._load().get(origin.key, {}).get("passed"))
+        self._note(origin.key, {"failed": failure} if failure else {"passed": [*passed, case][-_CASES:]})
+
+    def _note(self, key: str, facts: dict[str, Any]) -> None:
+        with self._lock:
+            files = self._load()
+            files[key] = {**files.pop(key, {}), **facts}
+            while len(files) > _ENTRIES:
+                del files[next(iter(files))]
+            if self.path is None:
+                return
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(self.path, json.dumps({"format": _FORMAT, "files": files}, indent=0).encode())
+            except OSError:
+                pass
+
+    def _load(self) -> dict[str, dict[str, Any]]:
+        if self._files is None:
+            self._files = {}
+            try:
+                if self.path is not None and self.path.stat().st_size < _MAX_BYTES:
+                    stored = json.loads(self.path.read_text(encoding="utf-8"))
+                    if stored["format"] == _FORMAT:
+                        self._files = {k: v for k, v in stored["files"].items() if isinstance(v, dict)}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                pass
+        return self._files
+
+
+def _texts(value: object) -> list[str]:
+    return [v for v in value if isinstance(v, str)] if isinstance(value, list) else []
+
+
+def sample_on_trial(
+    book: TrustBook,
+    origin: Origin | None,
+    tell: Callable[[str], None],
+    model: Callable[..., Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callable[[StepInfo], None] | None = None,
+    disable: bool | None = None,
+    *,
+    ems: EMS | None = None,
+    space: Space | str = Space.SIGMA,
+    **options: Any,
+) -> Tensor:
+    """`sample_dpm_solver_v3`, with statistics that are not known to be right watched on their first use.
+
+    Args:
+        book: what is known of files.
+        origin: the file that `ems` is from; None for none, or for one that needs no trial.
+        tell: shown to the user.
+        model, x, sigmas, extra_args, callback, disable, ems, space, options: the sampler's.
+
+    Returns:
+        x at sigmas[-1]; of a file that fails, the picture that sampling without it gives.
+
+    Raises:
+        ValueError, EMSError, SamplingError: as the sampler does.
+    """
+
+    def run(model: Callable[..., Tensor], ems: EMS | None) -> Tensor:
+        return sample_dpm_solver_v3(model, x, sigmas, extra_args, callback, disable, ems=ems, space=space, **options)
+
+    if ems is None or origin is None:
+        return run(model, ems)
+    refusal = book.refusal(origin)
+    if refusal:
+        tell(refusal)
+        return run(model, None)
+    space, levels = Space.of(space), sigmas.detach().to("cpu", torch.float64)
+    fitted = ems.recommendation is not None and ems.recommendation.fitted_for(space.lambda_of(levels).tolist()) is not None
+    chosen = {name: options.get(name, AUTO) for name in _OPTIONS}
+    fitted = fitted and all(value == AUTO for value in chosen.values())
+    if not fitted and settings_for(levels, space, ems, chosen, options.get("guidance")).strength == 0:
+        return run(model, ems)  # data prediction, whatever the file says
+    case = f"guidance {options.get('guidance')}, {len(levels) - 1} steps{', fitted' if fitted else ''}"
+    if len(levels) < 3 or book.is_trusted(origin, case):
+        return run(model, ems)
+    trial = Trial(model, space, fitted)
+    try:
+        end = run(trial, ems)
+        verdict = trial.verdict(end, float(levels[-1]), extra_args or {})
+    except SamplingError:
+        end, verdict = x, Verdict(float("inf"))
+    if verdict.passed:
+        if verdict.ratio is not None:
+            book.note(origin, case)
+        return end
+    failure = _failure(origin, case, verdict)
+    tell(failure)
+    end = run(model, None)  # raises where it is the model that fails: then nothing is held against the file
+    book.note(origin, case, failure)
+    return end
+
+
+def _failure(origin: Origin, case: str, verdict: Verdict) -> str:
+    """What the user is told of a file that failed."""
+    return (
+        f"EMS {origin.name} were not used: the first run with them ({case}) shows that they do not suit this model (its steps "
+        f"were {verdict.ratio:.3g} times as far off as steps without them). Sampling with data prediction; to have statistics "
+        "that fit, compute them for this model"
+    )

@@ -1,0 +1,112 @@
+"""Files that others made: tried on the first run, remembered, and dropped if they are wrong. On the embedded model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpm_solver_v3.ems_tools.embedded import load_denoiser
+from dpm_solver_v3.ems_tools.file import EMSFile, load_ems_file
+from dpm_solver_v3.ems_tools.hosting import Origin, TrustBook, sample_on_trial
+from dpm_solver_v3.sampler import SamplingError, VPDiscrete, karras, sample_dpm_solver_v3
+
+SHIPPED = load_ems_file(Path(__file__).resolve().parents[3] / "stats" / "embedded-emoji.ems.safetensors")
+GUIDANCE, STEPS = 2.0, 10
+FIXED = karras(VPDiscrete.linear(), STEPS, to_zero=True)
+
+
+def forged(kind: str) -> EMSFile:
+    """As a stranger would: valid in form, wrong in content."""
+    file = SHIPPED
+    if kind == "s x 3":
+        return dataclasses.replace(file, s=3 * file.s)
+    if kind == "l = -2":
+        return dataclasses.replace(file, l=torch.full_like(file.l, -2.0))
+    if kind == "b + 0.05":
+        return dataclasses.replace(file, b=file.b + 0.05)
+    rows = []
+    for row in file.meta.fitted:
+        assert row.coefficients is not None
+        decay = tuple(1.15 * v for v in row.coefficients.decay)
+        rows.append(dataclasses.replace(row, coefficients=dataclasses.replace(row.coefficients, decay=decay)))
+    return dataclasses.replace(file, meta=dataclasses.replace(file.meta, fitted=tuple(rows)))
+
+
+class Counted:
+    """The embedded model, counting its evaluations."""
+
+    def __init__(self) -> None:
+        self.model, self.calls = load_denoiser(torch.tensor([1, 4]), GUIDANCE), 0
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        self.calls += 1
+        return self.model(x, sigma)
+
+
+def sample(
+    book: TrustBook, file: EMSFile, levels: Tensor, told: list[str], model: Callable[..., Tensor] | None = None
+) -> Tensor:
+    x = levels[0] * torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    origin, model = Origin(file, "theirs"), model or Counted()
+    return sample_on_trial(book, origin, told.append, model, x.float(), levels, disable=True, ems=file.at(2.0), guidance=2.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "levels"),
+    [("s x 3", FIXED), ("l = -2", FIXED), ("b + 0.05", karras(VPDiscrete.linear(), 20, to_zero=True)), ("decay x 1.15", None)],
+)
+def test_a_forged_file_is_found_out_by_its_first_run(tmp_path: Path, kind: str, levels: Tensor | None) -> None:
+    levels = SHIPPED.fitted_sigmas(8, GUIDANCE) if levels is None else levels
+    book, told, file = TrustBook(tmp_path / "trust.json"), [], forged(kind)
+    got = sample(book, file, levels, told)
+    assert len(told) == 1 and "theirs" in told[0] and "data prediction" in told[0]
+    x = (levels[0] * torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))).float()
+    assert torch.equal(got, sample_dpm_solver_v3(Counted(), x, levels, disable=True, guidance=GUIDANCE))
+    again, told = TrustBook(tmp_path / "trust.json"), []  # another session
+    counted = Counted()
+    assert torch.equal(sample(again, file, levels, told, counted), got)
+    assert told and counted.calls == len(levels) - 1
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+def test_a_right_file_passes_once_and_is_believed_then(tmp_path: Path, fitted: bool) -> None:
+    levels = SHIPPED.fitted_sigmas(8, GUIDANCE) if fitted else FIXED
+    book, told = TrustBook(tmp_path / "trust.json"), []
+    first, second = Counted(), Counted()
+    got = sample(book, SHIPPED, levels, told, first)
+    assert not told and first.calls <= len(levels) - 1 + 8
+    assert torch.equal(got, sample(TrustBook(tmp_path / "trust.json"), SHIPPED, levels, told, second))
+    assert second.calls == len(levels) - 1
+    x = (levels[0] * torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))).float()
+    assert torch.equal(got, sample_dpm_solver_v3(Counted(), x, levels, disable=True, ems=SHIPPED.at(2.0), guidance=2.0))
+
+
+def test_what_was_computed_here_needs_no_trial() -> None:
+    book, counted, told = TrustBook(None), Counted(), []
+    book.computed(SHIPPED)
+    levels = SHIPPED.fitted_sigmas(8, GUIDANCE)
+    sample(book, SHIPPED, levels, told, counted)
+    assert counted.calls == len(levels) - 1 and not told
+
+
+def test_a_model_that_fails_is_not_held_against_the_file(tmp_path: Path) -> None:
+    book, told = TrustBook(tmp_path / "trust.json"), []
+    with pytest.raises(SamplingError, match="the model returned"):
+        sample(book, SHIPPED, FIXED, told, lambda x, sigma: x * torch.nan)
+    assert not book.refusal(Origin(SHIPPED, "theirs"))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"[" * 5000, b'{"format": "dpm-solver-v3-trust-1", "files": [1]}', b"\xff"])
+def test_a_damaged_book_is_an_empty_one(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "trust.json"
+    path.write_bytes(content)
+    book = TrustBook(path)
+    assert not book.refusal(Origin(SHIPPED, "x"))
+    book.computed(SHIPPED)
+    assert json.loads(path.read_text())["files"]
