@@ -51,7 +51,7 @@ class CompareNode:
     SEARCH_ALIASES = ("compare samplers", "benchmark")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, object]:
         import comfy.samplers
 
         names = list(comfy.samplers.SCHEDULER_NAMES)
@@ -95,7 +95,7 @@ class CompareNode:
         reference_steps: int,
         vae: VAE | None = None,
         unique_id: str = "",
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Plot, grid (one grey pixel without a VAE) and table."""
         import comfy.sample
 
@@ -107,7 +107,7 @@ class CompareNode:
         total = reference_steps + len(runs) * sum(counts)
         update, done = host.progress_bar(total, str(unique_id)), [0]
 
-        def tick(*_: Any) -> None:
+        def tick(*_: object) -> None:
             done[0] += 1
             update(min(done[0], total), None)
 

@@ -55,7 +55,7 @@ class EmbeddedPipeline(DiffusionPipeline):
         guidance_scale: float = 4.0,
         num_inference_steps: int = 10,
         latents: Tensor | None = None,
-        generator: Any = None,
+        generator: object = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:

@@ -300,7 +300,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         model_output: Tensor,
         timestep: Any,
         sample: Tensor,
-        generator: Any = None,
+        generator: object = None,
         return_dict: bool = True,
     ) -> DPMSolverV3SchedulerOutput | tuple[Tensor, Tensor]:
         """The latents of the next step.
