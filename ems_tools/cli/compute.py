@@ -6,6 +6,7 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +23,9 @@ from ..judge.calibrate import CalibrationPlan
 from ..share.library import safe_name
 from .model import add_model_options, add_running_options, scales, seconds_of, shape, source_of
 from .plugs import Commands
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 __all__ = ["add_compute", "add_fit"]
 
@@ -247,7 +251,8 @@ class _Bar:
     """A tqdm bar per stage, fed by `Progress`."""
 
     def __enter__(self) -> _Bar:
-        self.note, self.bar = None, None
+        self.note: tuple[str, str] | None = None
+        self.bar: tqdm | None = None
         return self
 
     def __call__(self, p: Progress) -> None:
@@ -256,7 +261,7 @@ class _Bar:
         key = (p.stage, "" if p.stage == "estimate" else p.note)
         if self.note != key:
             self.__exit__()
-            self.note, self.bar = key, tqdm(total=p.total, unit="eval", desc=p.stage, smoothing=0.1)  # type: ignore[assignment]
+            self.note, self.bar = key, tqdm(total=p.total, unit="eval", desc=p.stage, smoothing=0.1)
         assert self.bar is not None
         self.bar.set_postfix_str(p.note, refresh=False)
         self.bar.update(p.done - self.bar.n)
