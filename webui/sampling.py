@@ -125,7 +125,7 @@ def _statistics(
     advice = None if found.ems is None else found.ems.recommendation
     lambdas = run.space.lambda_of(levels).tolist()
     fitted = advice is not None and all(v == AUTO for v in options.values()) and advice.fitted_for(lambdas) is not None
-    own_steps = fitted or takes_typical_steps(levels, found.ems, options)
+    own_steps = fitted or takes_typical_steps(levels, run.space, found.ems, options)
     used = None if own_steps else settings_for(levels, run.space, found.ems, options, guidance)
     record(run.p, choice, found.title, used, part)
     return found.ems

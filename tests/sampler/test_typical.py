@@ -90,11 +90,11 @@ def test_nearly_equal_levels_change_next_to_nothing(mixture, y_start):
 
 def test_when_they_are_taken(smooth_ems):
     falling, rising = torch.tensor([10.0, 1.0, 0.0]), torch.tensor([0.1, 1.0, 10.0])
-    assert takes_typical_steps(falling, None, {})
-    assert takes_typical_steps(falling, None, {"order": "auto"})
-    assert not takes_typical_steps(falling, None, {"order": 2})
-    assert not takes_typical_steps(falling, smooth_ems, {})
-    assert not takes_typical_steps(rising, None, {})
+    assert takes_typical_steps(falling, Space.SIGMA, None, {})
+    assert takes_typical_steps(falling, Space.SIGMA, None, {"order": "auto"})
+    assert not takes_typical_steps(falling, Space.SIGMA, None, {"order": 2})
+    assert not takes_typical_steps(falling, Space.SIGMA, smooth_ems, {})
+    assert not takes_typical_steps(rising, Space.SIGMA, None, {})
     assert plan_for(falling) is plan_for(falling)
     assert plan_for(karras_steps(12, 80.0, 0.01)).keep == LAST - 1
 
