@@ -51,7 +51,7 @@ class CompareNode:
     SEARCH_ALIASES = ("compare samplers", "benchmark")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, object]:
         import comfy.samplers
 
         names = list(comfy.samplers.SCHEDULER_NAMES)
@@ -95,7 +95,7 @@ class CompareNode:
         reference_steps: int,
         vae: VAE | None = None,
         unique_id: str = "",
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Plot, grid (one grey pixel without a VAE) and table."""
         import comfy.sample
 
@@ -107,7 +107,7 @@ class CompareNode:
         total = reference_steps + len(runs) * sum(counts)
         update, done = host.progress_bar(total, str(unique_id)), [0]
 
-        def tick(*_: Any) -> None:
+        def tick(*_: object) -> None:
             done[0] += 1
             update(min(done[0], total), None)
 
@@ -193,7 +193,8 @@ def _table(runs: list[_Run], counts: list[int], errors: dict[tuple[_Run, int], f
     """For each number of steps the runs from best to worst, readable in any font: the host's text node has one of its own."""
     blocks = []
     for n in counts:
-        ranked = sorted(runs, key=lambda run, n=n: errors[run, n])  # type: ignore[misc]
+        found = {run: errors[run, n] for run in runs}
+        ranked = sorted(runs, key=found.__getitem__)
         best = errors[ranked[0], n]
         lines = [f"{run}: {errors[run, n]:.3g} ({errors[run, n] / max(best, 1e-30):.3g} times)" for run in ranked[1:]]
         blocks.append("\n".join([f"{n} steps", f"\u2605 {ranked[0]}: {best:.3g}", *lines]))

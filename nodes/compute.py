@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from . import host
@@ -29,7 +30,7 @@ class ComputeNode:
     SEARCH_ALIASES = ("compute ems", "empirical model statistics", "fit steps", "calibrate")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, object]:
         from ..ems_tools.compute import EFFORTS
         from ..ems_tools.hosting import PROMPTS, effort_in_words
 
@@ -104,8 +105,8 @@ class ComputeNode:
         steps: str = "auto",
         guider: Guider | None = None,
         unique_id: str = "",
-        prompt: Any = None,
-    ) -> dict[str, Any]:
+        prompt: Mapping[str, Any] | None = None,
+    ) -> dict[str, object]:
         """EMS, path, plot IMAGE and report. Raises HostError or EstimateError with what to do."""
         from ..ems_tools.hosting import scales_of
         from ..ems_tools.hosting.runs import GUIDER

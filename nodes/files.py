@@ -27,14 +27,14 @@ class LoadNode:
     SEARCH_ALIASES = ("load ems", "empirical model statistics")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, object]:
         own, shipped = names_by_origin()
         names = [*(own or [NOTHING]), *shipped]  # the first one is preselected: never the pack's own toy
         tooltip = "Files in models/ems, output/ems and the pack's stats folder."
         return {"required": {"ems_name": (names, {"tooltip": tooltip})}, "hidden": {"extra_pnginfo": "EXTRA_PNGINFO"}}
 
     @classmethod
-    def IS_CHANGED(cls, ems_name: str, extra_pnginfo: Any = None) -> str:
+    def IS_CHANGED(cls, ems_name: str, extra_pnginfo: object = None) -> str:
         path = dict(library().paths()).get(ems_name)
         try:
             status = path.stat() if path else None
@@ -50,7 +50,7 @@ class LoadNode:
             return True
         return f"There is no EMS file {ems_name!r}. Compute one with 'Compute EMS', or put one into models/ems."
 
-    def load(self, ems_name: str, extra_pnginfo: Any = None) -> tuple[Handle]:
+    def load(self, ems_name: str, extra_pnginfo: object = None) -> tuple[Handle]:
         """A file of the folders, else the one that the workflow carries. Raises EMSError, which says what is wrong with it."""
         if ems_name not in dict(library().paths()):
             return (_carried(ems_name, extra_pnginfo),)
@@ -65,7 +65,7 @@ def names_by_origin() -> tuple[list[str], list[str]]:
     return [n for n, p in paths if not p.is_relative_to(stats)], [n for n, p in paths if p.is_relative_to(stats)]
 
 
-def _carried(name: str, extra_pnginfo: Any) -> Handle:
+def _carried(name: str, extra_pnginfo: object) -> Handle:
     """The EMS of this name, or the only one, that "Save EMS" put into the workflow."""
     from ..ems_tools.share.library import safe_name
     from ..ems_tools.share.workflow import embedded_files, unpack
@@ -82,7 +82,7 @@ def _carried(name: str, extra_pnginfo: Any) -> Handle:
     return Handle(file, f"{real} (from the workflow)")
 
 
-def _workflow(extra_pnginfo: Any) -> Any:
+def _workflow(extra_pnginfo: object) -> Any:
     """The workflow that images are saved with; some hosts hand it over in a list. None if there is none."""
     if isinstance(extra_pnginfo, list):
         extra_pnginfo = extra_pnginfo[0] if extra_pnginfo else None
@@ -102,7 +102,7 @@ class ApplyNode:
     SEARCH_ALIASES = ("apply ems", "empirical model statistics")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, object]:
         strength = {"default": "auto", "tooltip": "How much of the statistics to use; auto: what was measured best."}
         return {
             "required": {"model": ("MODEL",), "strength": (_STRENGTHS, strength)},
@@ -129,7 +129,7 @@ class SaveNode:
     SEARCH_ALIASES = ("save ems", "empirical model statistics")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, object]:
         name = {"default": "my-model", "tooltip": "File name without ending."}
         moments = {
             "default": False,
@@ -146,13 +146,13 @@ class SaveNode:
         }
 
     @classmethod
-    def IS_CHANGED(cls, embed_in_workflow: bool = False, **inputs: Any) -> float | bool:
+    def IS_CHANGED(cls, embed_in_workflow: bool = False, **inputs: object) -> float | bool:
         """Every run has a workflow of its own to put the EMS into."""
         return float("nan") if embed_in_workflow else False
 
     def save(
-        self, ems: Handle, name: str, keep_moments: bool = False, embed_in_workflow: bool = False, extra_pnginfo: Any = None
-    ) -> dict[str, Any]:
+        self, ems: Handle, name: str, keep_moments: bool = False, embed_in_workflow: bool = False, extra_pnginfo: object = None
+    ) -> dict[str, object]:
         """The path as STRING. Raises EMSError if the EMS is too large for a workflow."""
         file = ems.file if keep_moments or not ems.file.moments else ems.file.compacted()
         path = free_path(name, file.encode())
@@ -163,7 +163,7 @@ class SaveNode:
             self._embed(ems, path.name, extra_pnginfo)
         return {"ui": {"text": [str(path)]}, "result": (str(path),)}
 
-    def _embed(self, ems: Handle, saved_as: str, extra_pnginfo: Any) -> None:
+    def _embed(self, ems: Handle, saved_as: str, extra_pnginfo: object) -> None:
         """Under the name that Load EMS asks for, where the EMS came from a file."""
         from ..ems_tools.share.workflow import with_file
 
@@ -203,14 +203,14 @@ class InspectNode:
     SEARCH_ALIASES = ("inspect ems", "plot ems", "empirical model statistics")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, object]:
         tooltip = "Draw the statistics l, s and b themselves, too, not only what they gain."
         return {
             "required": {"ems": ("EMS",)},
             "optional": {"statistics": ("BOOLEAN", {"default": False, "tooltip": tooltip})},
         }
 
-    def inspect(self, ems: Handle, statistics: bool = False) -> dict[str, Any]:
+    def inspect(self, ems: Handle, statistics: bool = False) -> dict[str, object]:
         """IMAGE [1, H, W, 3] and STRING."""
         from ..ems_tools.show.describe import lines_of
         from .pictures import ems_picture
@@ -233,7 +233,7 @@ class MergeNode:
     SEARCH_ALIASES = ("merge ems", "empirical model statistics")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, object]:
         return {
             "required": {"ems_1": ("EMS",), "ems_2": ("EMS",)},
             "optional": {"ems_3": ("EMS",), "ems_4": ("EMS",)},

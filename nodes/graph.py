@@ -53,7 +53,7 @@ def executing(node: str | None = None) -> Place:
     return Place({}, str(node or ""))
 
 
-def link_of(value: Any) -> tuple[str, int] | None:
+def link_of(value: object) -> tuple[str, int] | None:
     """(node, output) of an input that is a link."""
     if isinstance(value, list) and len(value) == 2 and isinstance(value[1], int):
         return str(value[0]), value[1]

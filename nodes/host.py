@@ -177,7 +177,7 @@ def progress_bar(total: int, node: str) -> Callable[[int, Any], None]:
     except TypeError:
         bar = comfy.utils.ProgressBar(total)
 
-    def update(done: int, preview: Any = None) -> None:
+    def update(done: int, preview: object = None) -> None:
         check_interrupt()
         bar.update_absolute(done, total, preview)
 

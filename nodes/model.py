@@ -158,7 +158,7 @@ def changes_of(patcher: Patcher | None) -> list[str]:
     return list(dict.fromkeys(map(_title, parts)))
 
 
-def _listed(value: Any) -> list[Any]:
+def _listed(value: object) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
@@ -181,7 +181,7 @@ def _captured(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
             continue
 
 
-def _numbers(values: Mapping[str, Any], leave: str) -> dict[str, Any]:
+def _numbers(values: Mapping[str, Any], leave: str) -> dict[str, object]:
     unset = "cfg" if leave == "cfg1" else ""
     return {k: v for k, v in values.items() if k not in (leave, unset) and not k.startswith("_")}
 

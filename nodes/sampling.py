@@ -34,7 +34,7 @@ def sample_host(
     callback: Callback | None = None,
     disable: bool | None = None,
     dpm_solver_v3_options: dict[str, Any] | None = None,
-    **ignored: Any,
+    **ignored: object,
 ) -> Tensor:
     """What the host calls for "dpm_solver_v3": finds the statistics, then samples.
 
@@ -128,7 +128,7 @@ class SamplerNode:
     SEARCH_ALIASES = ("dpm_solver_v3", "dpm solver v3 sampler", "dpm", "dpm++", "few steps")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, object]:
         return {
             "required": {
                 "order": choice([AUTO, "1", "2", "3"], "Order of the predictor. 2 is the safe choice; 3 can win unguided."),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ class SchedulerNode:
     SEARCH_ALIASES = ("dpm_solver_v3 scheduler", "dpm", "dpm++", "uniform lambda", "logsnr", "sigmas", "fitted")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, object]:
         return {
             "required": {
                 "model": ("MODEL",),
@@ -86,7 +85,7 @@ class SchedulerNode:
         }
 
     @classmethod
-    def IS_CHANGED(cls, schedule: Any = None, unique_id: Any = None, **inputs: Any) -> str:
+    def IS_CHANGED(cls, schedule: object = None, unique_id: object = None, **inputs: object) -> str:
         """Fitted steps depend on the cfg of the nodes that get them, which is no input of this one."""
         return repr(receivers(executing(str(unique_id)))) if schedule == FITTED else ""
 

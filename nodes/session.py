@@ -125,7 +125,7 @@ def prompted(guider: Guider, prompts: list[Conditioning]) -> Guider:
     return own
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     """Text that differs wherever tensors, numbers or texts in nested lists and dictionaries do."""
     if isinstance(value, Tensor):
         data = value.detach().to("cpu", torch.float32).contiguous()
@@ -173,7 +173,7 @@ class _Session:
 
         result: list[EMSFile] = []
 
-        def estimator(model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, *_: Any, **__: Any) -> Tensor:
+        def estimator(model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, *_: object, **__: object) -> Tensor:
             self.model, self.extra_args = model, dict(extra_args or {})
             try:
                 result.append(work(x.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import host
@@ -29,7 +30,7 @@ class FindNode:
     SEARCH_ALIASES = ("find ems", "download ems", "empirical model statistics")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, object]:
         online = {"default": False, "tooltip": "Ask the repository if no file here fits. Off: nothing goes over the network."}
         repository = {"default": "", "tooltip": "A Hugging Face repository of EMS files: user/name."}
         return {
@@ -39,13 +40,18 @@ class FindNode:
         }
 
     @classmethod
-    def IS_CHANGED(cls, **inputs: Any) -> float:
+    def IS_CHANGED(cls, **inputs: object) -> float:
         """Files come and go: look every time."""
         return float("nan")
 
     def find(
-        self, model: Any, online: bool = False, repository: str = "", unique_id: Any = None, prompt: Any = None
-    ) -> dict[str, Any]:
+        self,
+        model: Any,
+        online: bool = False,
+        repository: str = "",
+        unique_id: object = None,
+        prompt: Mapping[str, Any] | None = None,
+    ) -> dict[str, object]:
         """EMS and how it was found. Raises HostError or EMSError, whose message says what to do."""
         identity = identity_of(model, Place(prompt or {}, str(unique_id)))
         match = library().find(identity, channels=channels_of(model))
@@ -59,7 +65,7 @@ class FindNode:
             )
         return self._fetched(identity, repository.strip())
 
-    def _fetched(self, identity: ModelIdentity, repository: str) -> dict[str, Any]:
+    def _fetched(self, identity: ModelIdentity, repository: str) -> dict[str, object]:
         from ..ems_tools.share.hub import Hub
         from ..ems_tools.share.index import Hashes
         from ..ems_tools.share.pull import pull
@@ -73,7 +79,7 @@ class FindNode:
         text = f"{what} from {repository}, verified; {evidence}; licence {entry.licence or 'not named'}"
         return self._answer(Handle(done.file, done.path.name, done.path), text)
 
-    def _answer(self, handle: Handle, text: str) -> dict[str, Any]:
+    def _answer(self, handle: Handle, text: str) -> dict[str, object]:
         line = f"{handle.name}: {text}"
         host.log(line)
         return {"ui": {"text": [line]}, "result": (handle, line)}

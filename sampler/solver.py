@@ -190,24 +190,24 @@ def settings_for(
 ) -> Settings:
     """The settings that sampling would use: user's choices, else the recommendation, else the defaults.
 
-    Where `EMS.growth` is above GROWTH_LIMIT on a schedule that no recommendation was measured on, strength "auto" is 0.
+    A recommendation holds on the very schedule that it was measured on. On any other one, statistics that were measured
+    somewhere have strength 0 at "auto" and the defaults apply, so that a file never makes a picture worse: used unmeasured,
+    they gained up to four times on some schedules and lost up to three times on others. Statistics without any recommendation
+    are used at full strength unless `EMS.growth` is above GROWTH_LIMIT.
     """
     rises = len(levels) > 1 and bool(levels[-1] > levels[0])
     if rises and chosen.get("corrector") == AUTO:
         chosen = {**chosen, "corrector": "none"}  # a corrector's feedback grows as the noise does: it diverges
+    defaults = defaults_for(guidance)
     if ems is None:
-        return resolve_settings(defaults_for(guidance), None, chosen)
+        return resolve_settings(defaults, None, chosen)
     lambdas = space.lambda_of(levels)
     lambdas = lambdas[lambdas.isfinite()]
     advice = ems.recommendation
-    recommended = None if advice is None else advice.best_for(lambdas.tolist())
-    settings = resolve_settings(defaults_for(guidance), recommended, chosen)
-    measured = advice is not None and advice.covers(lambdas.tolist())
-    if rises:  # no recommendation was measured on such a schedule
-        return replace(settings, strength=0.0) if chosen.get("strength") == AUTO else settings
-    if chosen.get("strength") == AUTO and not measured and ems.growth(lambdas) * settings.strength > GROWTH_LIMIT:
-        return replace(settings, strength=0.0)
-    return settings
+    if advice is not None and not rises and advice.covers(lambdas.tolist()):
+        return resolve_settings(defaults, advice.best_for(lambdas.tolist()), chosen)
+    unused = rises or advice is not None or ems.growth(lambdas) * defaults.strength > GROWTH_LIMIT
+    return resolve_settings(replace(defaults, strength=0.0) if unused else defaults, None, chosen)
 
 
 def _fitted_for(levels: Tensor, space: Space, ems: EMS | None, chosen: dict[str, Any]) -> FittedSteps | None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +22,10 @@ from ..fit.run import FitPlan, evaluations_of_fit
 from ..judge.calibrate import CalibrationPlan
 from ..share.library import safe_name
 from .model import add_model_options, add_running_options, scales, seconds_of, shape, source_of
+from .plugs import Commands
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 __all__ = ["add_compute", "add_fit"]
 
@@ -41,7 +45,7 @@ A job that was interrupted or killed continues when the same command is given ag
 """
 
 
-def add_compute(commands: Any) -> None:
+def add_compute(commands: Commands) -> None:
     """Register `ems compute`."""
     p = commands.add_parser(
         "compute",
@@ -164,7 +168,7 @@ An interrupted fit continues when the same command is given again.
 """
 
 
-def add_fit(commands: Any) -> None:
+def add_fit(commands: Commands) -> None:
     """Register `ems fit`."""
     raw = argparse.RawDescriptionHelpFormatter
     p = commands.add_parser("fit", help="fit few-step schedules to a model", description=_FIT, formatter_class=raw)
@@ -245,7 +249,8 @@ class _Bar:
     """A tqdm bar per stage, fed by `Progress`."""
 
     def __enter__(self) -> _Bar:
-        self.note, self.bar = None, None
+        self.note: tuple[str, str] | None = None
+        self.bar: tqdm | None = None
         return self
 
     def __call__(self, p: Progress) -> None:
@@ -254,7 +259,7 @@ class _Bar:
         key = (p.stage, "" if p.stage == "estimate" else p.note)
         if self.note != key:
             self.__exit__()
-            self.note, self.bar = key, tqdm(total=p.total, unit="eval", desc=p.stage, smoothing=0.1)  # type: ignore[assignment]
+            self.note, self.bar = key, tqdm(total=p.total, unit="eval", desc=p.stage, smoothing=0.1)
         assert self.bar is not None
         self.bar.set_postfix_str(p.note, refresh=False)
         self.bar.update(p.done - self.bar.n)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...sampler import NoiseSchedule, Space
-from .run import Model
+from .job import Model
 
 __all__ = ["Source"]
 

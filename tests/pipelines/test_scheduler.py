@@ -330,7 +330,7 @@ def test_the_real_diffusers_is_never_shadowed(tmp_path: Path) -> None:
         import dpm_solver_v3, dpm_solver_v3.diffusers
         print("diffusers" in sys.modules, "torch" in sys.modules)
         import diffusers
-        print(hasattr(diffusers, "DiffusionPipeline"))
+        print(hasattr(diffusers, "__version__"))
         from dpm_solver_v3.diffusers import DPMSolverV3Scheduler
         import dpm_solver_v3.pipelines
         print(DPMSolverV3Scheduler is dpm_solver_v3.pipelines.DPMSolverV3Scheduler, DPMSolverV3Scheduler.__module__)
