@@ -3,8 +3,8 @@
     python benchmarks/comfyui_matrix.py [COMFYUI_FOLDER] [--models FLOW EPS V_PREDICTION] [--steps 4 8 20] [--cfg 1 4]
 
 The embedded model as a flow (shift 3), as an EPS and as a v model, in the host's own sampling: mean squared distance of the
-latent to the converged run, geometric mean over the batch. "no file" samples without statistics; "file" with the shipped ones, on
-the two models that they were computed for. "linked cfg" takes the steps from BasicScheduler, which is not told the cfg.
+latent to the converged run, geometric mean over the batch. "no file" samples without statistics; "file" with the shipped ones,
+on the two models that they were computed for. "linked cfg" takes the steps from BasicScheduler, which is not told the cfg.
 """
 
 from __future__ import annotations

@@ -201,8 +201,8 @@ def quadratic_time(schedule: NoiseSchedule, n: int, *, to_zero: bool = False) ->
 def cosine_time(schedule: NoiseSchedule, n: int, *, share: float = 1.0, to_zero: bool = False) -> Tensor:
     """Steps that are short at both ends of time: time falls as (1 + cos(pi u)) / 2, as Chebyshev's nodes do.
 
-    With `to_zero` node k of n stands at u = k / n, so the steps shorten towards 0 and no step is lost at the end. `share` below 1
-    mixes with equal steps: 0 is uniform time.
+    With `to_zero` node k of n stands at u = k / n, so the steps shorten towards 0 and no step is lost at the end. `share` below
+    1 mixes with equal steps: 0 is uniform time.
     """
 
     def levels(u: Tensor) -> Tensor:
