@@ -285,7 +285,7 @@ def test_errors_look_like_errors(host: Any, monkeypatch: pytest.MonkeyPatch) -> 
         assert "dpmv3-error" in state["status"] and enabled(state) == (True, False)
         return text_of(state["status"])
 
-    assert "guidance scales must be numbers above 0" in error(scales="1, many")
+    assert "Guidance scales must be numbers above 0" in error(scales="1, many")
     assert "&#x27;Samples at once&#x27; must lie between 1 and 1024, not 0" in error(batch=0)
 
     def fails(*_: Any) -> None:
