@@ -111,7 +111,7 @@ def test_the_fitted_schedule(any_server: Any, nodes: Any) -> None:
     other = toy("EPS", "2,7,8,8")
     partial = any_server.run(nodes(*other, *sampled(scheduler="dpm_solver_v3_fitted", denoise=0.5)))
     assert torch.isfinite(any_server.latent(partial)).all()
-    assert "no EMS for this model: run Compute EMS once: Karras steps instead" in any_server.log()
+    assert "no EMS for this model: run Compute EMS once for fitted steps: Karras steps instead" in any_server.log()
 
 
 def test_two_scales_two_prompts_and_previews(server: Any, nodes: Any) -> None:
