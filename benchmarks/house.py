@@ -27,7 +27,10 @@ LIMITS = {"lines of a module": 400, "lines of a function": 50, "lines that name 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("sampler",),
     ("ems_tools.embedded", "ems_tools.file"),
-    ("ems_tools.estimate", "ems_tools.trajectory", "ems_tools.show"),
+    ("ems_tools.estimate.moments",),
+    ("ems_tools.estimate.job",),
+    ("ems_tools.trajectory",),
+    ("ems_tools.estimate", "ems_tools.show"),
     ("ems_tools.fit",),
     ("ems_tools.judge",),
     ("ems_tools.compute", "ems_tools.share"),

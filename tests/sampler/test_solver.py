@@ -422,8 +422,9 @@ def lambdas_of(schedule):
     return (-schedule.log()).tolist()
 
 
-def test_auto_without_statistics_is_the_default(mixture, y_start, sigmas):
-    assert torch.equal(run(mixture, y_start, sigmas(6)), run(mixture, y_start, sigmas(6), **DEFAULTS.__dict__))
+def test_options_left_at_auto_beside_one_that_is_set_are_the_default(mixture, y_start, sigmas):
+    some = run(mixture, y_start, sigmas(6), order=DEFAULTS.order)
+    assert torch.equal(some, run(mixture, y_start, sigmas(6), **DEFAULTS.__dict__))
 
 
 def test_auto_with_statistics_is_their_default(mixture, y_start, sigmas, smooth_ems):
@@ -508,7 +509,7 @@ def test_statistics_beyond_what_a_step_needs_are_left_out_and_named() -> None:
     x = torch.ones(1, 3, 4, 4) * 80
     with pytest.warns(RuntimeWarning, match=r"the statistics \(EMS\) would multiply the latent"):
         found = run(lambda x, sigma: x * 0.9, x, sigmas, ems=replaced(wild_statistics(), 200.0), strength=2.0)
-    torch.testing.assert_close(found, run(lambda x, sigma: x * 0.9, x, sigmas))
+    torch.testing.assert_close(found, run(lambda x, sigma: x * 0.9, x, sigmas, strength=0.0))
 
 
 def test_an_l_of_minus_300_does_not_reach_the_picture(mixture, y_start) -> None:
