@@ -36,7 +36,7 @@ MAX_LAMBDA, MIN_GUIDANCE, MAX_GUIDANCE, MAX_TEXT = 30.0, 1e-3, 1000.0, 4096
 MAX_EVIDENCE, MAX_ADVICE, MAX_FITTED_STEPS, MAX_FITTED_ROWS = 8192, 4096, 64, 1024
 MAX_ERROR = 1e31
 """Errors are squared differences; a run that blew up is counted as 1e30."""
-MAX_START, MAX_DECAY, MAX_WEIGHT, MAX_EXCESS = 4.0, 8.0, 64.0, 16.0
+MAX_START, MAX_DECAY, MAX_WEIGHT, MAX_EXCESS = 4.0, 100.0, 1000.0, 1000.0
 """What a sane fitted step can need. A step maps y = D = c to about c, so that decay and weights add up to about 1 (the excess
 is the difference). The embedded model's fits have starts from 1 to 1.13, decays to 0.74, weights to 1.6, excesses to 0.12."""
 MARGIN = 0.5
