@@ -194,7 +194,7 @@ def draw_errors(results: dict[float, Errors], path: Path) -> None:
     """Error over steps, a panel per guidance."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.9), layout="constrained")
     for axis, (guidance, errors) in zip(figure.subplots(1, len(results), sharey=True), results.items(), strict=True):
         for name, by_steps in errors.items():
             values = [geometric_mean(by_steps[n]).item() for n in STEPS]
@@ -202,7 +202,8 @@ def draw_errors(results: dict[float, Errors], path: Path) -> None:
         axis.set(title=f"guidance {guidance:g}", xlabel="denoiser evaluations", xticks=STEPS)
         axis.grid(True, which="both", alpha=0.3)
     figure.axes[0].set_ylabel("mean squared error")
-    figure.axes[-1].legend()
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.savefig(path, dpi=130)
 
 

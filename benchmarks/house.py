@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import io
 import re
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from token import NAME
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("sampler", "ems_tools", "nodes", "webui", "pipelines")
@@ -24,7 +27,10 @@ LIMITS = {"lines of a module": 400, "lines of a function": 50, "lines that name 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("sampler",),
     ("ems_tools.embedded", "ems_tools.file"),
-    ("ems_tools.estimate", "ems_tools.trajectory", "ems_tools.show"),
+    ("ems_tools.estimate.moments",),
+    ("ems_tools.estimate.job",),
+    ("ems_tools.trajectory",),
+    ("ems_tools.estimate", "ems_tools.show"),
     ("ems_tools.fit",),
     ("ems_tools.judge",),
     ("ems_tools.compute", "ems_tools.share"),
@@ -62,10 +68,20 @@ def functions_of(file: Path) -> Iterator[tuple[str, int]]:
             yield node.name, lines - ((text.end_lineno or text.lineno) - text.lineno + 1 if text else 0)
 
 
-def lines_with(pattern: str, files: list[Path]) -> int:
-    """Number of lines that hold the pattern; import lines do not count."""
-    lines = (line for file in files for line in file.read_text(encoding="utf-8").splitlines())
-    return sum(bool(re.search(pattern, line)) and not line.lstrip().startswith(("from ", "import ")) for line in lines)
+def lines_that_name_any(files: list[Path]) -> int:
+    """Number of lines of code that name `Any`; imports, texts and comments do not count."""
+    found = 0
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        rows = {t.start[0] for t in tokenize.generate_tokens(io.StringIO(text).readline) if (t.type, t.string) == (NAME, "Any")}
+        nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.Import, ast.ImportFrom))]
+        found += len(rows - {row for n in nodes for row in range(n.lineno, (n.end_lineno or n.lineno) + 1)})
+    return found
+
+
+def lines_ignored(files: list[Path]) -> int:
+    """Number of lines that the type checker is told to ignore."""
+    return sum(file.read_text(encoding="utf-8").count("# type: ignore") for file in files)
 
 
 def module_name(file: Path, root: Path = ROOT) -> str:
@@ -171,8 +187,8 @@ def counts(root: Path = ROOT) -> dict[str, int]:
     return {
         "lines of a module": max(len(file.read_text(encoding="utf-8").splitlines()) for file in files),
         "lines of a function": max(length for file in files for _, length in functions_of(file)),
-        "lines that name Any": lines_with(r"\bAny\b", files),
-        "type: ignore": lines_with(r"type: ignore", files),
+        "lines that name Any": lines_that_name_any(files),
+        "type: ignore": lines_ignored(files),
     }
 
 
@@ -183,7 +199,7 @@ def report(root: Path) -> None:
     print(f"{len(files)} files, {sum(lengths.values())} lines")
     for part in ("install.py", "scripts", *PARTS):
         mine = [file for file in files if file.relative_to(root).parts[0] == part]
-        named = lines_with(r"\bAny\b", mine)
+        named = lines_that_name_any(mine)
         print(f"  {part:<12} {sum(lengths[file] for file in mine):6} lines, {len(mine):3} files, {named:3} lines name Any")
     for name, value in counts(root).items():
         print(f"{name}: {value} (at most {LIMITS[name]})")

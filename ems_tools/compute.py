@@ -61,7 +61,8 @@ _FEW = (Settings(order=2, corrector="none"), Settings(order=2, corrector="pseudo
 class Effort:
     """How much a computation costs: sizes of the estimate and of its calibration, per guidance scale.
 
-    `probes` per point; `intervals` of the grid; `noises` in each of the calibration and the report set.
+    `probes` at every `probe_every`-th point; `intervals` of the grid; `noises` in each of the calibration and the report set.
+    `schedules` 0 leaves the calibration out: the statistics then steer no schedule but the fitted ones.
     """
 
     samples: int
@@ -74,15 +75,18 @@ class Effort:
     strengths: tuple[float, ...]
     reference_steps: int
     fit: FitPlan
+    probe_every: int = 1
 
 
-_QUICK_FIT = FitPlan((4, 5, 6, 7, 8, 9, 10), noises=10, held_out=4, search=0)
-_FIT = FitPlan(noises=24, held_out=16, search=8, moves=10, rounds=1, refined=8)
-_THOROUGH_FIT = FitPlan(noises=64, held_out=24, search=24, moves=12, rounds=4, refined=12)
+_QUICK_FIT = FitPlan((4, 5, 6, 8, 10), 10, 6, search=4, spacings=4, searched=1, moves=0, panel=5, panel_noises=3)
+_FIT = FitPlan(tuple(range(4, 13)), 24, 16, search=8, spacings=10, searched=3, moves=4, panel=16, panel_noises=4)
+_THOROUGH_FIT = FitPlan(
+    tuple(range(4, 13)), 64, 24, search=12, spacings=12, searched=5, moves=8, panel=24, panel_noises=6, rounds=2, refined=7
+)
 EFFORTS = {
-    "quick": Effort(12, 30, 1, 4, (5, 8), 1, _FEW, (0.5,), 40, _QUICK_FIT),
-    "standard": Effort(32, 60, 1, 8, (5, 6, 8, 10, 15, 20), 2, _FEW, (0.5,), 80, _FIT),
-    "thorough": Effort(64, 60, 1, 18, (5, 6, 8, 10, 15, 20), 5, None, (0.5, 0.75), 120, _THOROUGH_FIT),
+    "quick": Effort(10, 24, 1, 4, (5, 8), 0, _FEW, (0.5,), 40, _QUICK_FIT, 6),
+    "standard": Effort(24, 40, 1, 4, (6, 10, 15), 1, _FEW[:2], (0.5,), 40, _FIT, 2),
+    "thorough": Effort(64, 60, 1, 8, (5, 6, 8, 10, 15, 20), 2, None, (0.5, 0.75), 120, _THOROUGH_FIT, 2),
 }
 
 
@@ -99,6 +103,7 @@ def job_for(subject: Source, effort: Effort, seed: int = 0, **changes: Any) -> J
         guidance=tuple(sorted(subject.models)),
         seed=seed,
         probes=effort.probes,
+        probe_every=effort.probe_every,
     )
     return replace(job, **changes)
 
@@ -113,7 +118,11 @@ def plan_for(source: Source, effort: Effort, steps: tuple[int, ...] = ()) -> Cal
         raise EstimateError(f"step counts to fit must lie between 2 and {MAX_FITTED_STEPS}, not {', '.join(map(str, steps))}")
     if steps:
         chosen = tuple(sorted(set(steps)))
-        effort = replace(effort, steps=chosen, fit=replace(effort.fit, steps=chosen))
+        fit = replace(effort.fit, steps=chosen)
+        if len(chosen) == 1 and fit.noises <= _QUICK_FIT.noises:  # at most 700 evaluations in all
+            few = chosen[0] <= 8
+            fit = replace(fit, held_out=5, search=3, spacings=3 if few else 1, panel=2, panel_noises=2)
+        effort = replace(effort, steps=chosen, fit=fit)
     s = source.schedule
     own: dict[str, Callable[[int], Tensor]] = {
         "uniform_lambda": lambda n: uniform_lambda(s, n),
@@ -125,8 +134,6 @@ def plan_for(source: Source, effort: Effort, steps: tuple[int, ...] = ()) -> Cal
     hosts = dict(source.host_schedules or {})
     schedules = {**hosts, **{name: make for name, make in own.items() if name not in hosts}}
     kept = dict(list(schedules.items())[: effort.schedules])
-    # One schedule alone may be a poor one to fall back on where a fit does not win; Karras steps never are.
-    to_beat = kept if len(kept) > 1 else {"karras": schedules["karras"]}
     plan = CalibrationPlan(
         kept,
         effort.steps,
@@ -134,7 +141,7 @@ def plan_for(source: Source, effort: Effort, steps: tuple[int, ...] = ()) -> Cal
         effort.noises,
         strengths=effort.strengths,
         reference_steps=effort.reference_steps,
-        fit=replace(effort.fit, fixed=to_beat),
+        fit=replace(effort.fit, fixed=hosts),
     )
     if effort.combinations is not None:
         return replace(plan, combinations=effort.combinations)
@@ -154,7 +161,7 @@ def evaluations(job: Job, plan: CalibrationPlan | None) -> int:
     if plan is None:
         return evaluations_of(job)
     scales = len(job.guidance)
-    fit = evaluations_of_fit(plan.fit, len(job.lambdas), scales) if plan.fit else 0
+    fit = evaluations_of_fit(plan.fit, len(job.lambdas), scales, min(job.samples, plan.fit.noises)) if plan.fit else 0
     return evaluations_of(job) + evaluations_of_calibration(plan, scales) + fit
 
 
@@ -188,8 +195,9 @@ def compute_ems(
     state.facts.setdefault("date", datetime.date.today().isoformat())
     if state.path is not None and not state.path.exists():
         state.save()  # claims the name: another job of this name is refused from now on
+    keep = plan.fit.noises if plan is not None and plan.fit is not None else 0
     moments = estimate_moments(
-        source.models, job, state, batch=batch, device=device, dtype=dtype, until=until, progress=progress
+        source.models, job, state, batch=batch, device=device, dtype=dtype, until=until, keep=keep, progress=progress
     )
     rows: list[Row] = []
     if plan is not None:
@@ -219,9 +227,9 @@ def with_fit(file: EMSFile, source: Source, job: Job, fit: FitPlan, state: JobSt
     """The file with schedules and coefficients fitted at each of its guidance scales; `options` are those of `fit_steps`."""
     rows: list[FittedRow] = []
     for guidance in job.guidance:
-        ems = replace(file, meta=replace(file.meta, fitted=())).at(guidance)
-        rows += fit_steps(source.models[guidance], ems, job, guidance, fit, state, levels=source.levels, **options)
-    used = evaluations_of_fit(fit, len(job.lambdas), len(job.guidance))
+        model, schedule, levels = source.models[guidance], source.schedule, source.levels
+        rows += fit_steps(model, job, guidance, fit, state, schedule=schedule, levels=levels, **options)
+    used = evaluations_of_fit(fit, len(job.lambdas), len(job.guidance), min(job.samples, fit.noises))
     facts = {"fit_noises": fit.noises, "fit_held_out": fit.held_out, "fit_evaluations": used}
     file = replace(file, meta=replace(file.meta, fitted=tuple(rows), estimate={**file.meta.estimate, **facts}))
     # Standard errors give way if the rows make the file too large to share.

@@ -11,7 +11,7 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
 
 _NODES = {
     "DPMSolverV3_Sampler": ("sampling", "SamplerNode", "DPM-Solver-v3"),
-    "DPMSolverV3_Scheduler": ("sampling", "SchedulerNode", "DPM-Solver-v3 Scheduler"),
+    "DPMSolverV3_Scheduler": ("scheduler", "SchedulerNode", "DPM-Solver-v3 Scheduler"),
     "DPMSolverV3_ComputeEMS": ("compute", "ComputeNode", "Compute EMS"),
     "DPMSolverV3_LoadEMS": ("files", "LoadNode", "Load EMS"),
     "DPMSolverV3_ApplyEMS": ("files", "ApplyNode", "Apply EMS"),

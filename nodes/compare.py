@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import host
 from .find import Attached, attach
+from .graph import Asked
+from .model import latent_of, level_table, model_sampling_of
 from .pictures import labelled_grid, panels_picture
-from .sampling import host_levels, sample_host
+from .protocols import VAE, Conditioning, Latent, ModelSampling, Patcher
+from .sampling import FITTED_NAME, chosen_steps, sample_host
+from .scheduler import host_levels
+
+if TYPE_CHECKING:
+    from ..ems_tools.show.panels import Panel
 
 __all__ = ["CompareNode"]
 
 
 @dataclass(frozen=True)
 class _Run:
-    """One line of the comparison."""
+    """One line of the comparison; `schedule` is what its scheduler really gave, where that can differ from its name."""
 
     sampler: str
     scheduler: str
+    schedule: str = ""
 
     def __str__(self) -> str:
-        return f"{self.sampler}, {self.scheduler}"
+        return f"{self.sampler}, {self.schedule or self.scheduler}"
 
 
 class CompareNode:
@@ -40,10 +48,10 @@ class CompareNode:
         "Run samplers at several step counts from the same noise on your model and prompt, and measure how far each is from "
         "the converged solution. Error: mean squared difference of latents. Random samplers (ancestral, sde) aim elsewhere."
     )
-    SEARCH_ALIASES = ("compare samplers", "dpm_solver_v3", "benchmark")
+    SEARCH_ALIASES = ("compare samplers", "benchmark")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, object]:
         import comfy.samplers
 
         names = list(comfy.samplers.SCHEDULER_NAMES)
@@ -75,54 +83,69 @@ class CompareNode:
 
     def compare(
         self,
-        model: Any,
-        positive: Any,
-        negative: Any,
-        latent_image: dict[str, Any],
+        model: Patcher,
+        positive: Conditioning,
+        negative: Conditioning,
+        latent_image: Latent,
         seed: int,
         cfg: float,
         samplers: str,
         scheduler: str,
         steps: str,
         reference_steps: int,
-        vae: Any = None,
+        vae: VAE | None = None,
         unique_id: str = "",
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Plot, grid (one grey pixel without a VAE) and table."""
         import comfy.sample
-        import comfy.samplers
 
+        sampling = model_sampling_of(model)
         runs, counts = _runs(samplers, scheduler), _counts(steps)
-        latent = host.latent_of(model, latent_image)
+        runs = [_named(run, model, sampling, cfg, counts) for run in runs]
+        latent = latent_of(model, latent_image)
         noise = comfy.sample.prepare_noise(latent, seed)
         total = reference_steps + len(runs) * sum(counts)
         update, done = host.progress_bar(total, str(unique_id)), [0]
 
-        def tick(*_: Any) -> None:
+        def tick(*_: object) -> None:
             done[0] += 1
             update(min(done[0], total), None)
 
-        def sample(patcher: Any, sampler: Any, sigmas: Tensor) -> Tensor:
-            arguments = (cfg, sampler, sigmas, positive, negative, latent)
-            return comfy.sample.sample_custom(
-                patcher, noise, *arguments, noise_mask=None, callback=tick, disable_pbar=True, seed=seed
-            ).cpu()
-
+        shared = {"callback": tick, "disable_pbar": True, "seed": seed}
         host.say(f"Reference: {reference_steps} steps", str(unique_id))
-        sampling = host.model_sampling_of(model)
-        reference = sample(attach(model, Attached(None)), _reference_sampler(), _reference_levels(sampling, reference_steps))
-        found: dict[tuple[_Run, int], Tensor] = {}
+        levels = host_levels(level_table(sampling), "uniform lambda", reference_steps, True)
+        bare = (attach(model, Attached(None)), noise, cfg, _reference_sampler(), levels, positive, negative, latent)
+        reference = _streams(comfy.sample.sample_custom(*bare, noise_mask=None, **shared))
+        found: dict[tuple[_Run, int], list[Tensor]] = {}
         for run in runs:
             for n in counts:
-                host.say(f"{run}, {n} steps", str(unique_id))
-                sigmas = comfy.samplers.calculate_sigmas(sampling, run.scheduler, n)
-                found[run, n] = sample(model, comfy.samplers.sampler_object(run.sampler), sigmas)
+                host.say_first(f"{run}, {n} steps", "", str(unique_id))
+                # What the KSampler node calls, so that every sampler gets the very steps that it gets there.
+                given = (model, noise, n, cfg, run.sampler, run.scheduler, positive, negative, latent)
+                found[run, n] = _streams(comfy.sample.sample(*given, **shared))
         errors = {key: _error(x, reference) for key, x in found.items()}
         table = _table(runs, counts, errors)
-        host.say("Compare samplers: done", str(unique_id))
+        host.say_first("Compare samplers: done", "", str(unique_id))
         plot = panels_picture([[_panel(runs, counts, errors)]], f"error over steps, cfg {cfg:g}", zoom=1.6)
-        grid = _grid(vae, runs, counts, found, reference)
+        pictures = {key: x[0] for key, x in found.items()}
+        grid = _grid(vae, runs, counts, pictures, reference[0])
         return {"ui": {"text": [table]}, "result": (plot, grid, table)}
+
+
+def _named(run: _Run, model: Patcher, sampling: ModelSampling, cfg: float, counts: list[int]) -> _Run:
+    """The run with what the fitted scheduler really gives: fitted steps, others, or some of both."""
+    if run.scheduler != FITTED_NAME:
+        return run
+    facts = Asked(model, cfg, "", run.sampler)
+    fitted = [n for n in counts if chosen_steps(sampling, n, 1.0, facts).fitted]
+    some = f"fitted at {', '.join(map(str, fitted))} steps only"
+    return _Run(run.sampler, run.scheduler, "fitted" if fitted == counts else some if fitted else "not fitted")
+
+
+def _streams(samples: Tensor) -> list[Tensor]:
+    """The latents of a result on the CPU: one, or those of a nested one (video with sound)."""
+    parts = samples.unbind() if getattr(samples, "is_nested", False) else [samples]
+    return [part.cpu() for part in parts]
 
 
 def _runs(text: str, scheduler: str) -> list[_Run]:
@@ -160,26 +183,25 @@ def _reference_sampler() -> Any:
     return comfy.samplers.KSAMPLER(sample_host, extra_options={"dpm_solver_v3_options": options})
 
 
-def _reference_levels(sampling: Any, steps: int) -> Tensor:
-    return host_levels(host.level_table(sampling), "uniform lambda", steps, True)
-
-
-def _error(x: Tensor, reference: Tensor) -> float:
-    """Geometric mean over the batch of the mean squared difference."""
-    squares = (x.double() - reference.double()).square().flatten(1).mean(1)
-    return squares.clamp(min=1e-30).log().mean().exp().item()
+def _error(x: list[Tensor], reference: list[Tensor]) -> float:
+    """Geometric mean over the batch of the mean squared difference over all streams."""
+    differences = [(a.double() - b.double()).square().flatten(1) for a, b in zip(x, reference, strict=True)]
+    return torch.cat(differences, 1).mean(1).clamp(min=1e-30).log().mean().exp().item()
 
 
 def _table(runs: list[_Run], counts: list[int], errors: dict[tuple[_Run, int], float]) -> str:
-    width = max(len(str(run)) for run in runs)
-    lines = [f"{'':{width}}" + "".join(f"{n:>8} steps" for n in counts)]
-    lines += [f"{run!s:{width}}" + "".join(f"{errors[run, n]:14.3e}" for n in counts) for run in runs]
-    best = [min(runs, key=lambda run: errors[run, n]) for n in counts]
-    lines.append(f"{'best':{width}}" + "".join(f"{run.sampler[:13]:>14}" for run in best))
-    return "\n".join(lines)
+    """For each number of steps the runs from best to worst, readable in any font: the host's text node has one of its own."""
+    blocks = []
+    for n in counts:
+        found = {run: errors[run, n] for run in runs}
+        ranked = sorted(runs, key=found.__getitem__)
+        best = errors[ranked[0], n]
+        lines = [f"{run}: {errors[run, n]:.3g} ({errors[run, n] / max(best, 1e-30):.3g} times)" for run in ranked[1:]]
+        blocks.append("\n".join([f"{n} steps", f"\u2605 {ranked[0]}: {best:.3g}", *lines]))
+    return "\n\n".join(blocks)
 
 
-def _panel(runs: list[_Run], counts: list[int], errors: dict[tuple[_Run, int], float]) -> Any:
+def _panel(runs: list[_Run], counts: list[int], errors: dict[tuple[_Run, int], float]) -> Panel:
     from ..ems_tools.show.panels import Curve, Panel, style_of
 
     xs = tuple(float(n) for n in counts)
@@ -190,7 +212,9 @@ def _panel(runs: list[_Run], counts: list[int], errors: dict[tuple[_Run, int], f
     return Panel("mean squared difference to the converged latent", "steps", curves, log=True)
 
 
-def _grid(vae: Any, runs: list[_Run], counts: list[int], found: dict[tuple[_Run, int], Tensor], reference: Tensor) -> Tensor:
+def _grid(
+    vae: VAE | None, runs: list[_Run], counts: list[int], found: dict[tuple[_Run, int], Tensor], reference: Tensor
+) -> Tensor:
     if vae is None:
         return torch.full((1, 1, 1, 3), 0.5)
 
@@ -199,4 +223,6 @@ def _grid(vae: Any, runs: list[_Run], counts: list[int], found: dict[tuple[_Run,
         return pixels.reshape(-1, *pixels.shape[-3:])[0]
 
     rows = [[image(found[run, n]) for n in counts] + [image(reference)] for run in runs]
-    return labelled_grid(rows, [run.sampler for run in runs], [f"{n} steps" for n in counts] + ["converged"])
+    return labelled_grid(
+        rows, [str(run).replace(", ", "\n", 1) for run in runs], [f"{n} steps" for n in counts] + ["converged"]
+    )

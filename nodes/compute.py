@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from . import host
+from .graph import Place
+from .model import latent_of, words_of_guider
+from .protocols import Conditioning, Guider, Latent, Patcher
 
 __all__ = ["ComputeNode"]
 
@@ -20,13 +24,13 @@ class ComputeNode:
     RETURN_NAMES = ("ems", "path", "plot", "report")
     OUTPUT_NODE = True
     DESCRIPTION = (
-        "Compute the statistics (EMS) of this model once; dpm_solver_v3 then finds them by the checkpoint. Cancel at any time: "
-        "queueing the same again goes on where it stopped."
+        "Compute the empirical model statistics (EMS) of this model once, and steps fitted to it; dpm_solver_v3 then finds "
+        "them by the checkpoint. Cancel at any time: queueing the same again goes on where it stopped."
     )
-    SEARCH_ALIASES = ("compute ems", "dpm_solver_v3", "statistics", "calibrate")
+    SEARCH_ALIASES = ("compute ems", "empirical model statistics", "fit steps", "calibrate")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, object]:
         from ..ems_tools.compute import EFFORTS
         from ..ems_tools.hosting import PROMPTS, effort_in_words
 
@@ -69,16 +73,27 @@ class ComputeNode:
                         "karras, or simple and beta for flow models.",
                     },
                 ),
+                "steps": (
+                    "STRING",
+                    {"default": "auto", "tooltip": "Step counts to fit, such as 5, 8, 20. auto: those of the effort."},
+                ),
+                "guider": (
+                    "GUIDER",
+                    {
+                        "tooltip": "If you sample with a guider other than plain CFG: compute under it. Its model, negative "
+                        "prompt and its own settings are used, with the guidance scales given here."
+                    },
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID", "prompt": "PROMPT"},
         }
 
     def compute(
         self,
-        model: Any,
-        positive: Any,
-        negative: Any,
-        latent_size: dict[str, Any],
+        model: Patcher,
+        positive: Conditioning,
+        negative: Conditioning,
+        latent_size: Latent,
         guidance_scales: str,
         effort: str,
         name: str,
@@ -87,27 +102,31 @@ class ComputeNode:
         keep_moments: bool,
         clip: Any = None,
         schedulers: str = "auto",
+        steps: str = "auto",
+        guider: Guider | None = None,
         unique_id: str = "",
-        prompt: Any = None,
-    ) -> dict[str, Any]:
+        prompt: Mapping[str, Any] | None = None,
+    ) -> dict[str, object]:
         """EMS, path, plot IMAGE and report. Raises HostError or EstimateError with what to do."""
         from ..ems_tools.hosting import scales_of
+        from ..ems_tools.hosting.runs import GUIDER
         from ..ems_tools.show.describe import lines_of
-        from .find import Handle, identity_of
+        from .find import Handle, identity_of, trust
         from .pictures import ems_picture
         from .session import Request, measure
 
-        latent = host.latent_of(model, latent_size)
+        run = plain_guider(model, positive, negative) if guider is None else guider
+        latent = latent_of(run.model_patcher, latent_size)
         if getattr(latent, "is_nested", False):
             raise host.HostError("several latents in one (video with sound, say) cannot be measured: no EMS for this model")
-        identity = identity_of(model, host.Place(prompt or {}, str(unique_id)))
+        identity = identity_of(run.model_patcher, Place(prompt or {}, str(unique_id)))
         prompts = [positive, *_built_in(clip, positive)]
         facts = {**identity.facts(), "prompts": f"{len(prompts)}: the user's and {len(prompts) - 1} built in"}
-        given = tuple(part.strip() for part in schedulers.split(",") if part.strip())
+        if words := words_of_guider(run, run.model_patcher):
+            facts[GUIDER] = words
         request = Request(
-            patcher=model,
+            guider=run,
             prompts=prompts,
-            negative=negative,
             shape=tuple(latent.shape[1:]),
             identity=facts,
             scales=scales_of(guidance_scales),
@@ -116,17 +135,45 @@ class ComputeNode:
             batch=batch_size,
             seed=start_seed,
             keep_moments=keep_moments,
-            schedulers=() if given == ("auto",) else given,
+            schedulers=_listed(schedulers),
+            steps=_step_counts(steps),
             node=str(unique_id),
         )
         file, path = measure(request)
+        trust().computed(file)
         host.say(f"Compute EMS: done, {path.name}", str(unique_id))
         text = "\n".join([str(path), *lines_of(file)])
         result = (Handle(file, path.name, path), str(path), ems_picture(file, path.name), text)
         return {"ui": {"text": [text]}, "result": result}
 
 
-def _built_in(clip: Any, positive: Any) -> list[Any]:
+def plain_guider(model: Patcher, positive: Conditioning, negative: Conditioning) -> Guider:
+    """The host's classifier-free guidance."""
+    import comfy.samplers
+
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    return guider
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    """Names of a line, () for "auto"."""
+    given = tuple(part.strip() for part in text.split(",") if part.strip())
+    return () if given == ("auto",) else given
+
+
+def _step_counts(text: str) -> tuple[int, ...]:
+    """Step counts of a line, () for "auto"."""
+    try:
+        counts = tuple(sorted({int(part) for part in _listed(text)}))
+    except ValueError:
+        counts = (0,)
+    if counts and not 2 <= counts[0] <= counts[-1] <= 64:
+        raise host.HostError(f"steps must be whole numbers from 2 to 64, such as '5, 8, 20', or auto, not {text!r}")
+    return counts
+
+
+def _built_in(clip: Any, positive: Conditioning) -> list[Conditioning]:
     """Conditionings of the built-in prompts, with whatever else (ControlNet, sizes, ...) the user's has."""
     if clip is None:
         return []

@@ -11,7 +11,7 @@ from .find import Attached, Handle, attach, library
 __all__ = ["ApplyNode", "InspectNode", "LoadNode", "MergeNode", "SaveNode"]
 
 CATEGORY = "DPM-Solver-v3"
-NOTHING = "(no EMS file found)"
+NOTHING = "(no EMS file of your own yet)"
 _STRENGTHS = ["auto", "0", "0.25", "0.5", "0.75", "1"]
 
 
@@ -21,17 +21,20 @@ class LoadNode:
     CATEGORY = CATEGORY
     FUNCTION = "load"
     RETURN_TYPES = ("EMS",)
-    DESCRIPTION = "Load a statistics file (*.ems.safetensors) from models/ems, output/ems or the pack's own stats."
-    SEARCH_ALIASES = ("load ems", "dpm_solver_v3", "statistics")
+    DESCRIPTION = (
+        "Load empirical model statistics (EMS), a file *.ems.safetensors, from models/ems, output/ems or the pack's own stats."
+    )
+    SEARCH_ALIASES = ("load ems", "empirical model statistics")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        names = [name for name, _ in library().paths()] or [NOTHING]
+    def INPUT_TYPES(cls) -> dict[str, object]:
+        own, shipped = names_by_origin()
+        names = [*(own or [NOTHING]), *shipped]  # the first one is preselected: never the pack's own toy
         tooltip = "Files in models/ems, output/ems and the pack's stats folder."
         return {"required": {"ems_name": (names, {"tooltip": tooltip})}, "hidden": {"extra_pnginfo": "EXTRA_PNGINFO"}}
 
     @classmethod
-    def IS_CHANGED(cls, ems_name: str, extra_pnginfo: Any = None) -> str:
+    def IS_CHANGED(cls, ems_name: str, extra_pnginfo: object = None) -> str:
         path = dict(library().paths()).get(ems_name)
         try:
             status = path.stat() if path else None
@@ -47,7 +50,7 @@ class LoadNode:
             return True
         return f"There is no EMS file {ems_name!r}. Compute one with 'Compute EMS', or put one into models/ems."
 
-    def load(self, ems_name: str, extra_pnginfo: Any = None) -> tuple[Handle]:
+    def load(self, ems_name: str, extra_pnginfo: object = None) -> tuple[Handle]:
         """A file of the folders, else the one that the workflow carries. Raises EMSError, which says what is wrong with it."""
         if ems_name not in dict(library().paths()):
             return (_carried(ems_name, extra_pnginfo),)
@@ -56,7 +59,13 @@ class LoadNode:
         return (Handle(entry.file, entry.name, entry.path),)
 
 
-def _carried(name: str, extra_pnginfo: Any) -> Handle:
+def names_by_origin() -> tuple[list[str], list[str]]:
+    """Names of the files in the host's folders, and of those that come with the pack."""
+    paths, stats = library().paths(), host.ems_folders()[-1]
+    return [n for n, p in paths if not p.is_relative_to(stats)], [n for n, p in paths if p.is_relative_to(stats)]
+
+
+def _carried(name: str, extra_pnginfo: object) -> Handle:
     """The EMS of this name, or the only one, that "Save EMS" put into the workflow."""
     from ..ems_tools.share.library import safe_name
     from ..ems_tools.share.workflow import embedded_files, unpack
@@ -73,7 +82,7 @@ def _carried(name: str, extra_pnginfo: Any) -> Handle:
     return Handle(file, f"{real} (from the workflow)")
 
 
-def _workflow(extra_pnginfo: Any) -> Any:
+def _workflow(extra_pnginfo: object) -> Any:
     """The workflow that images are saved with; some hosts hand it over in a list. None if there is none."""
     if isinstance(extra_pnginfo, list):
         extra_pnginfo = extra_pnginfo[0] if extra_pnginfo else None
@@ -86,11 +95,14 @@ class ApplyNode:
     CATEGORY = CATEGORY
     FUNCTION = "apply"
     RETURN_TYPES = ("MODEL",)
-    DESCRIPTION = "Attach EMS to a model; the sampler dpm_solver_v3 then uses them. Without an EMS: data prediction."
-    SEARCH_ALIASES = ("apply ems", "dpm_solver_v3")
+    DESCRIPTION = (
+        "Attach empirical model statistics (EMS) to a model; the sampler dpm_solver_v3 then uses them. Without an EMS: "
+        "data prediction."
+    )
+    SEARCH_ALIASES = ("apply ems", "empirical model statistics")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, object]:
         strength = {"default": "auto", "tooltip": "How much of the statistics to use; auto: what was measured best."}
         return {
             "required": {"model": ("MODEL",), "strength": (_STRENGTHS, strength)},
@@ -110,11 +122,14 @@ class SaveNode:
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("path",)
     OUTPUT_NODE = True
-    DESCRIPTION = "Write an EMS (loaded, merged, ...) into output/ems. A different file of that name stays: a number is added."
-    SEARCH_ALIASES = ("save ems", "dpm_solver_v3")
+    DESCRIPTION = (
+        "Write empirical model statistics (EMS; loaded, merged, ...) into output/ems. A different file of that name "
+        "stays: a number is added."
+    )
+    SEARCH_ALIASES = ("save ems", "empirical model statistics")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, object]:
         name = {"default": "my-model", "tooltip": "File name without ending."}
         moments = {
             "default": False,
@@ -131,13 +146,13 @@ class SaveNode:
         }
 
     @classmethod
-    def IS_CHANGED(cls, embed_in_workflow: bool = False, **inputs: Any) -> float | bool:
+    def IS_CHANGED(cls, embed_in_workflow: bool = False, **inputs: object) -> float | bool:
         """Every run has a workflow of its own to put the EMS into."""
         return float("nan") if embed_in_workflow else False
 
     def save(
-        self, ems: Handle, name: str, keep_moments: bool = False, embed_in_workflow: bool = False, extra_pnginfo: Any = None
-    ) -> dict[str, Any]:
+        self, ems: Handle, name: str, keep_moments: bool = False, embed_in_workflow: bool = False, extra_pnginfo: object = None
+    ) -> dict[str, object]:
         """The path as STRING. Raises EMSError if the EMS is too large for a workflow."""
         file = ems.file if keep_moments or not ems.file.moments else ems.file.compacted()
         path = free_path(name, file.encode())
@@ -148,7 +163,7 @@ class SaveNode:
             self._embed(ems, path.name, extra_pnginfo)
         return {"ui": {"text": [str(path)]}, "result": (str(path),)}
 
-    def _embed(self, ems: Handle, saved_as: str, extra_pnginfo: Any) -> None:
+    def _embed(self, ems: Handle, saved_as: str, extra_pnginfo: object) -> None:
         """Under the name that Load EMS asks for, where the EMS came from a file."""
         from ..ems_tools.share.workflow import with_file
 
@@ -182,18 +197,20 @@ class InspectNode:
     RETURN_TYPES = ("IMAGE", "STRING")
     RETURN_NAMES = ("plot", "text")
     OUTPUT_NODE = True
-    DESCRIPTION = "Draw what an EMS gains, and print all that it holds. Lists refused files of the folders."
-    SEARCH_ALIASES = ("inspect ems", "dpm_solver_v3", "plot ems")
+    DESCRIPTION = (
+        "Draw what empirical model statistics (EMS) gain, and print all that they hold. Lists refused files of the folders."
+    )
+    SEARCH_ALIASES = ("inspect ems", "plot ems", "empirical model statistics")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, object]:
         tooltip = "Draw the statistics l, s and b themselves, too, not only what they gain."
         return {
             "required": {"ems": ("EMS",)},
             "optional": {"statistics": ("BOOLEAN", {"default": False, "tooltip": tooltip})},
         }
 
-    def inspect(self, ems: Handle, statistics: bool = False) -> dict[str, Any]:
+    def inspect(self, ems: Handle, statistics: bool = False) -> dict[str, object]:
         """IMAGE [1, H, W, 3] and STRING."""
         from ..ems_tools.show.describe import lines_of
         from .pictures import ems_picture
@@ -209,11 +226,14 @@ class MergeNode:
     CATEGORY = CATEGORY
     FUNCTION = "merge"
     RETURN_TYPES = ("EMS",)
-    DESCRIPTION = "Add up EMS of one model computed with different seeds and keep_moments. The result has no evidence yet."
-    SEARCH_ALIASES = ("merge ems", "dpm_solver_v3")
+    DESCRIPTION = (
+        "Add up empirical model statistics (EMS) of one model computed with different seeds and keep_moments. The result "
+        "has no evidence yet."
+    )
+    SEARCH_ALIASES = ("merge ems", "empirical model statistics")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, object]:
         return {
             "required": {"ems_1": ("EMS",), "ems_2": ("EMS",)},
             "optional": {"ems_3": ("EMS",), "ems_4": ("EMS",)},

@@ -6,19 +6,36 @@ import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..sampler import EMS, EMSError
+from ..ems_tools.hosting import Origin, Statistics, TrustBook, choose_statistics
+from ..sampler import EMS
 from . import host
+from .graph import Place, all_links, executing, input_path
+from .model import Running
+from .protocols import Options, Patcher
 
 if TYPE_CHECKING:
     from ..ems_tools.file.contents import EMSFile
     from ..ems_tools.share.identity import FingerprintCache, ModelIdentity
     from ..ems_tools.share.library import Library
 
-__all__ = ["ATTACHMENT", "Attached", "Found", "Handle", "attach", "channels_of", "find", "find_file", "identity_of", "library"]
+__all__ = [
+    "ATTACHMENT",
+    "Attached",
+    "Found",
+    "Handle",
+    "attach",
+    "channels_of",
+    "find",
+    "find_file",
+    "identity_of",
+    "library",
+    "none_for",
+    "trust",
+]
 
 ATTACHMENT = "dpm_solver_v3"
 """Key in `model_options`: it reaches the sampler function, even that of the plain KSampler."""
@@ -47,12 +64,17 @@ class Attached:
 
 @dataclass(frozen=True)
 class Found:
-    """Statistics for a run, or None, and in `message` what was found and what to do."""
+    """Statistics for a run, or None, and in `message` what was found and what to do.
+
+    `missing`: there is no file for this model, so computing one would help. `origin`: the file, for its trial on first use.
+    """
 
     ems: EMS | None
     message: str
     strength: float | str = "auto"
     warn: bool = False
+    missing: bool = False
+    origin: Origin | None = None
 
 
 @lru_cache(maxsize=1)
@@ -60,6 +82,12 @@ def _cache() -> FingerprintCache:
     from ..ems_tools.share.identity import FingerprintCache
 
     return FingerprintCache(host.user_file("fingerprints.json"))
+
+
+@lru_cache(maxsize=1)
+def trust() -> TrustBook:
+    """What is known of statistics files: computed here, tried, or found wrong."""
+    return TrustBook(host.user_file("trust.json"))
 
 
 @lru_cache(maxsize=1)
@@ -76,14 +104,14 @@ def library() -> Library:
     return found
 
 
-def attach(model: Any, attached: Attached) -> Any:
+def attach(model: Patcher, attached: Attached) -> Patcher:
     """A clone of the MODEL that carries `attached`."""
     clone = model.clone()
     clone.model_options = {**clone.model_options, ATTACHMENT: attached}
     return clone
 
 
-def identity_of(patcher: Any, place: host.Place) -> ModelIdentity:
+def identity_of(patcher: Patcher | None, place: Place) -> ModelIdentity:
     """Identity of a MODEL: its file's fingerprint where the file is known, else its weights'."""
     from ..ems_tools.share.identity import ModelIdentity, weights_fingerprint
 
@@ -111,32 +139,34 @@ def _stem(path: str) -> str:
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def _checkpoint(patcher: Any, place: host.Place) -> str | None:
+def _checkpoint(patcher: Patcher | None, place: Place) -> str | None:
     """The one file that the MODEL was loaded from; None if there are several (a merge) or none is known."""
     init = getattr(patcher, "cached_patcher_init", None)
     arguments = init[1] if isinstance(init, (tuple, list)) and len(init) > 1 else ()
     if arguments and isinstance(arguments[0], str) and os.path.isfile(arguments[0]):
         return str(arguments[0])
-    values = (value for inputs in host.all_links(place) for value in inputs.values())
-    found = {path for path in map(host.input_path, values) if path}
+    values = (value for inputs in all_links(place) for value in inputs.values())
+    found = {path for path in map(input_path, values) if path}
     return found.pop() if len(found) == 1 else None
 
 
-def _patches(patcher: Any, place: host.Place) -> str:
+def _patches(patcher: Patcher | None, place: Place) -> str:
     """LoRAs on the way from the loader, and how many weights are patched."""
     count = len(getattr(patcher, "patches", None) or ())
     if not count:
         return ""
     loras = []
-    for inputs in host.all_links(place):
+    for inputs in all_links(place):
         name = inputs.get("lora_name")
         if isinstance(name, str):
             loras.append(f"{_stem(name)} {inputs.get('strength_model', 1)}")
     return ", ".join([*loras[:8], f"{count} patched weights"])
 
 
-def _weights(patcher: Any) -> dict[str, Tensor]:
+def _weights(patcher: Patcher | None) -> dict[str, Tensor]:
     """The network's own weights; where a patch is applied at the moment, what was there before."""
+    if patcher is None:
+        return {}
     state = dict(patcher.model.diffusion_model.state_dict())
     for key, kept in (getattr(patcher, "backup", None) or {}).items():
         name = key.removeprefix("diffusion_model.")
@@ -151,7 +181,7 @@ def _parameter() -> type:
     return Parameter
 
 
-def find(run: host.Running, x: Tensor, options: dict[str, Any], same_architecture: bool = False) -> Found:
+def find(run: Running, x: Tensor, options: Options, same_architecture: bool = False) -> Found:
     """Statistics for latents like x [B, C, ...]; `options` are the run's model_options. Never raises for a bad file."""
     if x.ndim == 3 and x.shape[1] == 1:
         return Found(None, "several latents packed into one: sampling without EMS (data prediction)", warn=True)
@@ -159,50 +189,42 @@ def find(run: host.Running, x: Tensor, options: dict[str, Any], same_architectur
     if isinstance(attached, Attached):
         if attached.handle is None:
             return Found(None, "sampling without EMS, as asked for by Apply EMS")
-        found = _fitted(attached.handle, run.guidance, x, "attached to the model")
-        return replace(found, strength=attached.strength)
-    identity = identity_of(run.patcher, host.executing())
+        return _of(attached.handle, "attached to the model", run, x, attached.strength)
+    identity = identity_of(run.patcher, executing())
     match = library().find(identity, channels=x.shape[1], same_architecture=same_architecture)
     if match is None or match.entry.file is None:
-        return Found(None, _none(identity, x.shape[1]))
+        return Found(None, none_for(identity), missing=True)
     handle = Handle(match.entry.file, match.entry.name, match.entry.path)
     if match.how == "exact":
-        return _fitted(handle, run.guidance, x, "made for this checkpoint")
+        return _of(handle, "made for this checkpoint", run, x)
     reason = "of a checkpoint with the same name" if match.how == "name" else "of another checkpoint of the same architecture"
-    return replace(_fitted(handle, run.guidance, x, f"{reason}; for its own, run Compute EMS"), warn=True)
+    return replace(_of(handle, f"{reason}; for its own, run Compute EMS", run, x), warn=True)
 
 
-def channels_of(patcher: Any) -> int | None:
+def _of(handle: Handle, reason: str, run: Running, x: Tensor, strength: float | str = "auto") -> Found:
+    found: Statistics = choose_statistics(handle.file, handle.name, reason, run.facts(), tuple(x.shape))
+    return Found(found.ems, found.message, strength, found.warn, origin=Origin(handle.file, handle.name))
+
+
+def channels_of(patcher: Patcher | None) -> int | None:
     """Latent channels of a MODEL, None if it does not say."""
     channels = getattr(getattr(getattr(patcher, "model", None), "latent_format", None), "latent_channels", None)
     return channels if isinstance(channels, int) else None
 
 
-def find_file(patcher: Any) -> Handle | None:
+def find_file(patcher: Patcher | None) -> Handle | None:
     """The statistics file that sampling with this MODEL would use, if there is one."""
     attached = (getattr(patcher, "model_options", None) or {}).get(ATTACHMENT)
     if isinstance(attached, Attached):
         return attached.handle
-    match = library().find(identity_of(patcher, host.executing()), channels=channels_of(patcher))
+    match = library().find(identity_of(patcher, executing()), channels=channels_of(patcher))
     if match is None or match.entry.file is None:
         return None
     return Handle(match.entry.file, match.entry.name, match.entry.path)
 
 
-def _none(identity: ModelIdentity, channels: int) -> str:
-    name = identity.name or "this model"
+def none_for(identity: ModelIdentity) -> str:
+    """That there is no file, in one line."""
     bad = [e.name for e in library().entries() if e.file is None]
     refused = f" ({len(bad)} unusable files, see Inspect EMS: {', '.join(bad[:3])})" if bad else ""
-    return (
-        f"no EMS for {name} ({identity.architecture or 'unknown kind'}, {channels} channels){refused}: sampling with data "
-        "prediction. Run 'Compute EMS' once for this checkpoint, or put its file into models/ems"
-    )
-
-
-def _fitted(handle: Handle, guidance: float, x: Tensor, reason: str) -> Found:
-    try:
-        ems, warned = handle.file.for_latents(guidance, x.shape)
-    except EMSError as error:
-        return Found(None, f"{handle.name} does not fit: {error}. Sampling with data prediction", warn=True)
-    notes = "".join(f"; {text}" for text in warned)
-    return Found(ems, f"EMS {handle.name}, {reason}, guidance {guidance:g}{notes}", warn=bool(warned))
+    return f"no EMS for {identity.name or 'this model'}{refused}: run Compute EMS once"

@@ -1,44 +1,35 @@
-"""What the nodes need of ComfyUI: every host object and name that the nodes use is reached for here, with fallbacks.
+"""ComfyUI's lists, folders, node status and progress: what the pack adds to and asks of, with fallbacks for every release.
 
-Facts in ComfyUI 0.3.60 to 0.29. Nothing of the host is replaced or reloaded; lists and dictionaries are added to in place.
+Facts in ComfyUI 0.3.10 to 0.30. Nothing of the host is replaced or reloaded; lists and dictionaries are added to in place.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..sampler import LevelTable, Space
+from ..ems_tools.hosting import one_line, printable
 
 __all__ = [
     "LOG",
     "HostError",
-    "Place",
-    "Running",
     "add_sampler",
     "add_scheduler",
-    "all_links",
-    "calling",
+    "category_of",
     "check_interrupt",
     "ems_folders",
-    "executing",
-    "input_path",
-    "latent_of",
-    "level_table",
-    "model_sampling_of",
+    "loaded",
+    "log",
     "output_folder",
     "progress_bar",
     "register_folder",
-    "running",
     "say",
-    "space_of",
+    "say_first",
     "user_file",
 ]
 
@@ -50,9 +41,15 @@ class HostError(RuntimeError):
     """Something that the user should know; the message says what to do."""
 
 
-def _host(module: str) -> Any:
+def loaded(module: str) -> Any:
     """A module of the host that is loaded already, or None."""
     return sys.modules.get(module)
+
+
+def category_of(node: str, otherwise: str) -> str:
+    """The menu category of one of the host's nodes, so that ours stand beside it in every release."""
+    found = getattr(getattr(loaded("nodes"), "NODE_CLASS_MAPPINGS", {}).get(node), "CATEGORY", None)
+    return found if isinstance(found, str) and found else otherwise
 
 
 # --- the sampler list
@@ -90,32 +87,6 @@ def add_scheduler(name: str, function: Callable[[Any, int], Tensor]) -> bool:
         if isinstance(names, list) and name not in names:
             names.append(name)
     return True
-
-
-def calling() -> tuple[Any, float | None, str | None]:
-    """The MODEL, the guidance scale and the sampler's name, as far as known, that the host's call of a scheduler is about.
-
-    The host hands schedulers none of them; they are variables of the functions on the way from the node that runs.
-    """
-    frame = sys._getframe(1)
-    patcher, scale, sampler = None, None, None
-    for _ in range(24):
-        for name, value in frame.f_locals.items():
-            owner = getattr(value, "model", None) if name == "self" else value
-            if patcher is None and name in ("self", "model") and hasattr(owner, "model_options"):
-                patcher = owner
-            if scale is None and name == "cfg" and isinstance(value, (int, float)):
-                scale = float(value)
-            if sampler is None and name == "sampler_name" and isinstance(value, str):
-                sampler = value
-        if frame.f_back is None:
-            break
-        frame = frame.f_back
-    if scale is None:
-        inputs = (node.get("inputs") or {} for node in executing().prompt.values() if isinstance(node, dict))
-        scales = {float(i["cfg"]) for i in inputs if isinstance(i.get("cfg"), (int, float))}
-        scale = scales.pop() if len(scales) == 1 else None
-    return patcher, scale, sampler
 
 
 # --- folders
@@ -161,41 +132,38 @@ def user_file(name: str) -> Path | None:
 # --- what runs now
 
 
-@dataclass(frozen=True)
-class Place:
-    """The node that is executed and the prompt (node id -> {"class_type", "inputs"}) that it belongs to."""
-
-    prompt: Mapping[str, Any]
-    node: str
-
-
-def executing() -> Place:
-    """Where the host stands in its graph; empty if it does not say."""
-    server = getattr(getattr(_host("server"), "PromptServer", None), "instance", None)
-    node = getattr(server, "last_node_id", None)
-    context = getattr(_host("comfy_execution.utils"), "get_executing_context", lambda: None)()
-    node = getattr(context, "node_id", None) or node
-    running_now = getattr(getattr(server, "prompt_queue", None), "currently_running", None) or {}
-    for item in list(running_now.values()):
-        if len(item) > 2 and isinstance(item[2], dict) and (node is None or str(node) in item[2]):
-            return Place(item[2], str(node or ""))
-    return Place({}, str(node or ""))
+_NOTES: dict[str, tuple[object, str]] = {}
+"""By node: the prompt, and what begins all its messages in that prompt, because a node shows one message only."""
 
 
 def say(text: str, node: str = "") -> None:
-    """Show `text` on the node in the front end, where the host can."""
-    server = getattr(getattr(_host("server"), "PromptServer", None), "instance", None)
+    """Show `text` on the node in the front end, where the host can, after what `say_first` said in the same prompt."""
+    server = getattr(getattr(loaded("server"), "PromptServer", None), "instance", None)
     send = getattr(server, "send_progress_text", None)
+    prompt, note = _NOTES.get(node, (None, ""))
     if callable(send) and node:
         try:
-            send(text, node)
-        except Exception as error:  # a changed signature must not cost the user the work
+            send(one_line(note if prompt == getattr(server, "last_prompt_id", None) else "", text), node)
+        except Exception as error:
             LOG.debug("no node status: %s", error)
+
+
+def say_first(text: str, brief: str, node: str) -> None:
+    """Show `text` on the node, and `brief` before what it shows later in this prompt."""
+    _NOTES.pop(node, None)
+    say(text, node)
+    server = getattr(getattr(loaded("server"), "PromptServer", None), "instance", None)
+    _NOTES[node] = (getattr(server, "last_prompt_id", None), brief)
+
+
+def log(text: str, *, warn: bool = False) -> None:
+    """One line in the host's log, whatever characters a file's or a model's name has and whatever the console can print."""
+    LOG.log(logging.WARNING if warn else logging.INFO, "%s", printable(text, getattr(sys.stderr, "encoding", None)))
 
 
 def check_interrupt() -> None:
     """Raise the host's interrupt (a BaseException in some releases) if the user pressed cancel."""
-    check = getattr(_host("comfy.model_management"), "throw_exception_if_processing_interrupted", None)
+    check = getattr(loaded("comfy.model_management"), "throw_exception_if_processing_interrupted", None)
     if callable(check):
         check()
 
@@ -209,126 +177,8 @@ def progress_bar(total: int, node: str) -> Callable[[int, Any], None]:
     except TypeError:
         bar = comfy.utils.ProgressBar(total)
 
-    def update(done: int, preview: Any = None) -> None:
+    def update(done: int, preview: object = None) -> None:
         check_interrupt()
         bar.update_absolute(done, total, preview)
 
     return update
-
-
-def all_links(place: Place) -> Iterator[Mapping[str, Any]]:
-    """Inputs of the nodes that the MODEL or GUIDER of `place`'s node comes from, nearest first, each once."""
-    classes = getattr(_host("nodes"), "NODE_CLASS_MAPPINGS", {})
-    queue, seen = [place.node], {place.node}
-    while queue:
-        inputs = (place.prompt.get(queue.pop(0)) or {}).get("inputs") or {}
-        yield inputs
-        for value in inputs.values():
-            if not (isinstance(value, list) and len(value) == 2 and isinstance(value[1], int)):
-                continue
-            source = str(value[0])
-            returned = getattr(classes.get((place.prompt.get(source) or {}).get("class_type")), "RETURN_TYPES", ())
-            kind = returned[value[1]] if value[1] < len(returned) else "*"
-            if source not in seen and kind in ("MODEL", "GUIDER", "*"):
-                seen.add(source)
-                queue.append(source)
-
-
-def input_path(name: object, kinds: tuple[str, ...] = ("checkpoints", "diffusion_models", "unet", "unet_gguf")) -> str | None:
-    """The model file of this name, None if the name is no model file's."""
-    import folder_paths
-
-    if not isinstance(name, str) or not name:
-        return None
-    for kind in kinds:
-        try:
-            found = folder_paths.get_full_path(kind, name)
-        except Exception:  # an unknown kind of folder, in some releases
-            continue
-        if found:
-            return str(found)
-    return None
-
-
-# --- a model that samples
-
-
-def model_sampling_of(patcher: Any) -> Any:
-    """The model's `model_sampling`, patches (shift, ZSNR, ...) included; None if there is none."""
-    get = getattr(patcher, "get_model_object", None)
-    if callable(get):
-        try:
-            return get("model_sampling")
-        except Exception as error:
-            LOG.debug("get_model_object: %s", error)
-    return getattr(getattr(patcher, "model", None), "model_sampling", None)
-
-
-def space_of(model_sampling: Any) -> Space:
-    """Rectified flow (CONST: x = (1 - t) x0 + t n), or x = x0 + sigma n for everything else."""
-    return Space.FLOW if any(c.__name__ == "CONST" for c in type(model_sampling).__mro__) else Space.SIGMA
-
-
-def level_table(model_sampling: Any) -> LevelTable:
-    """The host's noise levels as a schedule. Raises HostError if the model has none."""
-    levels = getattr(model_sampling, "sigmas", None)
-    if not isinstance(levels, Tensor) or levels.ndim != 1 or len(levels) < 2:
-        raise HostError("this model has no table of noise levels (model_sampling.sigmas): use one of ComfyUI's schedulers")
-    values = levels.detach().to("cpu", torch.float64).sort().values.unique_consecutive()
-    try:
-        return LevelTable(values[values > 0], space_of(model_sampling))
-    except ValueError as error:
-        raise HostError(f"this model's noise levels cannot be used: {error}") from error
-
-
-@dataclass(frozen=True)
-class Running:
-    """What a sampler function can know of the model it was given; None where the host does not say.
-
-    Args:
-        guider: the host's guider.
-        patcher: the ModelPatcher behind it.
-        sampling: `model_sampling`, patches included.
-        guidance: the guidance scale; 1 for guiders that have none.
-    """
-
-    guider: Any
-    patcher: Any
-    sampling: Any
-    guidance: float
-
-    @property
-    def space(self) -> Space:
-        """What x and sigma are."""
-        return space_of(self.sampling)
-
-
-def running(model: Any) -> Running:
-    """From the `model` of a sampler function, through as many wrappers (`.inner_model`) as packs put around it."""
-    guider, patcher, sampling = None, None, None
-    for _ in range(8):
-        if model is None:
-            break
-        patcher = patcher or getattr(model, "model_patcher", None)
-        if guider is None and getattr(model, "model_patcher", None) is not None:
-            guider = model
-        sampling = sampling or getattr(model, "model_sampling", None)
-        model = getattr(model, "inner_model", None)
-    sampling = (model_sampling_of(patcher) if patcher is not None else None) or sampling
-    scale = getattr(guider, "cfg1", None)  # a dual guider's outer scale; its `cfg` is not set
-    scale = getattr(guider, "cfg", None) if scale is None else scale
-    return Running(guider, patcher, sampling, float(scale) if isinstance(scale, (int, float)) else 1.0)
-
-
-def latent_of(patcher: Any, latent: Mapping[str, Any]) -> Tensor:
-    """The LATENT's tensor with as many channels and axes as the model wants (as core's samplers do)."""
-    import comfy.sample
-
-    samples = latent["samples"]
-    fix = getattr(comfy.sample, "fix_empty_latent_channels", None)
-    if not callable(fix):
-        return samples
-    try:
-        return fix(patcher, samples, latent.get("downscale_ratio_spacial", None))
-    except TypeError:
-        return fix(patcher, samples)

@@ -51,7 +51,7 @@ def labelled_grid(rows: list[list[Tensor]], row_names: list[str], column_names: 
     height, width = rows[0][0].shape[:2]
     size = max(12, min(width, height) // 12)
     letters = font(size)
-    left = int(max(letters.getlength(name) for name in row_names)) + size
+    left = int(max(letters.getlength(line) for name in row_names for line in name.split("\n"))) + size
     top, gap = 2 * size, max(2, size // 4)
     canvas = Image.new("RGB", (left + len(rows[0]) * (width + gap), top + len(rows) * (height + gap)), "white")
     draw = ImageDraw.Draw(canvas)
@@ -59,7 +59,7 @@ def labelled_grid(rows: list[list[Tensor]], row_names: list[str], column_names: 
         draw.text((left + c * (width + gap) + width / 2, top / 2), name, fill="black", font=letters, anchor="mm")
     for r, name in enumerate(row_names):
         y = top + r * (height + gap)
-        draw.text((left - size / 2, y + height / 2), name, fill="black", font=letters, anchor="rm")
+        draw.multiline_text((left - size / 2, y + height / 2), name, fill="black", font=letters, anchor="rm", align="right")
         for c, image in enumerate(rows[r]):
             pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
             canvas.paste(Image.fromarray(np.ascontiguousarray(pixels)), (left + c * (width + gap), y))

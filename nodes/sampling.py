@@ -1,21 +1,26 @@
-"""The sampler in the dropdown, the SAMPLER node with its options, and the paper's step schedules as SIGMAS."""
+"""The sampler and the fitted scheduler in the dropdowns, and the SAMPLER node with its options."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..sampler import StepInfo, karras, quadratic_time, sample_dpm_solver_v3, uniform_lambda, uniform_time
-from ..sampler.schedules import NoiseSchedule
+from ..ems_tools.hosting import Run, Steps, choose_steps, evaluations_of_effort, in_words, sample_on_trial, unfitted_steps
+from ..sampler import StepInfo, half_corrector_sigma
 from . import host
+from .find import Found, find, find_file, identity_of, none_for, trust
+from .graph import Asked, asked, executing
+from .model import Running, level_table, run_of_guider, running, words_of_guider
+from .protocols import Callback, Guider, ModelSampling, Options
 
-__all__ = ["FITTED_NAME", "NAME", "SamplerNode", "SchedulerNode", "fitted_schedule", "sample_host"]
+__all__ = ["AUTO", "FITTED_NAME", "NAME", "SamplerNode", "choice", "fitted_schedule", "sample_host", "steps_for"]
 
 NAME = "dpm_solver_v3"
-FITTED, FITTED_NAME = "fitted", "dpm_solver_v3_fitted"
+FITTED_NAME = "dpm_solver_v3_fitted"
 AUTO = "auto"
 EVERYWHERE, HALF = "everywhere", "half (paper)"
 _SAID: set[str] = set()
@@ -26,10 +31,10 @@ def sample_host(
     x: Tensor,
     sigmas: Tensor,
     extra_args: dict[str, Any] | None = None,
-    callback: Callable[[StepInfo], None] | None = None,
+    callback: Callback | None = None,
     disable: bool | None = None,
     dpm_solver_v3_options: dict[str, Any] | None = None,
-    **ignored: Any,
+    **ignored: object,
 ) -> Tensor:
     """What the host calls for "dpm_solver_v3": finds the statistics, then samples.
 
@@ -37,76 +42,109 @@ def sample_host(
     """
     if len(sigmas) < 2:
         return x
-    run = host.running(model)
+    run = running(model)
     options = dict(dpm_solver_v3_options or {})
-    ems, strength = _statistics(run, x, (extra_args or {}).get("model_options") or {}, options.pop("same_architecture", False))
+    model_options: Options = (extra_args or {}).get("model_options") or {}
+    found = _statistics(run, x, model_options, options.pop("same_architecture", False))
     if options.get("strength", AUTO) == AUTO:
-        options["strength"] = strength
+        options["strength"] = found.strength
     below = options.pop("corrector_region", AUTO)
     if below != AUTO:
-        options["corrector_below"] = _half(run) if below == HALF else float("inf")
-    return sample_dpm_solver_v3(
-        model, x, sigmas, extra_args, callback, disable, ems=ems, space=run.space, guidance=run.guidance, **options
+        options["corrector_below"] = half_corrector_sigma(level_table(run.sampling)) if below == HALF else float("inf")
+    clock = _Clock(callback)
+    out = sample_on_trial(
+        trust(),
+        found.origin,
+        _tell,
+        model,
+        x,
+        sigmas,
+        extra_args,
+        clock,
+        disable,
+        ems=found.ems,
+        space=run.space,
+        guidance=run.guidance,
+        **options,
     )
+    if found.missing and clock.seconds > 0:
+        spent = in_words(clock.seconds / len(x) * evaluations_of_effort("quick"))
+        host.say(f"{found.message} (about {spent} for this cfg)", executing().node)
+    return out
 
 
-def _statistics(run: host.Running, x: Tensor, model_options: dict[str, Any], same_architecture: bool) -> tuple[Any, Any]:
-    from .find import find
+def _tell(message: str) -> None:
+    host.log(message, warn=True)
+    host.say(message, executing().node)
 
-    node = host.executing().node
+
+class _Clock:
+    """Seconds of one evaluation of the whole batch, from the second evaluation on: the first one may load the model."""
+
+    def __init__(self, callback: Callback | None) -> None:
+        self.callback, self.seconds = callback, 0.0
+        self._first, self._count = 0.0, 0
+
+    def __call__(self, state: StepInfo) -> None:
+        now = time.perf_counter()
+        if self._count:
+            self.seconds = (now - self._first) / self._count
+        else:
+            self._first = now
+        self._count += 1
+        if self.callback is not None:
+            self.callback(state)
+
+
+def _statistics(run: Running, x: Tensor, model_options: Options, same_architecture: bool) -> Found:
+    node = executing().node
     try:
         found = find(run, x, model_options, same_architecture)
-    except Exception as error:  # another pack's model can be anything; the picture comes first
-        host.LOG.warning("looking for EMS failed (%s: %s): sampling with data prediction", type(error).__name__, error)
-        return None, AUTO
+    except Exception as error:
+        message = f"looking for EMS failed ({type(error).__name__}: {error}): sampling with data prediction"
+        found = Found(None, message, warn=True)
     if found.message not in _SAID:
         _SAID.add(found.message)
-        host.LOG.log(30 if found.warn else 20, "%s", found.message)
+        host.log(found.message, warn=found.warn)
     host.say(found.message, node)
-    return found.ems, found.strength
+    return found
 
 
-def _half(run: host.Running) -> float:
-    """Sigma = exp(-lambda) at half of the host's time."""
-    table = host.level_table(run.sampling)
-    level = table.level_at(torch.tensor(0.5, dtype=torch.float64))
-    return float((-table.space.lambda_of(level)).exp())
-
-
-def _choice(values: list[str], tooltip: str, default: str = AUTO) -> tuple[list[str], dict[str, Any]]:
+def choice(values: list[str], tooltip: str, default: str = AUTO) -> tuple[list[str], dict[str, Any]]:
+    """A dropdown, as INPUT_TYPES says it."""
     return values, {"default": default, "tooltip": tooltip}
 
 
 class SamplerNode:
     """DPM-Solver-v3 with its options, as a SAMPLER."""
 
-    CATEGORY = "sampling/custom_sampling/samplers"
+    CATEGORY = host.category_of("KSamplerSelect", "sampling/custom_sampling/samplers")
     FUNCTION = "build"
     RETURN_TYPES = ("SAMPLER",)
     DESCRIPTION = (
-        "DPM-Solver-v3 for few steps. Uses the statistics (EMS) attached to the model by Apply EMS, else those of its "
-        "checkpoint in models/ems or output/ems, else data prediction. Left at auto, options follow what was measured best."
+        "DPM-Solver-v3 for few steps. Uses the empirical model statistics (EMS) attached to the model by Apply EMS, else those "
+        "of its checkpoint in models/ems or output/ems, else none. Left at auto, options follow what was measured best."
     )
-    SEARCH_ALIASES = ("dpm_solver_v3", "dpm solver v3", "dpmpp", "ems", "few steps")
+    SEARCH_ALIASES = ("dpm_solver_v3", "dpm solver v3 sampler", "dpm", "dpm++", "few steps")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, object]:
         return {
             "required": {
-                "order": _choice([AUTO, "1", "2", "3"], "Order of the predictor. 2 is the safe choice; 3 can win unguided."),
-                "corrector": _choice(
+                "order": choice([AUTO, "1", "2", "3"], "Order of the predictor. 2 is the safe choice; 3 can win unguided."),
+                "corrector": choice(
                     [AUTO, "none", "pseudo", "true", "raised"],
                     "Corrects each step with the next evaluation, at no extra cost. none: often best at high guidance and few "
                     "steps; pseudo: the paper's; true: of the predictor's order; raised: one order more.",
                 ),
-                "predictor": _choice([AUTO, "true", "pseudo"], "How derivatives are estimated at order 3."),
-                "corrector_region": _choice(
+                "predictor": choice([AUTO, "true", "pseudo"], "How derivatives are estimated at order 3."),
+                "corrector_region": choice(
                     [AUTO, EVERYWHERE, HALF], "half: correct only in the cleaner half of time, the paper's half corrector."
                 ),
-                "lower_order_final": _choice([AUTO, "yes", "no"], "Lower the order in the last steps: steadier."),
-                "strength": _choice(
+                "lower_order_final": choice([AUTO, "yes", "no"], "Lower the order in the last steps: steadier."),
+                "strength": choice(
                     [AUTO, "0", "0.25", "0.5", "0.75", "1"],
-                    "How much of the statistics to use: 1 all, 0 none (data prediction).",
+                    "How much of the statistics (EMS) to use: 1 all, 0 none.",
                 ),
                 "same_architecture": (
                     "BOOLEAN",
@@ -134,120 +172,44 @@ class SamplerNode:
         return (comfy.samplers.KSAMPLER(sample_host, extra_options={"dpm_solver_v3_options": options}),)
 
 
-SCHEDULES: dict[str, Callable[..., Tensor]] = {
-    "uniform lambda": uniform_lambda,
-    "uniform time": uniform_time,
-    "quadratic time": quadratic_time,
-    "Karras": karras,
-}
+def fitted_schedule(model_sampling: ModelSampling, steps: int) -> Tensor:
+    """What the host calls for the scheduler "dpm_solver_v3_fitted": SIGMAS [steps + 1]. Never raises for a bad file."""
+    return steps_for(model_sampling, steps, 1.0, asked())
 
 
-class SchedulerNode:
-    """The paper's step schedules over the model's own noise range, as SIGMAS."""
+def steps_for(model_sampling: ModelSampling, steps: int, denoise: float, facts: Asked, guider: Guider | None = None) -> Tensor:
+    """The model's fitted steps, or unfitted ones with the reason on the node, in float32.
 
-    CATEGORY = "sampling/custom_sampling/schedulers"
-    FUNCTION = "build"
-    RETURN_TYPES = ("SIGMAS",)
-    DESCRIPTION = "The step schedules of the DPM-Solver-v3 paper, for this model."
-    SEARCH_ALIASES = ("dpm_solver_v3", "uniform lambda", "logsnr", "sigmas")
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {
-            "required": {
-                "model": ("MODEL",),
-                "schedule": _choice(
-                    [*SCHEDULES, FITTED],
-                    "fitted: the steps that Compute EMS fitted to this model, best for dpm_solver_v3 with few steps; "
-                    "uniform lambda: equal steps in log-SNR, the paper's choice for small images; uniform time: its choice for "
-                    "latent models with guidance; Karras: good with few steps.",
-                    "uniform time",
-                ),
-                "steps": ("INT", {"default": 8, "min": 1, "max": 1000, "tooltip": "Model evaluations."}),
-                "denoise": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        "min": 0.0,
-                        "max": 1.0,
-                        "step": 0.01,
-                        "tooltip": "Below 1: img2img.",
-                    },
-                ),
-                "end": _choice(
-                    ["zero", "smallest sigma"],
-                    "zero: the last step removes all noise, as the host's schedulers do; smallest sigma: as in the paper.",
-                    "zero",
-                ),
-            },
-            "optional": {
-                "cfg": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        "min": 0.01,
-                        "max": 100.0,
-                        "step": 0.1,
-                        "tooltip": "The CFG scale that you sample with; only the schedule fitted depends on it.",
-                    },
-                )
-            },
-        }
-
-    def build(
-        self, model: Any, schedule: str, steps: int, denoise: float, end: str = "zero", cfg: float = 1.0
-    ) -> tuple[Tensor]:
-        """SIGMAS [steps + 1], empty for denoise 0."""
-        if schedule == FITTED:
-            return (_fitted_levels(model, host.model_sampling_of(model), steps, cfg, denoise),)
-        table = host.level_table(host.model_sampling_of(model))
-        if denoise <= 0:
-            return (torch.empty(0),)
-        total = max(round(steps / denoise), steps)
-        return (host_levels(table, schedule, total, end == "zero")[-(steps + 1) :],)
-
-
-def fitted_schedule(model_sampling: Any, steps: int) -> Tensor:
-    """What the host calls for the scheduler "dpm_solver_v3_fitted": SIGMAS [steps + 1]."""
-    patcher, scale, sampler = host.calling()
-    return _fitted_levels(patcher, model_sampling, steps, 1.0 if scale is None else scale, sampler=sampler or NAME)
-
-
-def _fitted_levels(
-    patcher: Any, model_sampling: Any, steps: int, guidance: float, denoise: float = 1.0, sampler: str = NAME
-) -> Tensor:
-    """The model's fitted schedule, or Karras steps with a message where it has none. Never raises for a bad file.
-
-    Other samplers get Karras steps too: they do two to four times better on these (benchmarks/fit_ablation.py).
+    Args:
+        model_sampling: the model's, patches included.
+        steps: evaluations.
+        denoise: below 1 the last part of a longer schedule.
+        facts: what the steps are for.
+        guider: of the run, if it is at hand: then it, not `facts`, says what the guidance is.
     """
-    from .find import find_file
+    chosen = chosen_steps(model_sampling, steps, denoise, facts, guider)
+    host.say_first(chosen.message, chosen.brief, executing().node)
+    host.log(chosen.message, warn=not chosen.fitted)
+    return chosen.levels.to(torch.float32)
 
-    if denoise <= 0 or steps < 1:
-        return torch.empty(0)
-    if sampler != NAME:
-        return _karras_instead(f"fitted steps suit the sampler {NAME} only, not {sampler}", model_sampling, steps, denoise)
+
+def chosen_steps(
+    model_sampling: ModelSampling, steps: int, denoise: float, facts: Asked, guider: Guider | None = None
+) -> Steps:
+    """As `steps_for`, not told to anybody."""
+    table = level_table(model_sampling)
     try:
+        patcher = facts.patcher if guider is None else guider.model_patcher
+        if guider is None:
+            words = facts.guider if facts.guider is None else words_of_guider(None, patcher)
+            run = Run(table, facts.scale, words, facts.sampler, facts.unknown)
+        else:
+            run = replace(run_of_guider(guider, facts.sampler), schedule=table)
         handle = find_file(patcher) if getattr(patcher, "model", None) is not None else None
-        if handle is not None and handle.file.covers_fit(steps, guidance, denoise):
-            message = f"schedule fitted for {steps} steps at cfg {guidance:g}, from {handle.name}"
-            host.say(message, host.executing().node)
-            host.LOG.info("%s", message)
-            return handle.file.fitted_sigmas(steps, guidance, denoise).to(torch.float32)
-        fitted = f"{handle.name} has no schedule fitted for {steps} steps at cfg {guidance:g}" if handle else ""
-        reason = f"{fitted or 'no EMS for this model'}; 'Compute EMS' fits schedules to the checkpoint"
-    except Exception as error:  # another pack's model can be anything; the picture comes first
-        reason = f"looking for fitted schedules failed ({type(error).__name__}: {error})"
-    return _karras_instead(reason, model_sampling, steps, denoise)
-
-
-def _karras_instead(reason: str, model_sampling: Any, steps: int, denoise: float) -> Tensor:
-    message = f"{reason}: Karras steps instead"
-    host.LOG.warning("%s", message)
-    host.say(message, host.executing().node)
-    total = max(round(steps / denoise), steps)
-    return host_levels(host.level_table(model_sampling), "Karras", total, True)[-(steps + 1) :]
-
-
-def host_levels(table: NoiseSchedule, schedule: str, steps: int, to_zero: bool) -> Tensor:
-    """SIGMAS [steps + 1] in float32."""
-    return SCHEDULES[schedule](table, steps, to_zero=to_zero).to(torch.float32)
+        missing = f"{none_for(identity_of(patcher, executing()))} for fitted steps" if handle is None else ""
+        return choose_steps(handle.file if handle else None, handle.name if handle else missing, run, steps, denoise)
+    except Exception as error:
+        title, levels = unfitted_steps(table, max(round(steps / denoise), steps))
+        reason = f"looking for fitted steps failed ({type(error).__name__}: {error})"
+        message = f"{reason}: {title} steps instead"
+        return Steps(levels[-(steps + 1) :], False, message, message)

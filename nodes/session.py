@@ -6,8 +6,10 @@ prompts: the guider below changes its scale and its positive conditioning betwee
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,12 +23,14 @@ from ..ems_tools.estimate.points import DivergedError
 from ..ems_tools.estimate.run import EstimateError, Job, Progress
 from ..ems_tools.estimate.source import Source
 from ..ems_tools.file.contents import EMSFile
-from ..ems_tools.hosting import Watch, place_for
+from ..ems_tools.hosting import Watch, place_for, request_facts
 from ..ems_tools.judge.calibrate import CalibrationPlan
 from ..sampler import SamplingError, Space
 from . import host
+from .model import level_table, model_sampling_of, scale_name
+from .protocols import Conditioning, Guider, ModelSampling, Patcher
 
-__all__ = ["Request", "measure"]
+__all__ = ["Request", "measure", "prompted"]
 
 _PREVIEW_SECONDS = 1.0
 _SCHEDULERS = {Space.SIGMA: ("normal", "karras"), Space.FLOW: ("simple", "beta")}
@@ -37,17 +41,23 @@ class Request:
     """What to measure.
 
     Args:
-        patcher: the MODEL.
-        prompts, negative: CONDITIONINGs.
+        guider: the run that is measured: its MODEL, its guidance, its other conditionings.
+        prompts: CONDITIONINGs that take the place of its positive one.
         shape: latent [C, ...].
         identity: of the model, for the file.
         scales: guidance scales.
+        effort: name of the effort.
+        name: of the file.
+        batch: samples at once.
+        seed: of the samples.
+        keep_moments: for Merge EMS.
         schedulers: host's names, () for the usual ones.
+        steps: step counts to fit, () for the effort's.
+        node: id of the node.
     """
 
-    patcher: Any
-    prompts: list[Any]
-    negative: Any
+    guider: Guider
+    prompts: list[Conditioning]
     shape: tuple[int, ...]
     identity: dict[str, str]
     scales: tuple[float, ...]
@@ -57,54 +67,74 @@ class Request:
     seed: int
     keep_moments: bool
     schedulers: tuple[str, ...]
+    steps: tuple[int, ...]
     node: str
 
 
 def measure(r: Request) -> tuple[EMSFile, Path]:
     """The finished file, and where it lies. Raises HostError with what to do, and the host's interrupt."""
-    sampling = host.model_sampling_of(r.patcher)
-    table = host.level_table(sampling)
-    session = _Session(_guider(r.patcher, r.prompts, r.negative), len(r.prompts))
+    sampling = model_sampling_of(r.guider.model_patcher)
+    table = level_table(sampling)
+    session = _Session(prompted(r.guider, r.prompts), len(r.prompts))
+    schedules = _host_schedules(r.schedulers, sampling, table.space)
+    facts = {**r.identity, **request_facts(_digest([r.prompts, r.guider.original_conds]), tuple(schedules))}
     source = Source(
         models={g: _Denoiser(session, g) for g in r.scales},
         shape=r.shape,
         schedule=table,
-        identity=r.identity,
+        identity=facts,
         levels=table.levels if _rounds(sampling) else None,
-        host_schedules=_host_schedules(r.schedulers, sampling, table.space),
+        host_schedules=schedules,
     )
-    job, plan = job_for(source, EFFORTS[r.effort], r.seed), plan_for(source, EFFORTS[r.effort])
-    path, done = place_for(host.output_folder(), r.name, source, job, plan, host.LOG.info)
+    job = job_for(source, EFFORTS[r.effort], r.seed)
+    plan = plan_for(source, EFFORTS[r.effort], **({"steps": r.steps} if r.steps else {}))
+    folder = host.output_folder()
+    path, done = place_for(folder, r.name, source, job, plan, host.log, keep_moments=r.keep_moments)
     if done is None:
-        watch = _Watch(job, plan, session, r.node, r.patcher)
+        watch = _Watch(job, plan, session, r.node, r.guider.model_patcher)
         work = partial(compute_ems, source, job, plan, path, batch=r.batch, keep_moments=r.keep_moments, progress=watch)
         done = _run(session, table.levels, r, path, work)
     return done, path
 
 
-def _guider(patcher: Any, prompts: list[Any], negative: Any) -> Any:
-    """The host's CFGGuider over several positive conditionings; `scale` and `rows` (prompt of each sample) choose."""
-    import comfy.samplers
+def prompted(guider: Guider, prompts: list[Conditioning]) -> Guider:
+    """A copy of the guider over several positive conditionings; its `rows` (prompt of each sample) choose.
 
-    class PromptGuider(comfy.samplers.CFGGuider):  # type: ignore[misc]
-        rows: list[int] = []  # noqa: RUF012 - replaced, never changed
-
-        def predict_noise(self, x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            rows = self.rows if len(self.rows) == len(x) else [0] * len(x)
-            out = None
-            for prompt in sorted(set(rows)):
-                chosen = torch.tensor([k for k, row in enumerate(rows) if row == prompt], device=x.device)
-                self.conds["positive"] = self.conds[f"prompt {prompt}"]
-                part = super().predict_noise(x[chosen], timestep[chosen], *args, **kwargs)
-                out = torch.empty((len(x), *part.shape[1:]), dtype=part.dtype, device=part.device) if out is None else out
-                out[chosen] = part
-            assert out is not None
-            return out
-
-    guider = PromptGuider(patcher)
+    Its `predict_noise` is the guider's own for every prompt in turn, so whatever it does to the guidance is done here too.
+    """
+    own = copy.copy(guider)
+    own.original_conds = dict(guider.original_conds)
     named = {f"prompt {k}": cond for k, cond in enumerate(prompts)}
-    guider.inner_set_conds({"positive": prompts[0], "negative": negative, **named})
-    return guider
+    own.inner_set_conds({"positive": prompts[0], **named})
+    plain = own.predict_noise
+
+    def predict_noise(x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows = own.rows if len(own.rows) == len(x) else [0] * len(x)
+        out = None
+        for prompt in sorted(set(rows)):
+            chosen = torch.tensor([k for k, row in enumerate(rows) if row == prompt], device=x.device)
+            own.conds["positive"] = own.conds[f"prompt {prompt}"]
+            part = plain(x[chosen], timestep[chosen], *args, **kwargs)
+            out = torch.empty((len(x), *part.shape[1:]), dtype=part.dtype, device=part.device) if out is None else out
+            out[chosen] = part
+        assert out is not None
+        return out
+
+    own.rows = []
+    own.predict_noise = predict_noise  # type: ignore[method-assign]
+    return own
+
+
+def _digest(value: object) -> str:
+    """Text that differs wherever tensors, numbers or texts in nested lists and dictionaries do."""
+    if isinstance(value, Tensor):
+        data = value.detach().to("cpu", torch.float32).contiguous()
+        return f"{tuple(value.shape)}{hashlib.sha256(data.numpy().tobytes()).hexdigest()}"
+    if isinstance(value, Mapping):
+        return "".join(f"{k}:{_digest(v)};" for k, v in value.items() if not str(k).startswith("uuid"))
+    if isinstance(value, (list, tuple)):
+        return "".join(f"{_digest(v)}," for v in value)
+    return repr(value) if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
 
 
 @dataclass
@@ -121,7 +151,7 @@ class _Denoiser:
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
         s = self.session
-        s.guider.set_cfg(self.scale)
+        setattr(s.guider, scale_name(s.guider), self.scale)
         s.guider.rows = [k % s.prompts for k in self.samples] if self.samples else []
         s.denoised = s.model(x, level.to(x).expand(len(x)), **s.extra_args)
         return s.denoised
@@ -131,7 +161,7 @@ class _Denoiser:
 class _Session:
     """What the sampler function was called with; set for the time of the session."""
 
-    guider: Any
+    guider: Guider
     prompts: int
     model: Any = None
     extra_args: dict[str, Any] = field(default_factory=dict)
@@ -143,7 +173,7 @@ class _Session:
 
         result: list[EMSFile] = []
 
-        def estimator(model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, *_: Any, **__: Any) -> Tensor:
+        def estimator(model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, *_: object, **__: object) -> Tensor:
             self.model, self.extra_args = model, dict(extra_args or {})
             try:
                 result.append(work(x.device))
@@ -167,16 +197,16 @@ def _run(session: _Session, levels: Tensor, r: Request, path: Path, work: Callab
     except OSError as error:
         raise host.HostError(f"Compute EMS: {path} cannot be written ({error}): make room there, then queue again") from error
     except BaseException:
-        host.LOG.info("Compute EMS stopped. What was measured is in %s.partial: queue the same again to go on", path)
+        host.log(f"Compute EMS stopped. What was measured is in {path}.partial: queue the same again to go on")
         raise
 
 
-def _rounds(sampling: Any) -> bool:
+def _rounds(sampling: ModelSampling | None) -> bool:
     """Whether the host rounds sigma to its table of time steps."""
     return any(c.__name__ == "ModelSamplingDiscrete" for c in type(sampling).__mro__)
 
 
-def _host_schedules(given: tuple[str, ...], sampling: Any, space: Space) -> dict[str, Callable[[int], Tensor]]:
+def _host_schedules(given: tuple[str, ...], sampling: ModelSampling | None, space: Space) -> dict[str, Callable[[int], Tensor]]:
     import comfy.samplers
 
     known = list(getattr(comfy.samplers, "SCHEDULER_NAMES", ()))
@@ -194,13 +224,13 @@ def _levels_of(calculate: Callable[..., Tensor], sampling: Any, name: str, steps
 class _Watch:
     """Progress bar, time left on the node, preview, and the host's cancel."""
 
-    def __init__(self, job: Job, plan: CalibrationPlan, session: _Session, node: str, patcher: Any) -> None:
+    def __init__(self, job: Job, plan: CalibrationPlan, session: _Session, node: str, patcher: Patcher) -> None:
         self.session, self.node, self.watch = session, node, Watch(job, plan)
         self.bar = host.progress_bar(self.watch.total, node)
         self.preview = _previewer(patcher)
         self.shown = 0.0
         host.say(f"Compute EMS: {self.watch.total} evaluations", node)
-        host.LOG.info("Compute EMS: %d evaluations", self.watch.total)
+        host.log(f"Compute EMS: {self.watch.total} evaluations")
 
     def __call__(self, p: Progress) -> None:
         text, preview, now = self.watch.update(p), None, time.monotonic()
@@ -211,12 +241,12 @@ class _Watch:
         self.bar(self.watch.done, preview)
 
 
-def _previewer(patcher: Any) -> Callable[[Tensor | None], Any]:
+def _previewer(patcher: Patcher) -> Callable[[Tensor | None], Any]:
     """Denoised -> the host's preview, or None where it makes none."""
     try:
         import latent_preview
 
-        found = latent_preview.get_previewer(patcher.load_device, patcher.model.latent_format)
+        found = latent_preview.get_previewer(patcher.load_device, patcher.get_model_object("latent_format"))
     except Exception as error:  # previews are a convenience
         host.LOG.debug("no previews: %s", error)
         found = None

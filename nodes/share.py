@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import host
 from .find import Handle, channels_of, identity_of, library
+from .graph import Place
 
 if TYPE_CHECKING:
     from ..ems_tools.share.identity import ModelIdentity
@@ -22,13 +24,13 @@ class FindNode:
     RETURN_NAMES = ("ems", "text")
     OUTPUT_NODE = True
     DESCRIPTION = (
-        "Find the EMS of this checkpoint: in models/ems and output/ems, and with online in a Hugging Face repository of EMS "
-        "files. What is fetched is verified and put into output/ems; no other file is overwritten."
+        "Find the empirical model statistics (EMS) of this checkpoint: in models/ems and output/ems, and with online in a "
+        "Hugging Face repository of EMS files. What is fetched is verified and put into output/ems; no file is overwritten."
     )
-    SEARCH_ALIASES = ("find ems", "download ems", "dpm_solver_v3")
+    SEARCH_ALIASES = ("find ems", "download ems", "empirical model statistics")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
+    def INPUT_TYPES(cls) -> dict[str, object]:
         online = {"default": False, "tooltip": "Ask the repository if no file here fits. Off: nothing goes over the network."}
         repository = {"default": "", "tooltip": "A Hugging Face repository of EMS files: user/name."}
         return {
@@ -38,15 +40,20 @@ class FindNode:
         }
 
     @classmethod
-    def IS_CHANGED(cls, **inputs: Any) -> float:
+    def IS_CHANGED(cls, **inputs: object) -> float:
         """Files come and go: look every time."""
         return float("nan")
 
     def find(
-        self, model: Any, online: bool = False, repository: str = "", unique_id: Any = None, prompt: Any = None
-    ) -> dict[str, Any]:
+        self,
+        model: Any,
+        online: bool = False,
+        repository: str = "",
+        unique_id: object = None,
+        prompt: Mapping[str, Any] | None = None,
+    ) -> dict[str, object]:
         """EMS and how it was found. Raises HostError or EMSError, whose message says what to do."""
-        identity = identity_of(model, host.Place(prompt or {}, str(unique_id)))
+        identity = identity_of(model, Place(prompt or {}, str(unique_id)))
         match = library().find(identity, channels=channels_of(model))
         if match is not None and match.entry.file is not None and (match.how == "exact" or not online):
             by = "made for this checkpoint" if match.how == "exact" else "for a checkpoint of the same name"
@@ -58,7 +65,7 @@ class FindNode:
             )
         return self._fetched(identity, repository.strip())
 
-    def _fetched(self, identity: ModelIdentity, repository: str) -> dict[str, Any]:
+    def _fetched(self, identity: ModelIdentity, repository: str) -> dict[str, object]:
         from ..ems_tools.share.hub import Hub
         from ..ems_tools.share.index import Hashes
         from ..ems_tools.share.pull import pull
@@ -72,7 +79,7 @@ class FindNode:
         text = f"{what} from {repository}, verified; {evidence}; licence {entry.licence or 'not named'}"
         return self._answer(Handle(done.file, done.path.name, done.path), text)
 
-    def _answer(self, handle: Handle, text: str) -> dict[str, Any]:
+    def _answer(self, handle: Handle, text: str) -> dict[str, object]:
         line = f"{handle.name}: {text}"
-        host.LOG.info("%s", line)
+        host.log(line)
         return {"ui": {"text": [line]}, "result": (handle, line)}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..ems_tools.cli.plugs import Commands
 from ..ems_tools.estimate.run import EstimateError
 from ..ems_tools.estimate.source import Source
 from ..ems_tools.hosting.jobs import PROMPTS
@@ -94,7 +95,7 @@ def _request(args: argparse.Namespace) -> PipelineRequest:
     )
 
 
-def add_compare(commands: Any) -> None:
+def add_compare(commands: Commands) -> None:
     """Register `ems compare`."""
     raw = argparse.RawDescriptionHelpFormatter
     p = commands.add_parser("compare", help="compare schedulers on a pipeline", description=_COMPARE, formatter_class=raw)
@@ -167,4 +168,4 @@ def run_compare(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (add_compare,)
+COMMANDS: tuple[Callable[[Commands], None], ...] = (add_compare,)

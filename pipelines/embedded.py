@@ -21,11 +21,11 @@ from ..ems_tools.embedded import NULL_CLASS, SHAPE, VPHost, load_network
 __all__ = ["EmbeddedModel", "EmbeddedPipeline"]
 
 
-class EmbeddedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class EmbeddedModel(ModelMixin, ConfigMixin):
     """The embedded network as one that predicts epsilon on Stable Diffusion's noise schedule, by classes."""
 
-    @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(self, sample_size: int = SHAPE[-1], in_channels: int = SHAPE[0]) -> None:
+    @register_to_config
+    def __init__(self, sample_size: int = SHAPE[-1], in_channels: int = SHAPE[0], num_class_embeds: int = NULL_CLASS) -> None:
         super().__init__()
         self.network = load_network()
 
@@ -35,7 +35,7 @@ class EmbeddedModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return host.apply_model(sample, torch.as_tensor(timestep, device=sample.device).expand(len(sample)))
 
 
-class EmbeddedPipeline(DiffusionPipeline):  # type: ignore[misc]
+class EmbeddedPipeline(DiffusionPipeline):
     """From class labels to 32x32 pictures, with classifier-free guidance as Stable Diffusion's pipelines have it."""
 
     def __init__(self, unet: EmbeddedModel, scheduler: Any) -> None:
@@ -55,7 +55,7 @@ class EmbeddedPipeline(DiffusionPipeline):  # type: ignore[misc]
         guidance_scale: float = 4.0,
         num_inference_steps: int = 10,
         latents: Tensor | None = None,
-        generator: Any = None,
+        generator: object = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:

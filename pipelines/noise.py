@@ -16,14 +16,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..sampler import EDM, Flow, NoiseSchedule, Space, VPDiscrete
 
-__all__ = ["EDMNoise", "FlowNoise", "Noise", "VPNoise", "noise_of"]
+__all__ = ["Config", "EDMNoise", "FlowNoise", "Noise", "VPNoise", "noise_of"]
+
+Config: TypeAlias = Mapping[str, Any]
+"""A scheduler's configuration: diffusers promises no types for its values."""
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
@@ -201,7 +204,7 @@ class EDMNoise:
         return self.data**2 / total, out if prediction == "epsilon" else -out
 
 
-def noise_of(config: Mapping[str, Any]) -> Noise:
+def noise_of(config: Config) -> Noise:
     """The noise that a scheduler's configuration describes. Raises ValueError for values that it cannot have."""
     if config["prediction_type"] not in PREDICTIONS:
         raise ValueError(f"prediction_type must be one of {', '.join(PREDICTIONS)}, not {config['prediction_type']!r}")
@@ -213,7 +216,7 @@ def noise_of(config: Mapping[str, Any]) -> Noise:
     return VPNoise(VPDiscrete(_alphas_cumprod(config)), config["timestep_type"] == "continuous")
 
 
-def _alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
+def _alphas_cumprod(config: Config) -> Tensor:
     """[N] in float64: from betas, then what zero-terminal-SNR and CogVideoX do to them."""
     betas = _betas(config)
     if not ((betas > 0) & (betas < 1)).all():
@@ -228,7 +231,7 @@ def _alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
     return alphas
 
 
-def _betas(config: Mapping[str, Any]) -> Tensor:
+def _betas(config: Config) -> Tensor:
     """[N] in float64. diffusers computes them in float32; the difference is below what a model can see."""
     n, low, high = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
     if config["trained_betas"] is not None:

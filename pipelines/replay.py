@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..ems_tools.estimate.run import EstimateError
 from .layout import Layout, layout_for
-from .noise import FlowNoise, Noise
+from .noise import Config, FlowNoise, Noise
 from .scheduler import DPMSolverV3Scheduler
 from .spacing import flow_shift
 
@@ -126,9 +126,9 @@ class Replay:
         return self._scheduler._noise
 
     @property
-    def config(self) -> Mapping[str, Any]:
+    def config(self) -> Config:
         """Of a scheduler of ours for the pipeline's model."""
-        config: Mapping[str, Any] = self._scheduler.config
+        config: Config = self._scheduler.config
         return config
 
     @property

@@ -49,14 +49,14 @@ _FLOW_START = 0.03
 
 
 @dataclass
-class DPMSolverV3SchedulerOutput(BaseOutput):  # type: ignore[misc]
+class DPMSolverV3SchedulerOutput(BaseOutput):
     """What `step` returns: the latents for the next step, and the denoised latents that the model predicted in this one."""
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
 
 
-class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
     """DPM-Solver-v3 (arXiv 2310.13268) for diffusers' pipelines: one model call a step, deterministic.
 
         pipe.scheduler = DPMSolverV3Scheduler.from_config(pipe.scheduler.config, ems="my.ems.safetensors", guidance_scale=7.5)
@@ -72,6 +72,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         prediction_type: "epsilon", "v_prediction", "sample" or "flow_prediction".
         use_flow_sigmas: a rectified flow; levels are times t.
         flow_shift: of a flow's times, where use_dynamic_shifting does not set it from the image's size.
+        base_shift, max_shift, base_image_seq_len, max_image_seq_len: read by pipelines, which compute `mu` of them.
         sigma_data: not None for EDM's preconditioning.
         snr_shift_scale: CogVideoX's change of the betas.
         Others: as in diffusers' DPMSolverMultistepScheduler and EulerDiscreteScheduler.
@@ -84,7 +85,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     _compatibles: ClassVar[list[str]] = [*(e.name for e in KarrasDiffusionSchedulers), *_OTHERS]
     order = 1
 
-    @register_to_config  # type: ignore[untyped-decorator]
+    @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,
@@ -117,6 +118,10 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         use_dynamic_shifting: bool = False,
         time_shift_type: str = "exponential",
         shift_terminal: float | None = None,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
         ems: str | None = None,
         guidance_scale: float | None = None,
         order: int | str = AUTO,
@@ -295,7 +300,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         model_output: Tensor,
         timestep: Any,
         sample: Tensor,
-        generator: Any = None,
+        generator: object = None,
         return_dict: bool = True,
     ) -> DPMSolverV3SchedulerOutput | tuple[Tensor, Tensor]:
         """The latents of the next step.

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from ..ems_tools.embedded.denoiser import WEIGHTS
 from ..ems_tools.estimate.run import EstimateError
 from ..ems_tools.estimate.source import Source
 from ..ems_tools.hosting.jobs import request_facts
@@ -155,8 +156,8 @@ def identity_of(pipe: Any, request: PipelineRequest) -> ModelIdentity:
     file = file or next(filter(None, (_only(place / part, "*.safetensors") for part in ("transformer", "unet"))), None)
     name = request.name or (file.stem if file is not None and file.parent == place else place.name.split(":")[-1])
     identity = ModelIdentity(name=name, architecture=architecture, prediction=_PREDICTIONS.get(prediction, prediction))
-    if request.place == EMBEDDED:
-        from ..ems_tools.embedded.denoiser import WEIGHTS as file
+    if file is None and request.place == EMBEDDED:
+        file = WEIGHTS
     if file is None:
         return identity
     try:

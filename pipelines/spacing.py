@@ -7,21 +7,20 @@ Every function returns float64 levels [n] without the end, from the noisiest on.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .noise import FlowNoise, Noise, VPNoise
+from .noise import Config, FlowNoise, Noise, VPNoise
 
 __all__ = ["SHAPES", "end_level", "flow_shift", "given_sigmas", "given_timesteps", "spaced_levels"]
 
 SHAPES = ("use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas", "use_beta_sigmas")
 
 
-def spaced_levels(noise: Noise, config: Mapping[str, Any], n: int, mu: float | None) -> Tensor:
+def spaced_levels(noise: Noise, config: Config, n: int, mu: float | None) -> Tensor:
     """The levels of a schedule that is given by its number of evaluations alone. Raises ValueError."""
     chosen = [name for name in SHAPES if config[name]]
     if len(chosen) > 1:
@@ -45,7 +44,7 @@ def spaced_levels(noise: Noise, config: Mapping[str, Any], n: int, mu: float | N
     return levels
 
 
-def given_sigmas(noise: Noise, config: Mapping[str, Any], sigmas: Sequence[float], mu: float | None) -> tuple[Tensor, float]:
+def given_sigmas(noise: Noise, config: Config, sigmas: Sequence[float], mu: float | None) -> tuple[Tensor, float]:
     """Levels and end from a caller's sigmas.
 
     A flow's are times t before shifting, and 0 follows them; others are a whole schedule, the end included, which is what
@@ -69,7 +68,7 @@ def given_timesteps(noise: Noise, timesteps: Sequence[float]) -> Tensor:
     return noise.level_of(values)
 
 
-def end_level(noise: Noise, config: Mapping[str, Any]) -> float:
+def end_level(noise: Noise, config: Config) -> float:
     """Where a schedule ends: at 0, or with final_sigmas_type "sigma_min" at the least trained level."""
     if config["final_sigmas_type"] == "zero" or isinstance(noise, FlowNoise):
         return 0.0
@@ -78,7 +77,7 @@ def end_level(noise: Noise, config: Mapping[str, Any]) -> float:
     return noise.schedule.level_at(torch.tensor(noise.schedule.time_min, dtype=torch.float64)).item()
 
 
-def _spaced_steps(noise: VPNoise, config: Mapping[str, Any], n: int) -> Tensor:
+def _spaced_steps(noise: VPNoise, config: Config, n: int) -> Tensor:
     """Time steps [n], falling, of the trained ones below the clipped end. n + 1 points, of which the last becomes the end."""
     last = _last_step(noise, config)
     if config["timestep_spacing"] == "linspace":
@@ -90,13 +89,13 @@ def _spaced_steps(noise: VPNoise, config: Mapping[str, Any], n: int) -> Tensor:
     raise ValueError(f"timestep_spacing must be linspace, leading or trailing, not {config['timestep_spacing']!r}")
 
 
-def _last_step(noise: VPNoise, config: Mapping[str, Any]) -> int:
+def _last_step(noise: VPNoise, config: Config) -> int:
     """How many trained steps have lambda above lambda_min_clipped: cosine schedules end too near to pure noise."""
     steps = torch.arange(len(noise.schedule.alphas_cumprod))
     return int((-noise.level_of(steps).log() >= config["lambda_min_clipped"]).sum())
 
 
-def flow_shift(config: Mapping[str, Any], mu: float | None) -> float:
+def flow_shift(config: Config, mu: float | None) -> float:
     """The shift of a flow's times: the configured one, or with dynamic shifting what follows from `mu`. Raises ValueError."""
     if not config["use_dynamic_shifting"]:
         return float(config["flow_shift"])
@@ -105,7 +104,7 @@ def flow_shift(config: Mapping[str, Any], mu: float | None) -> float:
     return math.exp(mu) if config["time_shift_type"] == "exponential" else mu
 
 
-def _shifted(t: Tensor, config: Mapping[str, Any], mu: float | None) -> Tensor:
+def _shifted(t: Tensor, config: Config, mu: float | None) -> Tensor:
     """A flow's times moved towards noise, s t / (1 + (s - 1) t), then stretched to end at `shift_terminal`."""
     shift = flow_shift(config, mu)
     t = shift * t / (1 + (shift - 1) * t)
@@ -120,7 +119,7 @@ def _shaped(shape: str, low: float, high: float, n: int) -> Tensor:
     if shape == "use_karras_sigmas":
         return (high ** (1 / 7) + (low ** (1 / 7) - high ** (1 / 7)) * u) ** 7
     if shape == "use_beta_sigmas":
-        from scipy.stats import beta  # type: ignore[import-untyped]
+        from scipy.stats import beta
 
         return low + (high - low) * torch.from_numpy(beta.ppf(1 - u.numpy(), 0.6, 0.6))
     return torch.exp(math.log(high) + (math.log(low) - math.log(high)) * u)

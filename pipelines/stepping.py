@@ -46,6 +46,7 @@ class Stepping:
     ) -> None:
         self._levels = levels.tolist()
         self._noise, self._prediction, self._layout, self._threshold = noise, prediction, layout, threshold
+        self.ems = ems
         self._done = 0
         self._plan = plan_for(levels, ems=ems, space=noise.space, guidance=guidance, **chosen)
         self._run: Run | None = None

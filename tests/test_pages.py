@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpm_solver_v3.ems_tools.cli.main import COMMANDS
+from dpm_solver_v3.ems_tools.cli.plugs import plugs
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "ems_tools").rglob("*.md")])
@@ -72,7 +73,8 @@ def test_every_section_of_numbers_names_its_command() -> None:
 
 def test_cli_page_has_every_command() -> None:
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    names = {re.sub(r"^_?add_", "", add.__name__) for add in COMMANDS}
+    adds = (*COMMANDS, *(add for plug in plugs() for add in plug.COMMANDS))
+    names = {re.sub(r"^_?add_", "", add.__name__) for add in adds}
     assert names == set(re.findall(r"^\| `ems (\w+)", text, re.MULTILINE))
 
 

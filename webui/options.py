@@ -134,7 +134,7 @@ def script_class() -> type:
 
     scripts: Any = host.module("modules.scripts")
 
-    class Accordion(scripts.Script):  # type: ignore[misc]
+    class Accordion(scripts.Script):
         """DPM-Solver-v3's options for one picture."""
 
         def title(self) -> str:

@@ -41,7 +41,7 @@ STYLE = """<style>
 .dpmv3-quiet { opacity: 0.8; margin: 0.2em 0 0.5em }
 .dpmv3-name { overflow-wrap: anywhere; margin: 0.6em 0 0.2em; font-size: 1.15em; font-weight: 600 }
 .dpmv3-head { margin: 0.7em 0 0.2em; font-weight: 600 }
-.dpmv3-side { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 0 1.2em; align-items: start }
+.dpmv3-side { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 0 1.2em; align-items: start }
 .dpmv3-plot { display: grid; grid-template-columns: repeat(auto-fit, minmax(310px, 1fr)); gap: 0.2em 0.8em }
 .dpmv3-plot svg { width: 100%; max-width: 520px; height: auto }
 .dpmv3-plot svg > rect { fill: transparent }
@@ -64,6 +64,7 @@ def box(text: str, kind: str = "", share: float | None = None) -> str:
     """
     bar = "" if share is None else f'<progress value="{100 * share:.1f}" max="100"></progress>'
     label = "<b>Error.</b> " if kind == "error" else ""
+    text = text[:1].upper() + text[1:]
     paragraphs = "".join(f"<p>{label if k == 0 else ''}{escape(line)}</p>" for k, line in enumerate(text.splitlines()))
     return f'<div class="dpmv3-box{f" dpmv3-{kind}" if kind else ""}" role="status">{bar}{paragraphs}</div>'
 
@@ -140,7 +141,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    numeric = bool(text) and text.replace(".", "").isdigit()
+    numeric = text[:1].isdigit() and not any(c.isalpha() for c in text.replace("to", ""))
     return f"<td{' class=dpmv3-number' if numeric else ''}>{escape(text)}</td>"
 
 
@@ -169,14 +170,15 @@ def _fitted(rows: Sequence[FittedRow]) -> str:
     table = []
     for row in sorted(rows, key=lambda r: (r.guidance, r.steps)):
         ratio, low, high = row.ratio
-        gain = f"{ratio:.2f} ({low:.2f} to {high:.2f})"
-        kept = "fitted" if row.coefficients else f"{row.fixed_schedule}: nothing fitted was better"
-        table.append([f"{row.guidance:g}", str(row.steps), gain, row.fixed_schedule, kept])
+        better = row.coefficients is not None and row.ratio != (1.0, 1.0, 1.0)
+        gain = f"{ratio:.2f} ({low:.2f} to {high:.2f})" if better else "1"
+        use = "fitted steps" if better else f"{row.fixed_schedule}, as nothing fitted was clearly better"
+        table.append([f"{row.guidance:g}", str(row.steps), gain, row.fixed_schedule, use])
     about = (
-        "Error of a picture with the fitted steps over that of the best schedule which they were compared with, on start noise "
-        "that took no part in the fit; in brackets the interval that holds it in 95 of 100 cases. Below 1 is better."
+        "Error of a picture with these steps, over that of the best known method and schedule for this checkpoint, on start "
+        "noise that took no part in the fit; in brackets the interval that holds it in 95 of 100 cases. 0.5 is half the error."
     )
-    heads = ["CFG scale", "Steps", "Error ratio", "Compared with", "In use"]
+    heads = ["CFG scale", "Steps", "Error ratio", "Best known", "In use"]
     return _head(f'Schedule type "{FITTED_LABEL}"', about) + _table(heads, table)
 
 

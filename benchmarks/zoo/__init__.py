@@ -80,7 +80,7 @@ NETWORKS: dict[str, Entry] = {
     "signals": Entry("final", "edm", EDM(), (1, 1, 128), 4, lambda: ConvNet1d(1, 4), data.signals, 5.0),
     "shapes": Entry("final", "v", CosineTime(), (3, 32, 32), 3, lambda: UNet(3, 3), data.shapes, 8.0),
     "latents": Entry(
-        "final", "flow", FlowTime(shift=3.0), (16, 8, 8), 9, lambda: Transformer((16, 8, 8), 9, 1, 128, 5), None, 8.0
+        "final", "flow", FlowTime(shift=3.0), (16, 8, 8), 9, lambda: Transformer((16, 8, 8), 9, 2, 128, 5), None, 8.0
     ),
 }
 

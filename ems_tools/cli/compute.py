@@ -6,7 +6,7 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +22,10 @@ from ..fit.run import FitPlan, evaluations_of_fit
 from ..judge.calibrate import CalibrationPlan
 from ..share.library import safe_name
 from .model import add_model_options, add_running_options, scales, seconds_of, shape, source_of
+from .plugs import Commands
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 __all__ = ["add_compute", "add_fit"]
 
@@ -41,7 +45,7 @@ A job that was interrupted or killed continues when the same command is given ag
 """
 
 
-def add_compute(commands: Any) -> None:
+def add_compute(commands: Commands) -> None:
     """Register `ems compute`."""
     p = commands.add_parser(
         "compute",
@@ -56,6 +60,7 @@ def add_compute(commands: Any) -> None:
     p.add_argument("--samples", type=int, help="trajectories per guidance scale (by effort)")
     p.add_argument("--intervals", type=int, help="intervals of the grid of lambda (by effort)")
     p.add_argument("--probes", type=int, help="Jacobian probes per point (1)")
+    p.add_argument("--steps", type=shape, default=(), help="fit these step counts only, comma-separated: one costs half")
     p.add_argument("--points", choices=("trajectory", "renoised"), default="trajectory", help="where to measure")
     p.add_argument(
         "--jacobian",
@@ -117,7 +122,8 @@ def _print_plan(args: argparse.Namespace, source: Source, job: Job, plan: Calibr
     scales = ", ".join(f"{g:g}" for g in job.guidance)
     evidence = "left out" if plan is None else f"on {plan.calibration} + {plan.report} noises"
     if plan is not None and plan.fit is not None:
-        cost = evaluations_of_fit(plan.fit, len(job.lambdas), len(job.guidance))
+        known = min(job.samples, plan.fit.noises)
+        cost = evaluations_of_fit(plan.fit, len(job.lambdas), len(job.guidance), known)
         evidence += f"; {_fit_in_words(plan.fit)}, {cost} of the evaluations"
     print(
         f"{source.identity['name']}: guidance {scales}; {job.samples} trajectories of {len(job.lambdas)} points each, "
@@ -193,7 +199,7 @@ An interrupted fit continues when the same command is given again.
 """
 
 
-def add_fit(commands: Any) -> None:
+def add_fit(commands: Commands) -> None:
     """Register `ems fit`."""
     raw = argparse.RawDescriptionHelpFormatter
     p = commands.add_parser("fit", help="fit few-step schedules to a model", description=_FIT, formatter_class=raw)
@@ -258,7 +264,7 @@ def _job(args: argparse.Namespace, source: Source) -> tuple[Job, CalibrationPlan
         method = "forward" if works else "difference"
         print(f"Jacobian: {'forward mode works' if works else 'forward mode fails with this model, finite differences'}")
     groups = 4 if args.per_element else job.groups
-    plan = None if args.no_evidence else plan_for(source, effort)
+    plan = None if args.no_evidence else plan_for(source, effort, args.steps)
     if plan is not None and args.no_fit:
         plan = replace(plan, fit=None)
     return replace(job, probe_method=method, groups=groups), plan
@@ -274,7 +280,8 @@ class _Bar:
     """A tqdm bar per stage, fed by `Progress`."""
 
     def __enter__(self) -> _Bar:
-        self.note, self.bar = None, None
+        self.note: tuple[str, str] | None = None
+        self.bar: tqdm | None = None
         return self
 
     def __call__(self, p: Progress) -> None:
@@ -283,7 +290,7 @@ class _Bar:
         key = (p.stage, "" if p.stage == "estimate" else p.note)
         if self.note != key:
             self.__exit__()
-            self.note, self.bar = key, tqdm(total=p.total, unit="eval", desc=p.stage, smoothing=0.1)  # type: ignore[assignment]
+            self.note, self.bar = key, tqdm(total=p.total, unit="eval", desc=p.stage, smoothing=0.1)
         assert self.bar is not None
         self.bar.set_postfix_str(p.note, refresh=False)
         self.bar.update(p.done - self.bar.n)

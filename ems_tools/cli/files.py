@@ -8,7 +8,6 @@ import secrets
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,11 +23,12 @@ from ..judge.spot_check import ALPHA, spot_check
 from ..show.describe import facts_of, lines_of
 from ..show.draw import plot_ems
 from .model import add_model_options, add_running_options, source_of
+from .plugs import Commands
 
 __all__ = ["add_convert", "add_inspect", "add_merge", "add_plot", "add_verify", "command"]
 
 
-def command(commands: Any, name: str, summary: str, text: str, run: Callable[..., int]) -> argparse.ArgumentParser:
+def command(commands: Commands, name: str, summary: str, text: str, run: Callable[..., int]) -> argparse.ArgumentParser:
     """Register a command with its help; `run` takes the parsed arguments and gives the exit status."""
     raw = argparse.RawDescriptionHelpFormatter
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=text, formatter_class=raw)
@@ -39,7 +39,7 @@ def command(commands: Any, name: str, summary: str, text: str, run: Callable[...
 # --- inspect
 
 
-def add_inspect(commands: Any) -> None:
+def add_inspect(commands: Commands) -> None:
     """Register `ems inspect`."""
     text = f"Print what a statistics file holds.\n\n    ems inspect model{SUFFIX}\n    ems inspect model{SUFFIX} --json"
     parser = command(commands, "inspect", "print what a file holds", text, _inspect)
@@ -61,7 +61,7 @@ def _inspect(args: argparse.Namespace) -> int:
 # --- verify
 
 
-def add_verify(commands: Any) -> None:
+def add_verify(commands: Commands) -> None:
     """Register `ems verify`."""
     text = (
         "Check files: format, checksum, shapes and ranges; that l, s, b are what the moments give, where it keeps them;\n"
@@ -131,6 +131,8 @@ def _notes(file: EMSFile) -> list[str]:
         notes.append("no moments to compute l, s, b again from")
     reports = [r for r in file.meta.evidence if r.split == "report"]
     lost = sum(r.ems > r.data_prediction for r in reports)
+    if not file.meta.evidence and file.meta.fitted:
+        return [*notes, "the statistics themselves have not been tried on any schedule, so they are used on none"]
     if not file.meta.evidence:
         return [*notes, "no evidence: these statistics have not been tried"]
     return [*notes, f"on report noise no worse than data prediction in {len(reports) - lost} of {len(reports)} cases"]
@@ -139,7 +141,7 @@ def _notes(file: EMSFile) -> list[str]:
 # --- convert
 
 
-def add_convert(commands: Any) -> None:
+def add_convert(commands: Commands) -> None:
     """Register `ems convert`."""
     width = max(map(len, PRESETS))
     presets = "\n".join(
@@ -187,7 +189,7 @@ def _check_output(path: Path) -> None:
 # --- plot
 
 
-def add_plot(commands: Any) -> None:
+def add_plot(commands: Commands) -> None:
     """Register `ems plot`."""
     text = f"Draw l, s, b and the evidence.\n\n    ems plot model{SUFFIX} --out model.svg\n\nA .png needs Pillow."
     parser = command(commands, "plot", "draw l, s, b and the evidence", text, _plot)
@@ -205,7 +207,7 @@ def _plot(args: argparse.Namespace) -> int:
 # --- merge
 
 
-def add_merge(commands: Any) -> None:
+def add_merge(commands: Commands) -> None:
     """Register `ems merge`."""
     p = commands.add_parser(
         "merge",

@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from ...sampler import EMSError, SamplingError
 from ..estimate.moments import MergeError
@@ -14,7 +13,7 @@ from ..estimate.run import EstimateError
 from ..show.draw import PlotError
 from .compute import add_compute, add_fit
 from .files import add_convert, add_inspect, add_merge, add_plot, add_verify
-from .plugs import plugs
+from .plugs import Commands, plugs
 from .share import add_index, add_pull, add_share
 
 __all__ = ["main"]
@@ -58,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (
+COMMANDS: tuple[Callable[[Commands], None], ...] = (
     add_compute,
     add_fit,
     add_inspect,

@@ -9,11 +9,14 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Protocol, TypeAlias, cast
 
 from ..estimate.source import Source
 
-__all__ = ["Plug", "plugs"]
+__all__ = ["Commands", "Plug", "plugs"]
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""Where a command is registered: what `ArgumentParser.add_subparsers` returns, for which argparse has no public name."""
 
 NAMES = ("pipelines.cli",)
 
@@ -21,7 +24,7 @@ NAMES = ("pipelines.cli",)
 class Plug(Protocol):
     """A module with what the command line asks for."""
 
-    COMMANDS: tuple[Callable[[Any], None], ...]
+    COMMANDS: tuple[Callable[[Commands], None], ...]
 
     def add_model_options(self, p: argparse.ArgumentParser) -> None:
         """Add the options that name a model of its kind."""

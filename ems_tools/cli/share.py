@@ -15,6 +15,7 @@ from ..share.hub import Hub, NotThere
 from ..share.index import INDEX, MAX_INDEX_BYTES, Hashes, IndexEntry, decode_index, encode_index, index_of, write_index
 from ..share.publish import Labels, contribution, files_for_hub, push
 from ..share.pull import pull
+from .plugs import Commands
 
 __all__ = ["add_index", "add_pull", "add_share"]
 
@@ -22,7 +23,7 @@ __all__ = ["add_index", "add_pull", "add_share"]
 _STATED = ("architecture", "licence", "author")
 
 
-def _parser(commands: Any, name: str, summary: str, text: str) -> argparse.ArgumentParser:
+def _parser(commands: Commands, name: str, summary: str, text: str) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=text, formatter_class=raw)
     return parser
@@ -36,7 +37,7 @@ def _add_hub(p: argparse.ArgumentParser) -> None:
 # --- index
 
 
-def add_index(commands: Any) -> None:
+def add_index(commands: Commands) -> None:
     """Register `ems index`."""
     text = (
         f"Write {INDEX}: every statistics file of a folder with its checkpoint's hashes, guidance scales, evidence, licence,\n"
@@ -92,7 +93,7 @@ def _completed(entries: list[IndexEntry], path: Path, given: dict[str, str]) -> 
 # --- share
 
 
-def add_share(commands: Any) -> None:
+def add_share(commands: Commands) -> None:
     """Register `ems share`."""
     text = (
         "Prepare a file for others: leave out paths, prompts and user names, name the checkpoint by its hashes, write a card\n"
@@ -144,7 +145,7 @@ def run_share(args: argparse.Namespace) -> int:
 # --- pull
 
 
-def add_pull(commands: Any) -> None:
+def add_pull(commands: Commands) -> None:
     """Register `ems pull`."""
     text = (
         "Find the statistics of a checkpoint in a Hub repository by its hashes, verify them and put them into a folder.\n"

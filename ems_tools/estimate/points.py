@@ -17,18 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ...sampler import LambdaDenoiser, StepInfo, sample_dpm_solver_v3
+from ...sampler import LambdaDenoiser
+from ..trajectory import solve_finely
+from .job import PointSource, ProbeMethod, probed_points
 from .moments import MOMENTS
 
 __all__ = ["PROBE_STEP", "DivergedError", "PointSource", "ProbeMethod", "difference_weights", "sample_moments"]
 
-PointSource = Literal["trajectory", "renoised"]
-ProbeMethod = Literal["difference", "forward"]
 PROBE_STEP = 0.1
 """Length of the finite-difference step for J v, in units of sigma per element. Measured in benchmarks/ems_points.py."""
 
@@ -79,9 +79,11 @@ def sample_moments(
     source: PointSource = "trajectory",
     statistics_of: LambdaDenoiser | None = None,
     probes: int = 1,
+    probe_every: int = 1,
     probe_method: ProbeMethod = "difference",
     per_element: bool = False,
     tick: Callable[[int], None] = lambda evaluations: None,
+    watch: Callable[[int, Tensor, Tensor], None] = lambda i, y, D: None,
 ) -> Tensor:
     """Moments [9, B, N+1, C, ...] of a batch of samples, one trajectory each.
 
@@ -94,9 +96,11 @@ def sample_moments(
         statistics_of: the denoiser that is measured, if another (the unguided one at points of the guided one, say);
             its D' then always needs the short step.
         probes: Hutchinson probes per point.
+        probe_every: probe at every so many grid points (and the last); v * (J v) is linear in lambda in between.
         probe_method: finite differences, or forward-mode differentiation.
         per_element: keep positions apart.
         tick: called with the number of samples just evaluated (one per sample and call), for progress and cancelling.
+        watch: called with (i, y, D) at every point of the trajectories of `denoiser`.
 
     Raises:
         SamplingError: the model returned NaN; names the step and sigma.
@@ -106,9 +110,10 @@ def sample_moments(
     kept = noise.shape[1:] if per_element else noise.shape[1:2]
     values = torch.zeros(len(MOMENTS), len(noise), len(lambdas), *kept, dtype=torch.float64, device=noise.device)
     sums = _Sums(values, per_element)
+    probed = probed_points(len(lambdas), probe_every)
 
     def probe(i: int, y: Tensor, D: Tensor) -> None:
-        for _ in range(probes):
+        for _ in range(probes if i in probed else 0):
             v = _signs(y, generators)
             jv = _jacobian_product(measured, y, lambdas[i].item(), v, D, probe_method)
             tick(len(y))
@@ -122,16 +127,32 @@ def sample_moments(
         probe(i, y, D)
 
     if source == "trajectory" and measured is denoiser:
-        _along_trajectory(denoiser, lambdas, noise, sums, probe, tick)
+        _along_trajectory(denoiser, lambdas, noise, sums, probe, tick, watch)
+        _between_probes(sums.values[MOMENTS.index("vJv")], lambdas, probed)
         return sums.values
     path: list[Tensor] = []
-    final = _trajectory(denoiser, lambdas, noise, lambda i, y, D: path.append(y), tick)
+
+    def visit(i: int, y: Tensor, D: Tensor) -> None:
+        _check_plausible(y, D, lambdas[i].item())
+        watch(i, y, D)
+        path.append(y)
+
+    final = solve_finely(denoiser, lambdas, noise, visit, tick)
     for i in range(len(lambdas)):
         if source == "trajectory":
             short_step(i, path[i])
         else:
             short_step(i, final + (-lambdas[i]).exp().item() * _normal(final, generators))
+    _between_probes(sums.values[MOMENTS.index("vJv")], lambdas, probed)
     return sums.values
+
+
+def _between_probes(values: Tensor, lambdas: Tensor, probed: list[int]) -> None:
+    """Fill values [B, N+1, C, ...] between the probed points, linearly in lambda, in place."""
+    for a, b in pairwise(probed):
+        for i in range(a + 1, b):
+            share = ((lambdas[i] - lambdas[a]) / (lambdas[b] - lambdas[a])).item()
+            values[:, i] = torch.lerp(values[:, a], values[:, b], share)
 
 
 def _along_trajectory(
@@ -141,6 +162,7 @@ def _along_trajectory(
     sums: _Sums,
     probe: Callable[[int, Tensor, Tensor], None],
     tick: Callable[[int], None],
+    watch: Callable[[int, Tensor, Tensor], None],
 ) -> None:
     """Fill `sums` while solving; D' from the last three values of D."""
     first, weights = difference_weights(lambdas)
@@ -153,7 +175,9 @@ def _along_trajectory(
         sums.put(i, y.to(torch.float64), D.to(torch.float64), Dp.to(noise.device))
 
     def visit(i: int, y: Tensor, D: Tensor) -> None:
+        _check_plausible(y, D, lambdas[i].item())
         window[i] = (y, D)
+        watch(i, y, D)
         probe(i, y, D)
         if i >= 2:
             settle(i - 1)
@@ -163,46 +187,7 @@ def _along_trajectory(
                 settle(i)
             del window[i - 2]
 
-    _trajectory(denoiser, lambdas, noise, visit, tick)
-
-
-def _trajectory(
-    denoiser: LambdaDenoiser,
-    lambdas: Tensor,
-    noise: Tensor,
-    visit: Callable[[int, Tensor, Tensor], None],
-    tick: Callable[[int], None],
-) -> Tensor:
-    """Solve on the grid from sigma_max * noise, one call a grid point, calling visit(i, y, D); returns the last D."""
-    levels = denoiser.space.level_of(lambdas)
-    alphas = denoiser.space.alpha_of(levels)
-    last: list[Tensor] = []
-
-    def on_step(info: StepInfo) -> None:
-        i, x, D = info["i"], info["x"], info["denoised"]
-        assert isinstance(x, Tensor) and isinstance(D, Tensor)
-        y = x / alphas[i].item()
-        _check_plausible(y, D, lambdas[i].item())
-        tick(len(y))
-        visit(i, y, D)
-        last[:] = [D]
-
-    start = noise * (alphas[0] * (-lambdas[0]).exp()).item()
-    end = torch.cat([levels, levels.new_zeros(1)])  # the step to 0 makes the solver evaluate D at the last grid point
-    sample_dpm_solver_v3(
-        denoiser.model,
-        start,
-        end.to(noise.device),
-        denoiser.extra_args,
-        on_step,
-        True,
-        space=denoiser.space,
-        order=3,
-        predictor="true",
-        corrector="none",
-        lower_order_final=False,
-    )
-    return last[0]
+    solve_finely(denoiser, lambdas, noise, visit, tick)
 
 
 def _check_plausible(y: Tensor, D: Tensor, lam: float) -> None:

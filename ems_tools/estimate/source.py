@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...sampler import NoiseSchedule, Space
 from ..file.rows import clean_text
-from .run import Model
+from .job import Model
 
 __all__ = ["Source"]
 

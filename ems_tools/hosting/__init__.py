@@ -15,7 +15,7 @@ from .jobs import (
     request_facts,
     scales_of,
 )
-from .runs import GUIDER, Run, Statistics, Steps, choose_statistics, choose_steps, one_line, unfitted_steps
+from .runs import GUIDER, Run, Statistics, Steps, choose_statistics, choose_steps, one_line, printable, unfitted_steps
 from .trust import Origin, TrustBook, sample_on_trial
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "in_words",
     "one_line",
     "place_for",
+    "printable",
     "request_facts",
     "sample_on_trial",
     "scales_of",

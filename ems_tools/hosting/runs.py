@@ -16,7 +16,17 @@ from torch import Tensor
 from ...sampler import EMS, EMSError, NoiseSchedule, Recommendation, Space, cosine_time, karras
 from ..file import EMSFile
 
-__all__ = ["GUIDER", "Run", "Statistics", "Steps", "choose_statistics", "choose_steps", "one_line", "unfitted_steps"]
+__all__ = [
+    "GUIDER",
+    "Run",
+    "Statistics",
+    "Steps",
+    "choose_statistics",
+    "choose_steps",
+    "one_line",
+    "printable",
+    "unfitted_steps",
+]
 
 GUIDER = "guider"
 """Key in a file's `meta.model`: what changed the guidance while its statistics were computed; absent for plain guidance."""
@@ -57,11 +67,15 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Steps:
-    """Host levels [n + 1] in float64, whether they were fitted to the model, and what to tell the user."""
+    """Host levels [n + 1] in float64, whether they were fitted to the model, and what to tell the user.
+
+    `brief` is for a place where another message says already that there is no file.
+    """
 
     levels: Tensor
     fitted: bool
     message: str
+    brief: str = ""
 
 
 def choose_statistics(file: EMSFile, name: str, reason: str, run: Run, shape: tuple[int, ...]) -> Statistics:
@@ -111,9 +125,10 @@ def choose_steps(file: EMSFile | None, name: str, run: Run, steps: int, denoise:
     if file is not None and not why:
         assert run.guidance is not None
         levels = file.fitted_sigmas(steps, run.guidance, denoise)
-        return Steps(levels, True, f"schedule fitted for {steps} steps at cfg {run.guidance:g}, from {name}")
+        return Steps(levels, True, *[f"schedule fitted for {steps} steps at cfg {run.guidance:g}, from {name}"] * 2)
     title, levels = unfitted_steps(run.schedule, max(round(steps / denoise), steps))
-    return Steps(levels[-(steps + 1) :], False, f"{why}: {title} steps instead")
+    message = f"{why}: {title} steps instead"
+    return Steps(levels[-(steps + 1) :], False, message, f"{title} steps" if file is None else message)
 
 
 def unfitted_steps(schedule: NoiseSchedule, steps: int) -> tuple[str, Tensor]:
@@ -121,14 +136,22 @@ def unfitted_steps(schedule: NoiseSchedule, steps: int) -> tuple[str, Tensor]:
 
     Chosen by `benchmarks/unfitted_steps.py`, with this sampler and no statistics, for each family of models.
     """
-    if schedule.space is Space.FLOW or steps < KARRAS_FROM:
+    if schedule.space is Space.FLOW:
         return "cosine", cosine_time(schedule, steps, to_zero=True)
+    if steps < KARRAS_FROM:
+        return "half-cosine", cosine_time(schedule, steps, share=0.5, to_zero=True)
     return "Karras", karras(schedule, steps, to_zero=True)
 
 
 def one_line(*messages: str) -> str:
     """Several messages to one place as one line, without repeating one."""
     return "; ".join(dict.fromkeys(text.strip() for text in messages if text.strip()))
+
+
+def printable(text: str, encoding: str | None = None) -> str:
+    """`text` as a console of this encoding can print it: no control characters, nothing that it has no sign for."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text.encode(encoding or "utf-8", "backslashreplace").decode(encoding or "utf-8", "replace")
 
 
 def _why_not(file: EMSFile, name: str, run: Run, steps: int, denoise: float) -> str:

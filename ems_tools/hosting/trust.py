@@ -171,12 +171,17 @@ def sample_on_trial(
         if verdict.ratio is not None:
             book.note(origin, case)
         return end
-    failure = (
-        f"EMS {origin.name} were not used: the first run with them ({case}) shows that they do not suit this model (its steps "
-        f"were {verdict.ratio:.3g} times as far off as steps without them). Sampling with data prediction; to have statistics "
-        "that fit, compute them for this model"
-    )
+    failure = _failure(origin, case, verdict)
     tell(failure)
     end = run(model, None)  # raises where it is the model that fails: then nothing is held against the file
     book.note(origin, case, failure)
     return end
+
+
+def _failure(origin: Origin, case: str, verdict: Verdict) -> str:
+    """What the user is told of a file that failed."""
+    return (
+        f"EMS {origin.name} were not used: the first run with them ({case}) shows that they do not suit this model (its steps "
+        f"were {verdict.ratio:.3g} times as far off as steps without them). Sampling with data prediction; to have statistics "
+        "that fit, compute them for this model"
+    )

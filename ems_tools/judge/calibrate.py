@@ -150,6 +150,8 @@ def endpoint_errors(bench: _Bench, samples: list[int], levels: Tensor, ems: EMS 
 
 def evaluations_of_calibration(plan: CalibrationPlan, scales: int) -> int:
     """Denoiser evaluations of `calibrate` for this many guidance scales."""
+    if not plan.schedules:
+        return 0
     noises = plan.calibration + plan.report
     tried = 2 * len(plan.combinations) + len(plan.strengths)
     runs = len(plan.schedules) * sum(plan.steps) * (plan.calibration * tried + plan.report * 3)

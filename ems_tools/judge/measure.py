@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -104,17 +105,8 @@ def _trajectories(
 
     with torch.no_grad():
         end = torch.cat([levels, levels.new_zeros(1)]).to(device)
-        options = {"order": 3, "predictor": "true", "corrector": "none", "lower_order_final": False}
-        sample_dpm_solver_v3(
-            denoiser.model,
-            start,
-            end,
-            denoiser.extra_args,
-            on_step,
-            True,
-            space=denoiser.space,
-            **options,  # type: ignore[arg-type]
-        )
+        run = partial(sample_dpm_solver_v3, denoiser.model, start, end, denoiser.extra_args, on_step, True)
+        run(space=denoiser.space, order=3, predictor="true", corrector="none", lower_order_final=False)
         rows = []
         for place in places:
             at = nodes.index(place)

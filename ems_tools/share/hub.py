@@ -188,7 +188,7 @@ def _bounded(limit: int) -> type:
     """A silent progress bar that stops the download beyond `limit` bytes, whatever size the server announced."""
     from tqdm import tqdm
 
-    class Bounded(tqdm):  # type: ignore[misc]
+    class Bounded(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
             options.pop("name", None)
             super().__init__(*args, **{**options, "disable": True})

@@ -15,12 +15,20 @@ FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-back
 NEGATIVE = "blurry, low quality, watermark"
 POSITIVE = "a photograph of an old fisherman mending a net in a harbour at dawn"
 
+MODEL = {
+    "name": "v1-5-pruned-emaonly-fp16.safetensors",
+    "url": "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/"
+    "v1-5-pruned-emaonly-fp16.safetensors?download=true",
+    "directory": "checkpoints",
+}
+"""The checkpoint of ComfyUI's own first template: the front end offers its download where it is missing."""
+
 Node = tuple[str, dict, tuple[int, int], tuple[int, int]]
 
 
 def loaders(width: int, height: int, batch: int) -> dict[str, Node]:
     return {
-        "1": ("CheckpointLoaderSimple", {"ckpt_name": "your model.safetensors"}, (0, 120), (320, 100)),
+        "1": ("CheckpointLoaderSimple", {"ckpt_name": MODEL["name"]}, (0, 120), (320, 100)),
         "2": ("CLIPTextEncode", {"text": POSITIVE, "clip": ["1", 1]}, (380, 0), (360, 140)),
         "3": ("CLIPTextEncode", {"text": NEGATIVE, "clip": ["1", 1]}, (380, 200), (360, 120)),
         "4": ("EmptyLatentImage", {"width": width, "height": height, "batch_size": batch}, (380, 380), (360, 110)),
@@ -35,7 +43,7 @@ def text_to_image() -> tuple[dict[str, Node], str]:
     sampler = {"seed": 1, "steps": 8, "cfg": 5.0, "sampler_name": "dpm_solver_v3", "denoise": 1.0}
     sampler["scheduler"] = "dpm_solver_v3_fitted"
     nodes = {
-        **loaders(1024, 1024, 1),
+        **loaders(512, 512, 1),
         "5": ("KSampler", {**shared("latent_image"), **sampler}, (800, 0), (300, 560)),
         "6": ("VAEDecode", {"samples": ["5", 0], "vae": ["1", 2]}, (1160, 0), (420, 50)),
         "7": ("SaveImage", {"images": ["6", 0], "filename_prefix": "dpm_solver_v3"}, (1160, 110), (420, 440)),
@@ -43,7 +51,7 @@ def text_to_image() -> tuple[dict[str, Node], str]:
     note = (
         "Choose your checkpoint, then queue.\n\ndpm_solver_v3 is in the sampler list of every KSampler. It uses the statistics "
         "(EMS) of this checkpoint if there is a file for it in models/ems or output/ems, else it samples without. The "
-        "scheduler dpm_solver_v3_fitted takes its steps from the same file, Karras steps without one.\n\n"
+        "scheduler dpm_solver_v3_fitted takes its steps from the same file; without one, the best steps that need none.\n\n"
         "To compute them once: the workflow 'Compute EMS'."
     )
     return nodes, note
@@ -51,7 +59,14 @@ def text_to_image() -> tuple[dict[str, Node], str]:
 
 def compute_ems() -> tuple[dict[str, Node], str]:
     settings = {"guidance_scales": "1, 4, 7.5", "effort": "quick", "name": "", "batch_size": 4, "start_seed": 0}
-    wires = {**shared("latent_size"), "clip": ["1", 1], **settings, "keep_moments": False, "schedulers": "auto"}
+    wires = {
+        **shared("latent_size"),
+        "clip": ["1", 1],
+        **settings,
+        "keep_moments": False,
+        "schedulers": "auto",
+        "steps": "auto",
+    }
     nodes = {
         **loaders(512, 512, 1),
         "5": ("DPMSolverV3_ComputeEMS", wires, (800, 0), (340, 360)),
@@ -85,11 +100,16 @@ def compare_samplers() -> tuple[dict[str, Node], str]:
     return nodes, note
 
 
-PLACE = """async ({prompt, places, note, title}) => {
+MAKERS = {"Text to image": text_to_image, "Compute EMS": compute_ems, "Compare samplers": compare_samplers}
+PLACE = """async ({prompt, places, note, title, model}) => {
   await app.loadApiJson(prompt, title)
   for (const node of app.graph.nodes) {
     const [pos, size] = places[node.id]
     node.pos = pos; node.setSize(size)
+    if (node.type == 'CheckpointLoaderSimple') {
+      node.properties.models = [model]
+      node.widgets[0].value = model.name
+    }
   }
   const text = LiteGraph.createNode('Note')
   app.graph.add(text)
@@ -102,7 +122,7 @@ PLACE = """async ({prompt, places, note, title}) => {
 def saved(page: Page, title: str, nodes: dict[str, Node], note: str) -> dict:
     prompt = {k: {"class_type": kind, "inputs": inputs, "_meta": {}} for k, (kind, inputs, _, _) in nodes.items()}
     places = {k: [pos, size] for k, (_, _, pos, size) in nodes.items()}
-    return json.loads(page.evaluate(PLACE, {"prompt": prompt, "places": places, "note": note, "title": title}))
+    return json.loads(page.evaluate(PLACE, {"prompt": prompt, "places": places, "note": note, "title": title, "model": MODEL}))
 
 
 def main() -> None:
@@ -114,8 +134,7 @@ def main() -> None:
         page.goto(sys.argv[1])
         page.wait_for_function("window.app && window.app.graph && window.app.extensionManager", timeout=90_000)
         page.wait_for_timeout(3000)
-        makers = {"Text to image": text_to_image, "Compute EMS": compute_ems, "Compare samplers": compare_samplers}
-        for title, make in makers.items():
+        for title, make in MAKERS.items():
             graph = saved(page, title, *make())
             path = ROOT / "example_workflows" / f"{title}.json"
             path.write_text(json.dumps(graph, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -107,11 +107,11 @@ def test_the_fitted_schedule(any_server: Any, nodes: Any) -> None:
         own = any_server.run(nodes(*toy("EPS", shape), *custom))
         assert torch.allclose(any_server.latent(listed), any_server.latent(own), atol=1e-5)
     any_server.run(nodes(*toy("EPS", shape), *sampled(sampler_name="euler", scheduler="dpm_solver_v3_fitted", cfg=3.0)))
-    assert "suit the sampler dpm_solver_v3 only, not euler: Karras steps instead" in any_server.log()
+    assert "suit the sampler dpm_solver_v3 only, not euler: half-cosine steps instead" in any_server.log()
     other = toy("EPS", "2,7,8,8")
     partial = any_server.run(nodes(*other, *sampled(scheduler="dpm_solver_v3_fitted", denoise=0.5)))
     assert torch.isfinite(any_server.latent(partial)).all()
-    assert "Karras steps instead" in any_server.log()
+    assert "no EMS for this model: run Compute EMS once for fitted steps: Karras steps instead" in any_server.log()
 
 
 def test_two_scales_two_prompts_and_previews(server: Any, nodes: Any) -> None:
@@ -255,10 +255,13 @@ def test_every_node_around_the_file_in_one_workflow(any_server: Any, nodes: Any)
             ("grid", "SaveImage", {"images": ["compare", 1], "filename_prefix": "grid"}),
         )
     )
-    table = second["compare"]["text"][0].splitlines()
-    assert [line.split()[0].rstrip(",") for line in table[1:4]] == ["dpm_solver_v3", "dpmpp_2m", "euler"]
-    errors = [float(line.split()[-1]) for line in table[1:4]]
-    assert errors[0] < errors[2]
+    blocks = second["compare"]["text"][0].split("\n\n")
+    assert [block.splitlines()[0] for block in blocks] == ["5 steps", "8 steps"]
+    for block in blocks:
+        lines = [line.removeprefix("\u2605 ") for line in block.splitlines()[1:]]
+        assert {line.split(":")[0] for line in lines} == {"dpm_solver_v3, karras", "dpmpp_2m, normal", "euler, karras"}
+        errors = [float(line.split(": ")[1].split()[0]) for line in lines]
+        assert block.splitlines()[1].startswith("\u2605 ") and errors == sorted(errors)
     assert all(any_server.image(second, node).stat().st_size > 5000 for node in ("plot", "grid"))
 
 

@@ -69,14 +69,12 @@ def test_compute_writes_a_judged_file(folder, capsys) -> None:
     assert (folder / "a.ems.safetensors").stat().st_size < 64 * 1024
     assert not list(folder.glob("*.partial"))
     assert evidence_problems(file) == []
-    assert {(r.guidance, r.steps, r.split) for r in file.meta.evidence} == {
-        (g, n, split) for g in (1.0, 3.0) for n in (5, 8) for split in ("calibration", "report")
-    }
-    entry = next(r for r in file.meta.recommendation if r.guidance == 3.0 and len(r.lambdas) == 9)
+    assert {(r.guidance, r.steps) for r in file.meta.fitted} == {(g, n) for g in (1.0, 3.0) for n in (4, 5, 6, 8, 10)}
+    assert all(r.ratio[0] <= 1 and r.fitted[0] <= r.fixed[0] for r in file.meta.fitted)
     levels = uniform_lambda(EDM(0.05, 20.0), 8)
     auto = dict.fromkeys(("order", "predictor", "corrector", "corrector_below", "lower_order_final", "strength"), "auto")
-    ems = file.at(3.0)
-    assert settings_for(levels, file_space := _space(file), ems, auto) == entry.settings and file_space.value == "sigma"
+    ems = file.at(3.0)  # nothing was measured on this schedule, so the statistics stay out of it
+    assert settings_for(levels, file_space := _space(file), ems, auto).strength == 0 and file_space.value == "sigma"
     assert main(["verify", "a.ems.safetensors"]) == 0
 
 
@@ -136,7 +134,7 @@ def test_merge_and_extend(folder, capsys) -> None:
     extend = ["--extend", "ab.ems.safetensors", "--out", "abc.ems.safetensors", "--keep-moments"]
     assert main(["compute", "--model", "toy:denoiser", *small, *extend]) == 0
     extended = load_ems_file("abc.ems.safetensors")
-    assert extended.meta.estimate["samples"] == (14,) and extended.meta.evidence
+    assert extended.meta.estimate["samples"] == (14,) and extended.meta.fitted
     assert run("--out n.ems.safetensors --no-evidence --name toy --seed 7") == 0
     assert main(["merge", "a.ems.safetensors", "n.ems.safetensors", "--out", "x.ems.safetensors"]) == 1
     assert "--keep-moments" in capsys.readouterr().err
@@ -208,16 +206,20 @@ def test_shipped_file_serves_the_embedded_model() -> None:
 
 
 def test_efforts_are_what_they_claim() -> None:
-    """Quick stays at or below 3,000 evaluations a guidance scale."""
+    """Evaluations a guidance scale, and those of quick for one step count."""
     source = compute.Source({1.0: _toy_model()}, (2, 4, 4), EDM(0.05, 20.0), {"name": "toy"})
+    for name, most in (("quick", 1500), ("standard", 12_000), ("thorough", 60_000)):
+        effort = compute.EFFORTS[name]
+        assert 0.75 * most < compute.evaluations(compute.job_for(source, effort), compute.plan_for(source, effort)) <= most
     effort = compute.EFFORTS["quick"]
-    assert compute.evaluations(compute.job_for(source, effort), compute.plan_for(source, effort)) <= 3000
+    for n in range(4, 11):
+        assert compute.evaluations(compute.job_for(source, effort), compute.plan_for(source, effort, (n,))) <= 700
 
 
 def test_the_hosts_schedules_come_first_and_keep_their_names() -> None:
-    """Ours of the same name would be calibrated in their place; and a quick fit falls back on Karras steps."""
+    """Ours of the same name would be calibrated in their place; every fit has to beat formulas on the host's schedules too."""
     mine = {name: lambda n: torch.linspace(10.0, 0.0, n + 1) for name in ("normal", "karras")}
     source = compute.Source({1.0: _toy_model()}, (2, 4, 4), EDM(0.05, 20.0), {"name": "toy"}, host_schedules=mine)
     quick, standard = (compute.plan_for(source, compute.EFFORTS[e]) for e in ("quick", "standard"))
-    assert dict(standard.schedules) == mine and list(quick.schedules) == ["normal"]
-    assert quick.fit is not None and dict(quick.fit.fixed) == {"karras": mine["karras"]}
+    assert list(standard.schedules) == ["normal"] and not quick.schedules
+    assert quick.fit is not None and dict(quick.fit.fixed) == mine

@@ -422,8 +422,9 @@ def lambdas_of(schedule):
     return (-schedule.log()).tolist()
 
 
-def test_auto_without_statistics_is_the_default(mixture, y_start, sigmas):
-    assert torch.equal(run(mixture, y_start, sigmas(6)), run(mixture, y_start, sigmas(6), **DEFAULTS.__dict__))
+def test_options_left_at_auto_beside_one_that_is_set_are_the_default(mixture, y_start, sigmas):
+    some = run(mixture, y_start, sigmas(6), order=DEFAULTS.order)
+    assert torch.equal(some, run(mixture, y_start, sigmas(6), **DEFAULTS.__dict__))
 
 
 def test_auto_with_statistics_is_their_default(mixture, y_start, sigmas, smooth_ems):
@@ -437,9 +438,11 @@ def test_auto_follows_the_recommendation(last, mixture, y_start, sigmas, smooth_
         order=3, predictor="pseudo", corrector="true", corrector_below=2.0, lower_order_final=False, strength=0.4
     )
     schedule = torch.cat([sigmas(6)[:-1], levels(last)])
-    ems = recommending(smooth_ems, (lambdas_of(sigmas(6)), advised))
+    ems = recommending(smooth_ems, ([v for v in lambdas_of(schedule) if v < math.inf], advised))
     expected = run(mixture, y_start, schedule, ems=smooth_ems, **advised.__dict__)
     assert torch.equal(run(mixture, y_start, schedule, ems=ems), expected)
+    other = sigmas(7)  # measured elsewhere, statistics do nothing: the picture is that without them
+    assert torch.equal(run(mixture, y_start, other, ems=ems), run(mixture, y_start, other))
 
 
 def test_an_explicit_option_wins_over_the_recommendation(mixture, y_start, sigmas, smooth_ems):
@@ -506,7 +509,7 @@ def test_statistics_beyond_what_a_step_needs_are_left_out_and_named() -> None:
     x = torch.ones(1, 3, 4, 4) * 80
     with pytest.warns(RuntimeWarning, match=r"the statistics \(EMS\) would multiply the latent"):
         found = run(lambda x, sigma: x * 0.9, x, sigmas, ems=replaced(wild_statistics(), 200.0), strength=2.0)
-    torch.testing.assert_close(found, run(lambda x, sigma: x * 0.9, x, sigmas))
+    torch.testing.assert_close(found, run(lambda x, sigma: x * 0.9, x, sigmas, strength=0.0))
 
 
 def test_an_l_of_minus_300_does_not_reach_the_picture(mixture, y_start) -> None:

@@ -188,7 +188,7 @@ def open_tab(page: Any, name: str) -> None:
     page.get_by_role("tab", name=name, exact=True).or_(page.get_by_role("button", name=name, exact=True)).first.click()
 
 
-def compute(page: Any, until: str, seed: int = 0, name: str = "") -> str:
+def compute(page: Any, until: str, name: str = "", effort: str = "tiny") -> str:
     """Fill the tab in and press Compute; the status once it holds `until`."""
     page.locator("#dpm_solver_v3_prompt textarea").fill("a fox")
     for side in ("width", "height"):
@@ -197,7 +197,7 @@ def compute(page: Any, until: str, seed: int = 0, name: str = "") -> str:
         field.press("Tab")
     page.locator("#dpm_solver_v3_scales").locator("textarea, input").first.fill("1, 3")
     page.locator("#dpm_solver_v3_name").locator("textarea, input").first.fill(name)
-    page.locator("#dpm_solver_v3_effort label", has_text="tiny").click()
+    page.locator("#dpm_solver_v3_effort label", has_text=effort).click()
     page.locator("#dpm_solver_v3_compute").click()
     return wait_for(page, until)
 
@@ -233,13 +233,7 @@ def test_tab_computes_for_the_checkpoint(webui: WebUI, page: Any) -> None:
 
 def test_interrupt_and_resume(webui: WebUI, page: Any) -> None:
     compute(page, "evidence at", name="again")
-    opened = page.context.browser.new_page()  # another page, or the same one opened again
-    show(opened, webui)
-    assert " % of " in wait_for(opened, "evidence at")
-    opened.locator("#dpm_solver_v3_files", has_text="again.ems.safetensors.partial").first.wait_for()
-    assert not opened.locator("#dpm_solver_v3_compute").first.is_enabled()
-    opened.locator("#dpm_solver_v3_interrupt").first.click()
-    opened.close()
+    page.locator("#dpm_solver_v3_interrupt").first.click()
     assert "again.ems.safetensors.partial" in wait_for(page, "Stopped.")
     page.locator("#dpm_solver_v3_compute:enabled").first.wait_for()
     assert (webui.folder / "again.ems.safetensors.partial").is_file()
@@ -248,6 +242,22 @@ def test_interrupt_and_resume(webui: WebUI, page: Any) -> None:
     once, resumed = (load_ems_file(webui.folder / f"{name}.ems.safetensors") for name in ("tiny", "again"))
     assert torch.allclose(once.l, resumed.l, atol=1e-4)
     (webui.folder / "again.ems.safetensors").unlink()
+
+
+def test_page_opened_during_a_computation(webui: WebUI, page: Any) -> None:
+    """It shows the status, the unfinished job, and which buttons act; Interrupt there ends the computation."""
+    compute(page, " % of ", name="opened", effort="quick")
+    opened = page.context.browser.new_page()
+    show(opened, webui)
+    wait_for(opened, " % of ")
+    opened.locator("#dpm_solver_v3_files", has_text="being computed").first.wait_for()
+    assert not opened.locator("#dpm_solver_v3_compute").first.is_enabled()
+    opened.locator("#dpm_solver_v3_interrupt").first.click()
+    wait_for(opened, "Stopped.")
+    opened.close()
+    wait_for(page, "Stopped.")
+    page.locator("#dpm_solver_v3_compute:enabled").first.wait_for()
+    (webui.folder / "opened.ems.safetensors.partial").unlink()
 
 
 def test_picture_equals_the_library(webui: WebUI) -> None:
@@ -270,12 +280,14 @@ def replay(webui: WebUI, run: Run, start: float = 1.0) -> float:
     def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
         nonlocal worst
         its, _, denoised = next(calls)
+        its = its[: len(denoised)]  # AUTOMATIC1111 tells of the conditioned and the unconditioned half
         worst = max(worst, ((x - its).abs().max() / its.abs().max()).item())
         return denoised
 
     sigmas = torch.stack([sigma[0] for _, sigma, _ in run.calls] + [torch.zeros(())])
     ems = load_ems_file(webui.folder / "tiny.ems.safetensors").at(3.0)
-    result = sample_dpm_solver_v3(denoiser, run.calls[0][0] * start, sigmas, disable=True, ems=ems, guidance=3.0)
+    noise = run.calls[0][0][: len(run.calls[0][2])]
+    result = sample_dpm_solver_v3(denoiser, noise * start, sigmas, disable=True, ems=ems, guidance=3.0)
     return max(worst, ((result - run.latents).abs().max() / run.latents.abs().max()).item())
 
 

@@ -36,7 +36,16 @@ State = dict[str, Any]
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {"samples": 6, "intervals": 8, "noises": 2, "steps": (5,), "schedules": 1, "strengths": (0.5,), "reference_steps": 8}
+    few = {
+        "samples": 6,
+        "intervals": 8,
+        "noises": 2,
+        "steps": (5,),
+        "schedules": 1,
+        "probe_every": 1,
+        "strengths": (0.5,),
+        "reference_steps": 8,
+    }
     fit = replace(EFFORTS["quick"].fit, steps=(5,), noises=2, held_out=2, search=0)
     effort = replace(EFFORTS["quick"], combinations=(Settings(order=2, corrector="pseudo"),), fit=fit, **few)
     monkeypatch.setitem(EFFORTS, "tiny", effort)
@@ -276,7 +285,7 @@ def test_errors_look_like_errors(host: Any, monkeypatch: pytest.MonkeyPatch) -> 
         assert "dpmv3-error" in state["status"] and enabled(state) == (True, False)
         return text_of(state["status"])
 
-    assert "guidance scales must be numbers above 0" in error(scales="1, many")
+    assert "Guidance scales must be numbers above 0" in error(scales="1, many")
     assert "&#x27;Samples at once&#x27; must lie between 1 and 1024, not 0" in error(batch=0)
 
     def fails(*_: Any) -> None:

@@ -6,6 +6,9 @@ host's result must be the library's with D itself.
 
 from __future__ import annotations
 
+import importlib
+import sys
+
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
@@ -16,6 +19,13 @@ import torch
 EMOJI_NULL = 9
 
 
+def pack_module(name):
+    """Of the pack as the host has loaded it: imported under its own name, the host would have it, and its nodes, twice."""
+    packs = [m for m in list(sys.modules.values()) if isinstance(getattr(m, "WEB_DIRECTORY", None), str)]
+    pack = next(m for m in packs if "DPMSolverV3_Sampler" in m.NODE_CLASS_MAPPINGS)
+    return importlib.import_module(f"{pack.__name__}.{name}")
+
+
 class Emoji(torch.nn.Module):
     """The embedded model: 3 channels, 32x32, classes 0 to 8, 9 for none."""
 
@@ -23,9 +33,7 @@ class Emoji(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        from dpm_solver_v3.ems_tools.embedded import load_network
-
-        self.net = load_network()
+        self.net = pack_module("ems_tools.embedded").load_network()
 
     def forward(self, y, sigma, label):
         return self.net(y, sigma, label)
@@ -192,6 +200,34 @@ class Sigmas:
         return (torch.tensor([float(s) for s in levels.split(",")]),)
 
 
+class Number:
+    """A number that another node makes: the graph alone does not say which."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "test", "build", ("FLOAT",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"half": ("FLOAT", {"default": 2.0, "step": 0.01})}}
+
+    def build(self, half):
+        return (2 * half,)
+
+
+class Nested:
+    """Two latents in one, as video with sound has them."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "test", "build", ("LATENT",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"first": ("STRING", {}), "second": ("STRING", {})}}
+
+    def build(self, first, second):
+        from comfy.nested_tensor import NestedTensor
+
+        return ({"samples": NestedTensor([torch.zeros([int(n) for n in part.split(",")]) for part in (first, second)])},)
+
+
 class Pixels:
     """A VAE for 3-channel latents that are pixels in [-1, 1] already."""
 
@@ -254,5 +290,6 @@ class Memory:
 
 
 NODE_CLASS_MAPPINGS = {
-    f"Test_{c.__name__}": c for c in (EmojiModel, ToyModel, TextLabel, Label, SD3Text, Latent, Sigmas, PixelVAE, Slow, Memory)
+    f"Test_{c.__name__}": c
+    for c in (EmojiModel, ToyModel, TextLabel, Label, SD3Text, Latent, Nested, Number, Sigmas, PixelVAE, Slow, Memory)
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 from pathlib import Path
 
@@ -12,14 +13,19 @@ import torch
 
 from dpm_solver_v3.ems_tools.cli.main import main
 from dpm_solver_v3.ems_tools.compute import with_fit
-from dpm_solver_v3.ems_tools.estimate.run import Job, JobState, uniform_grid
+from dpm_solver_v3.ems_tools.estimate.run import Job, JobState, estimate_moments, uniform_grid
 from dpm_solver_v3.ems_tools.estimate.source import Source
 from dpm_solver_v3.ems_tools.file.contents import EMSFile
 from dpm_solver_v3.ems_tools.file.layout import fitted_row, fitted_values
 from dpm_solver_v3.ems_tools.file.reader import decode_ems_file
 from dpm_solver_v3.ems_tools.file.rows import EMSMeta, FittedRow
 from dpm_solver_v3.ems_tools.fit import run as fit_module
+from dpm_solver_v3.ems_tools.fit.panel import FORMULAS, entrants, formula_steps
+from dpm_solver_v3.ems_tools.fit.refine import refine
 from dpm_solver_v3.ems_tools.fit.run import FitPlan, evaluations_of_fit, fit_steps
+from dpm_solver_v3.ems_tools.fit.spacing import CANDIDATES, Range, Spacing
+from dpm_solver_v3.ems_tools.fit.steps import closed_loop, least_squares, objective, rounded
+from dpm_solver_v3.ems_tools.trajectory import Runner, Trajectories, few_steps, teach
 from dpm_solver_v3.sampler import (
     EDM,
     EMS,
@@ -27,6 +33,7 @@ from dpm_solver_v3.sampler import (
     FittedSteps,
     Recommendation,
     Space,
+    VPContinuous,
     karras,
     sample_dpm_solver_v3,
     uniform_lambda,
@@ -93,7 +100,7 @@ def test_a_chosen_option_or_another_schedule_switches_them_off(mixture, change) 
     for levels, options in cases:
         found = sample_dpm_solver_v3(mixture, x, levels, ems=ems_with(steps), disable=True, **options)
         plain = sample_dpm_solver_v3(mixture, x, levels, ems=ems_with(None), disable=True, **options)
-        assert torch.equal(found, plain)
+        assert torch.allclose(found, plain, atol=1e-12)
     used = sample_dpm_solver_v3(mixture, x, sigmas, ems=ems_with(steps), disable=True)
     assert not torch.allclose(used, sample_dpm_solver_v3(mixture, x, sigmas, ems=ems_with(None), disable=True))
 
@@ -124,56 +131,97 @@ def job() -> Job:
     return Job((2, 2, 2), uniform_grid(0.05, 20.0, 40), samples=4)
 
 
-PLAN = FitPlan(
-    (3, 5),
-    noises=16,
-    held_out=16,
-    search=8,
-    moves=5,
-    rounds=1,
-    refined=5,
-    fixed={"karras": lambda n: karras(EDM(0.05, 20.0), n)},
-)
+PLAN = FitPlan((3, 5), noises=16, held_out=16, search=8, spacings=4, searched=1, moves=2, panel=8, panel_noises=4)
+REFINED = dataclasses.replace(PLAN, rounds=1, refine_noises=8, refined=5)
 
 
 def fitted(mixture, job, state=None, plan=PLAN, **options):
-    return fit_steps(mixture, EMS.degenerate(2), job, 1.0, plan, state or JobState(), **options)
+    return fit_steps(mixture, job, 1.0, plan, state or JobState(), **options)
+
+
+def errors_of(mixture, steps, x, exact, sigma=20.0):
+    """Squared errors [K] of the sampler with these coefficients, from noise x of this sigma."""
+    levels = levels_of(steps.lambdas)
+    found = sample_dpm_solver_v3(mixture, x / sigma * levels[0], levels, ems=ems_with(steps), disable=True)
+    return (found - exact).square().flatten(1).mean(1)
 
 
 def test_it_wins_on_noise_that_it_has_not_seen(mixture, job) -> None:
-    """On the mixture: below the best fixed schedule on held-out noise, and on noise of this test's own, as much as it says."""
+    """Below the best of the panel on held-out noise, and on noise of this test's own, as much as it says."""
     rows = fitted(mixture, job)
     assert [r.steps for r in rows] == [3, 5]
     x = torch.randn(200, 2, 2, 2, generator=torch.Generator().manual_seed(99), dtype=torch.float64) * 20
     fine = {"order": 3, "corrector": "none", "disable": True}
     exact = sample_dpm_solver_v3(mixture, x, uniform_lambda(EDM(0.05, 20.0), 200, to_zero=True), **fine)
+    span = Range.of(job.lambdas, None)
+    panel = {e.name: e for e in entrants(PLAN.panel, span, {})}
     for row in rows:
-        assert row.coefficients is not None and row.ratio[0] < 0.9
-        levels = levels_of(row.lambdas)
-        ours = sample_dpm_solver_v3(mixture, x / 20 * levels[0], levels, ems=ems_with(row.coefficients), disable=True)
-        theirs = sample_dpm_solver_v3(mixture, x, karras(EDM(0.05, 20.0), row.steps), disable=True)
-        ratio = ((ours - exact).square().flatten(1).mean(1) / (theirs - exact).square().flatten(1).mean(1)).log().mean().exp()
+        assert row.ratio[0] < 0.9 and row.fitted[0] < row.fixed[0]
+        theirs = errors_of(mixture, panel[row.fixed_schedule].steps(row.steps, list), x, exact)
+        ratio = (errors_of(mixture, row.coefficients, x, exact) / theirs).log().mean().exp()
         assert ratio < 1 and abs(ratio.log() - math.log(row.ratio[0])) < 1.0
 
 
-def test_every_ingredient_lowers_the_error_on_its_own_noise(mixture, job) -> None:
-    """Search and refinement never end above where they began, on the noise that they use."""
-    bench = fit_module._Bench(job, mixture, "cpu", torch.float32, 16, lambda n: None)
-    samples = range(fit_module.FIT_NOISE, fit_module.FIT_NOISE + 16)
-    teacher = fit_module._teach(bench, samples)
-    spacing = fit_module._search(bench, PLAN, samples, teacher, 4, None)
-    begun = fit_module._solve(bench, samples, teacher, fit_module._starts(teacher, 4)[0].within(job).lambdas(4))
-    found = fit_module._solve(bench, samples, teacher, spacing.lambdas(4))
-    refined = fit_module._refine(bench, samples, teacher, found[0], 2)
-    again = fit_module._solve(bench, samples, teacher, refined.lambdas, refined)
-    values = [fit_module._objective(errors) for errors in (begun[1], found[1], again[1])]
-    assert values[2] < values[1] <= values[0]
+def test_refinement_never_ends_above_where_it_began(mixture, job) -> None:
+    runner = Runner(job, mixture, batch=16)
+    samples = range(16)
+    teacher = teach(runner, samples)
+    begun, _ = closed_loop(runner, samples, teacher, CANDIDATES[0].lambdas(4, Range.of(job.lambdas, None), teacher))
+    refined = refine(runner, samples, teacher, begun, 2)
+    values = [objective(teacher.errors(few_steps(runner, samples, steps))) for steps in (begun, refined)]
+    assert values[1] < values[0]
+
+
+def test_what_does_not_carry_over_is_not_learnt() -> None:
+    """Random features stay out however many; a real one comes in with its factor, and noises left out show both."""
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.randn(6, 5, 8, generator=draw, dtype=torch.float64)
+    target = torch.randn(6, 8, generator=draw, dtype=torch.float64)
+    c, alone = least_squares(noise, target)
+    assert c.abs().max() < 0.15
+    signal = torch.cat([noise, 2 * target[:, None] + 0.1 * noise[:, :1]], 1)
+    c, known = least_squares(signal, target)
+    assert c[-1] == pytest.approx(0.5, abs=0.05) and known < alone - 3
+
+
+@pytest.mark.parametrize("formula", list(FORMULAS))
+@pytest.mark.parametrize("to_zero", [True, False])
+def test_a_formula_as_coefficients_is_the_formula(mixture, formula, to_zero) -> None:
+    """Against the sampler itself; where it ends above sigma = 0, the noise that is left is taken out."""
+    lambdas, end = (-3.0, -1.5, -0.2, 1.0, 2.2), math.inf if to_zero else 3.0
+    steps = formula_steps(lambdas, end, formula)
+    levels = levels_of((*lambdas, end))[: len(lambdas) + 1]
+    x = torch.randn(3, 2, 2, 2, dtype=torch.float64) * levels[0]
+    options = dict(FORMULAS[formula])
+    ends = torch.tensor([-100.0, 100.0], dtype=torch.float64)
+    zero = torch.zeros(2, 1, dtype=torch.float64)
+    ems = EMS(ends, zero, zero - 1, zero) if options.pop("ems", None) else None
+    found = sample_dpm_solver_v3(mixture, x, levels, ems=ems, strength=1.0, disable=True, predictor="true", **options)
+    left = levels[-1] / levels[0]
+    mine = errors_of(mixture, steps, x, (found - left * x) / (1 - left), levels[0])
+    assert mine.max() < 1e-16
+
+
+def test_spacings(job) -> None:
+    """Increasing, between the ends; known ones are what they claim."""
+    span = Range.of(job.lambdas, VPContinuous(time_min=0.05))
+    for spacing in CANDIDATES:
+        for n in (2, 4, 9):
+            found = spacing.lambdas(n, span)
+            assert len(found) == n and all(a < b for a, b in itertools.pairwise(found))
+            assert found[0] == pytest.approx(job.lambdas[0]) and found[-1] <= job.lambdas[-1] + 1e-9
+    known = Spacing("sigma", 7.0, 0.0).lambdas(6, span)
+    assert levels_of(known)[:-1].tolist() == pytest.approx(karras(EDM(0.05, 20.0), 6, to_zero=True)[:-1].tolist())
+    vp = VPContinuous(time_min=0.02)
+    ends = -vp.level_at(torch.tensor([1.0, 0.02], dtype=torch.float64)).log()
+    whole = Range.of(tuple(ends.tolist()), vp)
+    own = Spacing("model", 2.0, 1.0).lambdas(5, whole)
+    assert own == pytest.approx(Spacing("vp", 2.0, 1.0).lambdas(5, whole), abs=1e-3)
 
 
 def test_where_the_model_knows_how_much(mixture, job) -> None:
     """Against D itself: at the noisy end all is left, and what is left falls to any share asked for."""
-    bench = fit_module._Bench(job, mixture, "cpu", torch.float32, 16, lambda n: None)
-    teacher = fit_module._teach(bench, range(32))
+    teacher = teach(Runner(job, mixture, batch=16), range(32))
     gap = (teacher.D.double() - teacher.clean).square().mean(2).log().mean(1)
     assert teacher.lambda_where_left(1.0) == job.lambdas[0]
     found = [teacher.lambda_where_left(share) for share in (0.9, 0.5, 0.1, 0.01)]
@@ -184,25 +232,24 @@ def test_where_the_model_knows_how_much(mixture, job) -> None:
     assert teacher.lambda_where_left(1e-30) == job.lambdas[-2]
 
 
-def test_a_run_may_begin_below_the_noisy_end(mixture, job) -> None:
-    """Noise scaled to a lower sigma: its factor is fitted, near 1; file and sampler heed it."""
-    far = dataclasses.replace(job, lambdas=uniform_grid(0.05, 400.0, 60))
-    plan = dataclasses.replace(PLAN, steps=(4,), moves=12, fixed={})
-    (found,) = fitted(mixture, far, plan=plan)
-    assert found.lambdas[0] > far.lambdas[0] + 1.5  # an evaluation at sigma 400 would tell nothing
-    assert found.coefficients.start != 1 and abs(found.coefficients.start - 1) < 0.2
-    bench = fit_module._Bench(far, mixture, "cpu", torch.float32, 16, lambda n: None)
-    samples = range(40, 56)
-    judge = fit_module._teach(bench, samples)
-    levels = levels_of(found.lambdas)
-    x = bench.start(samples, found.lambdas[0]).double()
-    kept = fitted_row(fitted_values(found)).coefficients
-    out = sample_dpm_solver_v3(mixture, x, levels, ems=ems_with(kept), disable=True)
-    mine = (out.flatten(1) - judge.clean).square().mean(1)
-    again = fit_module._solve(bench, samples, judge, kept.lambdas, kept)[1]
-    assert torch.allclose(mine, again, rtol=1e-3)
-    unscaled = ems_with(dataclasses.replace(kept, start=1.0))
-    assert not torch.allclose(sample_dpm_solver_v3(mixture, x, levels, ems=unscaled, disable=True), out)
+def test_statistics_leave_their_trajectories_to_the_fit(mixture, job) -> None:
+    """The same as those solved for the purpose, whatever the batch; and the fit then pays for the others only."""
+    state = JobState()
+    estimate_moments({1.0: mixture}, job, state, batch=3, keep=16)
+    own = teach(Runner(job, mixture, batch=16), range(4))
+    assert torch.allclose(state.tensors["fit.1.y"], own.y, atol=1e-5) and torch.allclose(
+        state.tensors["fit.1.D"], own.D, atol=1e-5
+    )
+    counted = [0]
+
+    def model(x, sigma):
+        counted[0] += len(x)
+        return mixture(x, sigma)
+
+    fitted(model, job, state)
+    announced = evaluations_of_fit(PLAN, len(job.lambdas), 1, 4)
+    assert 0.7 * announced < counted[0] <= announced
+    assert not [key for key in state.tensors if key.startswith(("fit.", "judge."))]
 
 
 def test_same_seed_same_result_whatever_the_batch(mixture, job) -> None:
@@ -214,7 +261,7 @@ def test_same_seed_same_result_whatever_the_batch(mixture, job) -> None:
 
 
 def test_killed_and_resumed_ends_the_same(mixture, job, tmp_path) -> None:
-    """Stopped at any evaluation, the same rows come out, and what was finished is not computed again."""
+    """Stopped at any evaluation, the same rows come out, and no finished run is made again."""
     calls = [0]
 
     def dies_at(limit):
@@ -226,20 +273,22 @@ def test_killed_and_resumed_ends_the_same(mixture, job, tmp_path) -> None:
 
         return model
 
-    whole = fitted(dies_at(-1), job)
+    whole = fitted(dies_at(-1), job, plan=REFINED)
     total, calls[0] = calls[0], 0
     path = tmp_path / "fit.partial"
+    spent = 0
     for limit in (total // 5, total // 2, total // 4):
         with pytest.raises(KeyboardInterrupt):
-            fitted(dies_at(limit), job, JobState.open(path, job))
-        calls[0] = 0
-    assert fitted(dies_at(-1), job, JobState.open(path, job)) == whole
-    assert calls[0] < total
+            fitted(dies_at(limit), job, JobState.open(path, job), REFINED)
+        spent, calls[0] = spent + calls[0], 0
+    assert fitted(dies_at(-1), job, JobState.open(path, job), REFINED) == whole
+    assert spent + calls[0] < 1.5 * total  # a run of few steps at most is lost each time, and a refinement
     calls[0] = 0
-    assert fitted(dies_at(-1), job, JobState.open(path, job)) == whole and calls[0] == 0
+    assert fitted(dies_at(-1), job, JobState.open(path, job), REFINED) == whole and calls[0] == 0
 
 
-def test_the_cost_is_what_was_announced(mixture, job) -> None:
+@pytest.mark.parametrize("plan", [PLAN, REFINED])
+def test_the_cost_is_what_was_announced(mixture, job, plan) -> None:
     """At most the plan, and not far below it."""
     counted = [0]
 
@@ -247,32 +296,37 @@ def test_the_cost_is_what_was_announced(mixture, job) -> None:
         counted[0] += len(x)
         return mixture(x, sigma)
 
-    fitted(model, job)
-    announced = evaluations_of_fit(PLAN, len(job.lambdas), 1)
+    fitted(model, job, plan=plan)
+    announced = evaluations_of_fit(plan, len(job.lambdas), 1)
     assert 0.5 * announced < counted[0] <= announced
 
 
-def test_a_fixed_schedule_that_wins_is_kept(mixture, job, monkeypatch) -> None:
-    """A fit that learns nothing (first-order steps) loses to the solver on a fixed schedule, which then stands in its place."""
+def test_the_panel_stands_in_for_a_fit_that_loses(mixture, job, monkeypatch) -> None:
+    """A fit that learns nothing (first-order steps) loses to the panel's best, which is then what the file holds."""
 
-    def learns_nothing(teacher, y, history, lam, then):
-        decay = math.exp(lam - then)
-        return decay, [0.0] * (len(history) - 1) + [1 - decay]
+    def learns_nothing(runner, samples, teacher, lambdas):
+        ends = [*lambdas[1:], math.inf]
+        decay = [math.exp(a - b) for a, b in zip(lambdas, ends, strict=True)]
+        rows = [(0.0,) * i + (1 - d,) for i, d in enumerate(decay)]
+        return FittedSteps(tuple(lambdas), tuple(decay), tuple(rows)), 0.0
 
-    monkeypatch.setattr(fit_module, "_fit_step", learns_nothing)
-    fixed = {"karras": lambda n: karras(EDM(0.05, 20.0), n), "to zero": lambda n: karras(EDM(0.05, 20.0), n, to_zero=True)}
-    (row,) = fitted(mixture, job, plan=FitPlan((8,), noises=4, held_out=16, search=0, fixed=fixed))
-    assert row.coefficients is None and row.fixed_schedule in fixed
-    assert row.ratio[0] > 1 and row.fixed[0] < row.fitted[0]
-    expected = -fixed[row.fixed_schedule](8).log()
-    assert row.lambdas == pytest.approx(expected[expected.isfinite()].tolist(), abs=1e-5)
+    monkeypatch.setattr(fit_module, "closed_loop", learns_nothing)
+    fixed = {"own": lambda n: karras(EDM(0.05, 20.0), n, to_zero=True)}
+    plan = FitPlan((8,), noises=8, held_out=16, search=2, spacings=1, moves=0, panel=15, panel_noises=8, fixed=fixed)
+    (row,) = fitted(mixture, job, plan=plan)
+    assert row.ratio == (1.0, 1.0, 1.0) and row.fitted == row.fixed
+    span = Range.of(job.lambdas, None)
+    panel = {e.name: e for e in entrants(15, span, {"own": lambda n: ([0.0], 1.0)})}
+    assert "order 2, UniC on own" in panel
+    if "own" not in row.fixed_schedule:
+        assert row.coefficients == rounded(panel[row.fixed_schedule].steps(8, list))
 
 
 def test_hosts_that_round_sigma_get_their_own_levels(mixture, job) -> None:
     table = torch.linspace(-math.log(20.0), -math.log(0.05), 50, dtype=torch.float64).neg().exp()
     own = -table.log()
     for rounds in (0, 1):
-        plan = dataclasses.replace(PLAN, steps=(4,), rounds=rounds, fixed={})
+        plan = dataclasses.replace(REFINED, steps=(4,), rounds=rounds)
         (row,) = fitted(mixture, job, plan=plan, levels=table)
         assert len(row.lambdas) == 4 and all((own - v).abs().min() < 1e-5 for v in row.lambdas)
 
@@ -280,7 +334,7 @@ def test_hosts_that_round_sigma_get_their_own_levels(mixture, job) -> None:
 def test_a_flow_is_fitted_in_its_own_space(mixture) -> None:
     flow = dataclasses.replace(Job((2, 2, 2), uniform_grid(0.05, 20.0, 40), samples=4), space=Space.FLOW)
     model = lambda x, t: mixture(x / (1 - t)[:, None, None, None], t / (1 - t))  # noqa: E731
-    plan = dataclasses.replace(PLAN, steps=(4,), rounds=0, fixed={})
+    plan = dataclasses.replace(PLAN, steps=(4,))
     sigma = Job((2, 2, 2), uniform_grid(0.05, 20.0, 40), samples=4)
     (a,), (b,) = fitted(model, flow, plan=plan), fitted(mixture, sigma, plan=plan)
     assert a.lambdas == pytest.approx(b.lambdas, abs=1e-3) and a.fitted[0] == pytest.approx(b.fitted[0], rel=0.05)
@@ -291,10 +345,9 @@ def test_trajectories_between_grid_points(mixture) -> None:
     errors = []
     for intervals in (20, 40):
         grid = Job((2, 2, 2), uniform_grid(0.05, 20.0, 240), samples=4)
-        bench = fit_module._Bench(grid, mixture, "cpu", torch.float64, 16, lambda n: None)
-        fine = fit_module._teach(bench, range(8))
+        fine = teach(Runner(grid, mixture, dtype=torch.float64), range(8))
         keep = slice(None, None, 240 // intervals)
-        coarse = fit_module._Teacher(fine.lambdas[keep], fine.elements, fine.y[keep], fine.D[keep])
+        coarse = Trajectories(fine.lambdas[keep], fine.elements, fine.y[keep], fine.D[keep])
         middle = fine.lambdas[120 + 240 // intervals // 2]
         errors.append((coarse.at(middle) - fine.at(middle)).abs().max().item())
     assert errors[1] < errors[0] / 8 and errors[1] < 1e-4

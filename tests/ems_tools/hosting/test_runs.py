@@ -10,7 +10,7 @@ import torch
 
 from dpm_solver_v3.ems_tools.embedded import load_network
 from dpm_solver_v3.ems_tools.file import EMSFile, load_ems_file
-from dpm_solver_v3.ems_tools.hosting import Run, choose_statistics, choose_steps, one_line, unfitted_steps
+from dpm_solver_v3.ems_tools.hosting import Run, choose_statistics, choose_steps, one_line, printable, unfitted_steps
 from dpm_solver_v3.ems_tools.hosting.runs import GUIDER
 from dpm_solver_v3.sampler import (
     EDM,
@@ -145,3 +145,8 @@ def test_statistics_that_do_not_fit_are_refused_in_words(file: EMSFile, run: Run
 
 def test_one_line() -> None:
     assert one_line("a", "", "b", "a") == "a; b"
+
+
+def test_log_lines_that_every_console_can_print() -> None:
+    assert printable("模型 é", "cp1252") == "\\u6a21\\u578b é"
+    assert printable("模型\x1b]0;title\x07", "utf-8") == "模型\\x1b]0;title\\x07"

@@ -1,0 +1,124 @@
+"""Which spacing to fit on, and which formula on which schedule a fit has to beat: both found by real runs on few noises.
+
+What was tried is kept in the job's state run by run, so that a cancelled job goes on where it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+from ..estimate.job import JobState
+from ..file.rows import insane
+from ..trajectory import Runner, Trajectories, few_steps
+from .panel import Entrant
+from .plan import FitPlan, panel_heats
+from .spacing import CANDIDATES, Range, Spacing
+from .steps import closed_loop, objective
+
+__all__ = ["Bench", "best_entrant", "best_spacing"]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the parts of a fit at one guidance scale share.
+
+    Args:
+        runner: the model.
+        samples, teacher: noises to fit on and their trajectories.
+        span: where evaluations may lie.
+        snap: moves lambdas to the host's own levels.
+        state: of the job; scores are kept there under `name`.
+    """
+
+    runner: Runner
+    plan: FitPlan
+    samples: Sequence[int]
+    teacher: Trajectories
+    span: Range
+    snap: Callable[[Sequence[float]], list[float]]
+    state: JobState
+    name: str
+
+    def kept(self, key: str, value: Callable[[], Any]) -> Any:
+        """The value under `key` in the state, computed and saved if it is not there."""
+        table = self.state.facts.setdefault("fit_runs", {}).setdefault(self.name, {})
+        if key not in table:
+            table[key] = value()
+            self.state.save()
+        return table[key]
+
+    def lambdas(self, spacing: Spacing, steps: int) -> list[float]:
+        """Where a spacing evaluates; fewer than `steps` where the host's levels are too coarse for it."""
+        return self.snap([round(v, 6) for v in spacing.lambdas(steps, self.span, self.teacher)])
+
+
+def best_spacing(bench: Bench, steps: int) -> Spacing:
+    """The spacing with the lowest error on noises left out: of the candidates, then of moves around the best one."""
+    plan = bench.plan
+    if plan.search < 1 or plan.spacings + plan.moves <= 1:
+        return CANDIDATES[0]
+    tried: dict[tuple[float, ...], tuple[float, Spacing]] = {}
+
+    def score(spacing: Spacing) -> float:
+        lambdas = tuple(bench.lambdas(spacing, steps))
+        if len(lambdas) < steps or lambdas in tried:
+            return math.inf
+        few = min(plan.search, len(bench.samples))
+        key = f"spacing {steps} {'/'.join(map(str, astuple(spacing)))}"
+        value: float = bench.kept(
+            key, lambda: closed_loop(bench.runner, bench.samples[:few], bench.teacher.part(few), lambdas)[1]
+        )
+        tried[lambdas] = (value, spacing)
+        return value
+
+    for spacing in CANDIDATES:
+        if len(tried) < plan.spacings:
+            score(spacing)
+    if not tried:
+        return CANDIDATES[0]
+    limit = len(tried) + plan.moves
+    best = min(tried.values(), key=lambda v: v[0])
+    for _ in range(3):
+        for moved in _moves(best[1]):
+            if len(tried) < limit and score(moved) < best[0]:
+                best = min(tried.values(), key=lambda v: v[0])
+                break
+    return best[1]
+
+
+def _moves(spacing: Spacing) -> list[Spacing]:
+    """Neighbours: the last evaluation earlier or later, other powers, another start."""
+    moved = [replace(spacing, last=spacing.last + d) for d in (0.3, -0.3) if spacing.last + d >= 0]
+    if spacing.kind not in ("lambda", "beta"):
+        moved += [replace(spacing, power=spacing.power * f) for f in (1.2, 1 / 1.2)]
+    return [*moved, replace(spacing, first=0.0 if spacing.first else 2.5)]
+
+
+def best_entrant(bench: Bench, entrants: Sequence[Entrant], steps: int) -> Entrant:
+    """The entrant with the lowest error: all on some of the panel's noises, the better third on all of them."""
+    first, kept = panel_heats(bench.plan, bench.plan.panel)
+    usable = [e for e in entrants if _follows(bench, e, steps)]
+    scores = {e: _score(bench, e, steps, min(first, len(bench.samples))) for e in usable}
+    ranked = sorted(usable, key=lambda e: scores[e])
+    few = min(bench.plan.panel_noises, len(bench.samples))
+    return min(ranked[:kept], key=lambda e: _score(bench, e, steps, few)) if kept else ranked[0]
+
+
+def _follows(bench: Bench, entrant: Entrant, steps: int) -> bool:
+    try:
+        found = entrant.steps(steps, bench.snap)
+    except ValueError:
+        return False
+    return len(found.lambdas) == steps and not insane(found)
+
+
+def _score(bench: Bench, entrant: Entrant, steps: int, noises: int) -> float:
+    def value() -> float:
+        end = few_steps(bench.runner, bench.samples[:noises], entrant.steps(steps, bench.snap))
+        return min(objective(bench.teacher.part(noises).errors(end).nan_to_num(nan=1e30)), 100.0)
+
+    found: float = bench.kept(f"panel {steps} {noises} {entrant.name}", value)
+    return found

@@ -1,0 +1,83 @@
+"""How much to fit, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+__all__ = ["FitPlan", "evaluations_of_fit", "panel_heats", "searched_steps"]
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """How much to fit.
+
+    Args:
+        steps: step counts fitted.
+        noises: to fit coefficients on; the statistics' own trajectories, as far as they reach.
+        held_out: to judge on, those of no other use.
+        fixed: schedules of the host that the panel of formulas may use too, levels as a function of the number of steps, by
+        name. search: noises to choose the spacing on (0: the first candidate is taken), `spacings` of the candidates tried, at
+            `searched` of the step counts (the others take over the choice of the nearest one).
+        moves: further spacings tried around the best candidate, at the same step counts.
+        panel: formulas on schedules tried as what the fit has to beat, on `panel_noises` noises, at the same step counts.
+        rounds: of refinement for the final error, on `refine_noises`, for at most `refined` steps.
+    """
+
+    steps: tuple[int, ...] = (4, 5, 6, 7, 8, 9, 10, 11, 12)
+    noises: int = 24
+    held_out: int = 16
+    fixed: Mapping[str, Callable[[int], Tensor]] = field(default_factory=dict)
+    search: int = 8
+    spacings: int = 10
+    searched: int = 4
+    moves: int = 4
+    panel: int = 24
+    panel_noises: int = 4
+    rounds: int = 0
+    refine_noises: int = 12
+    refined: int = 8
+
+
+def searched_steps(plan: FitPlan) -> list[int]:
+    """The step counts at which spacings and formulas are compared: spread over all, one of them in the middle."""
+    wanted = sorted(set(plan.steps))
+    count = min(plan.searched, len(wanted))
+    if count == len(wanted):
+        return wanted
+    picks = [(2 * i + 1) * len(wanted) // (2 * count) for i in range(count)]
+    return [wanted[i] for i in picks]
+
+
+def evaluations_of_fit(plan: FitPlan, grid: int, scales: int, known: int = 0) -> int:
+    """Denoiser evaluations of `fit_steps` at most, for this many guidance scales.
+
+    `grid` points of a trajectory, `known` of which the statistics have solved already.
+    """
+    teacher = (max(plan.noises - known, 0) + plan.held_out) * grid
+    search = plan.search * (plan.spacings + plan.moves) if plan.spacings + plan.moves > 1 else 0
+    first, kept = panel_heats(plan, plan.panel)
+    panel = plan.panel * first + kept * plan.panel_noises
+    searched = sum(searched_steps(plan)) * (search + panel)
+    runs = sum(set(plan.steps)) * (plan.noises + 2 * plan.held_out)
+    refinement = sum(_cost_of_refinement(plan, n) for n in set(plan.steps))
+    return scales * (teacher + searched + runs + refinement)
+
+
+def panel_heats(plan: FitPlan, entrants: int) -> tuple[int, int]:
+    """Noises on which all entrants run first, and how many of them then run on all noises; few entrants run on all at once."""
+    if entrants <= 4 or plan.panel_noises < 2:
+        return max(plan.panel_noises, 1), 0
+    return -(-plan.panel_noises // 2), max(entrants // 3, 2)
+
+
+def _cost_of_refinement(plan: FitPlan, steps: int) -> int:
+    """A knob costs the evaluations after it; a round also one run before and at most three after it."""
+    from .refine import knobs_of
+
+    if not plan.rounds or steps > plan.refined:
+        return 0
+    runs = sum(steps - i - (what in ("y", "D")) for what, i, _ in knobs_of(steps)) + 4 * steps
+    return plan.rounds * plan.refine_noises * runs + 2 * plan.noises * steps
