@@ -71,9 +71,11 @@ def test_a_forged_file_is_found_out_by_its_first_run(tmp_path: Path, kind: str, 
     told += [str(w.message) for w in warned]
     assert len(told) == 1 and ("data prediction" in told[0] or "sampling without them" in told[0])
     x = (levels[0] * torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))).float()
-    assert torch.equal(got, sample_dpm_solver_v3(Counted(), x, levels, disable=True, guidance=GUIDANCE))
-    if kind == "l = -2":
+    without = sample_dpm_solver_v3(Counted(), x, levels, disable=True, guidance=GUIDANCE)
+    if kind == "l = -2":  # the solver has left the statistics out, and the settings beside them stay
+        assert (got - without).square().mean() < 1e-3
         return
+    assert torch.equal(got, without)
     again, told = TrustBook(tmp_path / "trust.json"), []  # another session
     counted = Counted()
     assert torch.equal(sample(again, file, levels, told, counted), got)
