@@ -333,7 +333,7 @@ def main() -> None:
     size = replace(size, steps=tuple(args.steps or size.steps), noises=args.noises or size.noises)
     split = "final" if args.final else "development"
     cheap = ["digits", "galaxies", "mnist"]
-    names = args.only or (cheap if args.quick else [name for name, entry in NETWORKS.items() if entry.split == split])
+    names = args.only or (cheap if args.quick and not args.final else [n for n, e in NETWORKS.items() if e.split == split])
     if args.ablation:
         ablation(names, size)
     elif args.spacings:

@@ -60,6 +60,7 @@ def add_compute(commands: Commands) -> None:
     p.add_argument("--samples", type=int, help="trajectories per guidance scale (by effort)")
     p.add_argument("--intervals", type=int, help="intervals of the grid of lambda (by effort)")
     p.add_argument("--probes", type=int, help="Jacobian probes per point (1)")
+    p.add_argument("--steps", type=shape, default=(), help="fit these step counts only, comma-separated: one costs half")
     p.add_argument("--points", choices=("trajectory", "renoised"), default="trajectory", help="where to measure")
     p.add_argument(
         "--jacobian",
@@ -91,7 +92,8 @@ def run_compute(args: argparse.Namespace) -> int:
     scales = ", ".join(f"{g:g}" for g in job.guidance)
     evidence = "left out" if plan is None else f"on {plan.calibration} + {plan.report} noises"
     if plan is not None and plan.fit is not None:
-        cost = evaluations_of_fit(plan.fit, len(job.lambdas), len(job.guidance))
+        known = min(job.samples, plan.fit.noises)
+        cost = evaluations_of_fit(plan.fit, len(job.lambdas), len(job.guidance), known)
         evidence += f"; {_fit_in_words(plan.fit)}, {cost} of the evaluations"
     print(
         f"{source.identity['name']}: guidance {scales}; {job.samples} trajectories of {len(job.lambdas)} points each, "
@@ -233,7 +235,7 @@ def _job(args: argparse.Namespace, source: Source) -> tuple[Job, CalibrationPlan
         method = "forward" if works else "difference"
         print(f"Jacobian: {'forward mode works' if works else 'forward mode fails with this model, finite differences'}")
     groups = 4 if args.per_element else job.groups
-    plan = None if args.no_evidence else plan_for(source, effort)
+    plan = None if args.no_evidence else plan_for(source, effort, args.steps)
     if plan is not None and args.no_fit:
         plan = replace(plan, fit=None)
     return replace(job, probe_method=method, groups=groups), plan
