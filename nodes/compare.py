@@ -119,13 +119,13 @@ class CompareNode:
         found: dict[tuple[_Run, int], list[Tensor]] = {}
         for run in runs:
             for n in counts:
-                host.say(f"{run}, {n} steps", str(unique_id))
+                host.say_first(f"{run}, {n} steps", "", str(unique_id))
                 # What the KSampler node calls, so that every sampler gets the very steps that it gets there.
                 given = (model, noise, n, cfg, run.sampler, run.scheduler, positive, negative, latent)
                 found[run, n] = _streams(comfy.sample.sample(*given, **shared))
         errors = {key: _error(x, reference) for key, x in found.items()}
         table = _table(runs, counts, errors)
-        host.say("Compare samplers: done", str(unique_id))
+        host.say_first("Compare samplers: done", "", str(unique_id))
         plot = panels_picture([[_panel(runs, counts, errors)]], f"error over steps, cfg {cfg:g}", zoom=1.6)
         pictures = {key: x[0] for key, x in found.items()}
         grid = _grid(vae, runs, counts, pictures, reference[0])

@@ -111,7 +111,7 @@ class ComputeNode:
         from ..ems_tools.hosting import scales_of
         from ..ems_tools.hosting.runs import GUIDER
         from ..ems_tools.show.describe import lines_of
-        from .find import Handle, identity_of
+        from .find import Handle, identity_of, trust
         from .pictures import ems_picture
         from .session import Request, measure
 
@@ -140,6 +140,7 @@ class ComputeNode:
             node=str(unique_id),
         )
         file, path = measure(request)
+        trust().computed(file)
         host.say(f"Compute EMS: done, {path.name}", str(unique_id))
         text = "\n".join([str(path), *lines_of(file)])
         result = (Handle(file, path.name, path), str(path), ems_picture(file, path.name), text)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..ems_tools.hosting import Statistics, choose_statistics
+from ..ems_tools.hosting import Origin, Statistics, TrustBook, choose_statistics
 from ..sampler import EMS
 from . import host
 from .graph import Place, all_links, executing, input_path
@@ -34,6 +34,7 @@ __all__ = [
     "identity_of",
     "library",
     "none_for",
+    "trust",
 ]
 
 ATTACHMENT = "dpm_solver_v3"
@@ -65,7 +66,7 @@ class Attached:
 class Found:
     """Statistics for a run, or None, and in `message` what was found and what to do.
 
-    `missing`: there is no file for this model, so computing one would help.
+    `missing`: there is no file for this model, so computing one would help. `origin`: the file, for its trial on first use.
     """
 
     ems: EMS | None
@@ -73,6 +74,7 @@ class Found:
     strength: float | str = "auto"
     warn: bool = False
     missing: bool = False
+    origin: Origin | None = None
 
 
 @lru_cache(maxsize=1)
@@ -80,6 +82,12 @@ def _cache() -> FingerprintCache:
     from ..ems_tools.share.identity import FingerprintCache
 
     return FingerprintCache(host.user_file("fingerprints.json"))
+
+
+@lru_cache(maxsize=1)
+def trust() -> TrustBook:
+    """What is known of statistics files: computed here, tried, or found wrong."""
+    return TrustBook(host.user_file("trust.json"))
 
 
 @lru_cache(maxsize=1)
@@ -195,7 +203,7 @@ def find(run: Running, x: Tensor, options: Options, same_architecture: bool = Fa
 
 def _of(handle: Handle, reason: str, run: Running, x: Tensor, strength: float | str = "auto") -> Found:
     found: Statistics = choose_statistics(handle.file, handle.name, reason, run.facts(), tuple(x.shape))
-    return Found(found.ems, found.message, strength, found.warn)
+    return Found(found.ems, found.message, strength, found.warn, origin=Origin(handle.file, handle.name))
 
 
 def channels_of(patcher: Patcher | None) -> int | None:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ems_tools.hosting import Run, Steps, choose_steps, evaluations_of_effort, in_words, unfitted_steps
-from ..sampler import StepInfo, half_corrector_sigma, sample_dpm_solver_v3
+from ..ems_tools.hosting import Run, Steps, choose_steps, evaluations_of_effort, in_words, sample_on_trial, unfitted_steps
+from ..sampler import StepInfo, half_corrector_sigma
 from . import host
-from .find import Found, find, find_file, identity_of, none_for
+from .find import Found, find, find_file, identity_of, none_for, trust
 from .graph import Asked, asked, executing
 from .model import Running, level_table, run_of_guider, running, words_of_guider
 from .protocols import Callback, Guider, ModelSampling, Options
@@ -52,7 +52,10 @@ def sample_host(
     if below != AUTO:
         options["corrector_below"] = half_corrector_sigma(level_table(run.sampling)) if below == HALF else float("inf")
     clock = _Clock(callback)
-    out = sample_dpm_solver_v3(
+    out = sample_on_trial(
+        trust(),
+        found.origin,
+        _tell,
         model,
         x,
         sigmas,
@@ -68,6 +71,11 @@ def sample_host(
         spent = in_words(clock.seconds / len(x) * evaluations_of_effort("quick"))
         host.say(f"{found.message} (about {spent} for this cfg)", executing().node)
     return out
+
+
+def _tell(message: str) -> None:
+    host.log(message, warn=True)
+    host.say(message, executing().node)
 
 
 class _Clock:

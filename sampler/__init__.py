@@ -22,7 +22,7 @@ from .schedules import (
     uniform_time,
 )
 from .settings import AUTO, DEFAULTS, DEFAULTS_STRONG_GUIDANCE, Recommendation, RecommendationEntry, Settings
-from .solver import Run, SamplingError, StepInfo, plan_for, sample_dpm_solver_v3, settings_for
+from .solver import Run, SamplingError, StepInfo, plan_for, sample_dpm_solver_v3, settings_for, takes_typical_steps
 from .space import Space
 from .wrapper import LambdaDenoiser
 
@@ -55,6 +55,7 @@ __all__ = [
     "quadratic_time",
     "sample_dpm_solver_v3",
     "settings_for",
+    "takes_typical_steps",
     "uniform_lambda",
     "uniform_time",
 ]

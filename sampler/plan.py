@@ -19,8 +19,9 @@ from .ems import EMS
 from .fitted import FittedSteps
 from .settings import Settings
 from .space import Space
+from .typical import typical_steps
 
-__all__ = ["Plan", "StepPlan", "check_levels", "fitted_plan", "forget_plans", "make_plan"]
+__all__ = ["Plan", "StepPlan", "check_levels", "fitted_plan", "forget_plans", "make_plan", "typical_plan"]
 
 
 @dataclass(frozen=True)
@@ -272,3 +273,11 @@ def fitted_plan(levels: tuple[float, ...], space: Space, fitted: FittedSteps) ->
         for i, (decay, weights) in enumerate(zip(fitted.decay, fitted.weights))
     ]
     return Plan(levels, tuple(steps), fitted.start)
+
+
+@lru_cache(maxsize=8)
+def typical_plan(levels: tuple[float, ...], space: Space, guidance: float | None) -> Plan:
+    """The plan for falling host noise `levels` [n + 1] when nothing but perhaps the guidance scale is known: `typical`."""
+    slope = torch.zeros(1, dtype=torch.float64)  # m = D
+    steps = (StepPlan(slope, corrector, predictor) for corrector, predictor in typical_steps(levels, space, guidance))
+    return Plan(levels, tuple(steps))

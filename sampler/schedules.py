@@ -198,18 +198,21 @@ def quadratic_time(schedule: NoiseSchedule, n: int, *, to_zero: bool = False) ->
     return _assemble(lambda u: schedule.level_at(_line(*ends, u) ** 2), n, to_zero)
 
 
-def cosine_time(schedule: NoiseSchedule, n: int, *, to_zero: bool = False) -> Tensor:
-    """Steps that are short at both ends of time: time falls as (1 + cos(pi u)) / 2, the roots of Chebyshev's polynomials.
+def cosine_time(schedule: NoiseSchedule, n: int, *, share: float = 1.0, to_zero: bool = False) -> Tensor:
+    """Steps that are short at both ends of time: time falls as (1 + cos(pi u)) / 2, as Chebyshev's nodes do.
 
-    With `to_zero` node k of n stands at u = k / n, so the steps shorten towards 0 and no step is lost at the end.
+    With `to_zero` node k of n stands at u = k / n, so the steps shorten towards 0 and no step is lost at the end. `share` below
+    1 mixes with equal steps: 0 is uniform time.
     """
+
+    def levels(u: Tensor) -> Tensor:
+        passed = (1 - share) * u + share * (1 - torch.cos(math.pi * u)) / 2
+        return schedule.level_at(_line(schedule.time_max, schedule.time_min, passed))
+
     if n > 0 and to_zero:
-        u = torch.arange(n, dtype=torch.float64) / n
-        levels = schedule.level_at(_line(schedule.time_max, schedule.time_min, (1 - torch.cos(math.pi * u)) / 2))
-        return torch.cat([levels, levels.new_zeros(1)])
-    return _assemble(
-        lambda u: schedule.level_at(_line(schedule.time_max, schedule.time_min, (1 - torch.cos(math.pi * u)) / 2)), n, to_zero
-    )
+        values = levels(torch.arange(n, dtype=torch.float64) / n)
+        return torch.cat([values, values.new_zeros(1)])
+    return _assemble(levels, n, to_zero)
 
 
 def uniform_lambda(schedule: NoiseSchedule, n: int, *, to_zero: bool = False) -> Tensor:

@@ -74,7 +74,10 @@ OPTIONS = tuple(field.name for field in fields(Settings))
 DEFAULTS = Settings(order=2, corrector="pseudo")
 DEFAULTS_STRONG_GUIDANCE = Settings(order=2, corrector="none")
 STRONG_GUIDANCE = 5.0
-"""Why these: on the embedded model, error over that of order 2 without corrector, geometric mean over 8 schedules at 5, 6, 8
+"""What options left at "auto" are beside one that is set, and with statistics that recommend nothing. Without statistics and
+with all options at "auto" no formula is used: `typical`.
+
+Why these: on the embedded model, error over that of order 2 without corrector, geometric mean over 8 schedules at 5, 6, 8
 and 10 steps (`benchmarks/defaults.py`).
 
 | guidance          | order 2, pseudo | order 2, raised | order 3, none | order 3, pseudo |

@@ -18,11 +18,11 @@ from torch import Tensor
 from .coefficients import Update
 from .ems import EMS
 from .fitted import FittedSteps
-from .plan import Plan, check_levels, fitted_plan, make_plan
+from .plan import Plan, check_levels, fitted_plan, make_plan, typical_plan
 from .settings import AUTO, OPTIONS, Corrector, Predictor, Settings, defaults_for, resolve_settings
 from .space import Space
 
-__all__ = ["Run", "SamplingError", "StepInfo", "plan_for", "sample_dpm_solver_v3", "settings_for"]
+__all__ = ["Run", "SamplingError", "StepInfo", "plan_for", "sample_dpm_solver_v3", "settings_for", "takes_typical_steps"]
 
 _NO_EMS = EMS.degenerate()
 _GREW = (
@@ -87,12 +87,14 @@ def sample_dpm_solver_v3(
         extra_args: keyword arguments for `model`.
         callback: called once a step with `x`, `i`, `sigma`, `sigma_hat`, `denoised`.
         disable: hide the progress bar (as in k-diffusion).
-        ems: the model's statistics; None is data prediction (multistep DPM-Solver++ with a corrector at option).
+        ems: the model's statistics. None with all options at "auto" takes steps that are good on many models (`typical`); None
+            with any option set is data prediction (multistep DPM-Solver++ with a corrector at option).
         space: "sigma" for x = x0 + sigma n; "flow" for x = (1 - t) x0 + t n with sigmas = t.
         order, predictor, corrector, corrector_below, lower_order_final, strength: see `Settings`. At "auto" they
-            follow the recommendation stored with the statistics, else measured defaults. With all of them at "auto", and
+            follow the recommendation stored with the statistics, else `settings.DEFAULTS`. With all of them at "auto", and
             `sigmas` a schedule fitted to the model, its fitted coefficients are used (see `fitted`).
-        guidance: the guidance scale that `model` applies, if known: the defaults depend on it.
+        guidance: the guidance scale that `model` applies, if known: what "auto" means beside options that are set, or with
+            statistics, depends on it.
 
     Returns:
         x [B, C, ...] at sigmas[-1], in x's dtype.
@@ -177,6 +179,8 @@ def plan_for(
         if plan.is_sane(space):
             return plan
         warnings.warn(f"the fitted coefficients {_NOT_SANE}", RuntimeWarning, stacklevel=2)
+    if takes_typical_steps(levels, space, ems, chosen):
+        return typical_plan(host, space, guidance)
     if ems is not None and settings.strength:
         plan = make_plan(host, space, ems, settings)
         if plan.is_sane(space):
@@ -191,7 +195,7 @@ def settings_for(
     """The settings that sampling would use: user's choices, else the recommendation, else the defaults.
 
     A recommendation holds on the very schedule that it was measured on. On any other one, statistics that were measured
-    somewhere have strength 0 at "auto" and the defaults apply, so that a file never makes a picture worse: used unmeasured,
+    somewhere have strength 0 at "auto" and are as good as absent, so that a file never makes a picture worse: used unmeasured,
     they gained up to four times on some schedules and lost up to three times on others. Statistics without any recommendation
     are used at full strength unless `EMS.growth` is above GROWTH_LIMIT.
     """
@@ -202,12 +206,29 @@ def settings_for(
     if ems is None:
         return resolve_settings(defaults, None, chosen)
     lambdas = space.lambda_of(levels)
-    lambdas = lambdas[lambdas.isfinite()]
-    advice = ems.recommendation
-    if advice is not None and not rises and advice.covers(lambdas.tolist()):
-        return resolve_settings(defaults, advice.best_for(lambdas.tolist()), chosen)
-    unused = rises or advice is not None or ems.growth(lambdas) * defaults.strength > GROWTH_LIMIT
+    unused = rises or _left_out(ems, lambdas)
+    if ems.recommendation is not None and not unused:
+        return resolve_settings(defaults, ems.recommendation.best_for(lambdas[lambdas.isfinite()].tolist()), chosen)
     return resolve_settings(replace(defaults, strength=0.0) if unused else defaults, None, chosen)
+
+
+def takes_typical_steps(levels: Tensor, space: Space, ems: EMS | None, chosen: Mapping[str, Any]) -> bool:
+    """Whether sampling takes the steps of `typical`: every option at "auto", on falling levels, no statistics that are used.
+
+    `settings_for` then only says what options would start from of which the user sets one.
+    """
+    falls = len(levels) > 1 and bool(levels[0] > levels[-1])
+    if not falls or any(chosen.get(name, AUTO) != AUTO for name in OPTIONS):
+        return False
+    return ems is None or _left_out(ems, space.lambda_of(levels))
+
+
+def _left_out(ems: EMS, lambdas: Tensor) -> bool:
+    """Whether statistics stay unused at "auto" on this schedule: measured elsewhere only, or unmeasured and too large."""
+    finite, advice = lambdas[lambdas.isfinite()], ems.recommendation
+    if advice is not None:
+        return not advice.covers(finite.tolist())
+    return ems.growth(finite) > GROWTH_LIMIT
 
 
 def _fitted_for(levels: Tensor, space: Space, ems: EMS | None, chosen: dict[str, Any]) -> FittedSteps | None:
@@ -252,8 +273,6 @@ class Run:
         self._levels = torch.tensor(plan.levels, dtype=torch.float64).to(x.device, dtype)
         self._steps = _ready(plan, x.device, dtype, x.ndim)
         self._history: dict[int, Tensor] = {}  # node -> m
-        self._first_output: Tensor | None = None
-        self._makes_tensors = False
 
     @property
     def done(self) -> bool:
@@ -284,21 +303,8 @@ class Run:
         if not denoised.sum(dtype=torch.float32).isfinite():
             _check_finite(self._x, denoised, self.i, self.plan)
         m = self._steps[self.i].m(self._x, denoised.to(self._x.dtype))
-        self._history[self.i] = self._kept(m, denoised)
-
-    def _kept(self, m: Tensor, denoised: Tensor) -> Tensor:
-        """`m`, or a copy of it where it is the model's own buffer, which the next call may write over.
-
-        The first output is kept beside its copy; a second one in other memory shows that the model makes new tensors.
-        """
-        if m.data_ptr() != denoised.data_ptr() or self._makes_tensors:
-            return m
-        if self._first_output is None:
-            self._first_output = denoised
-        elif self._first_output.data_ptr() != denoised.data_ptr():
-            self._makes_tensors, self._first_output = True, None
-            return m
-        return m.clone()
+        # A model may write its next output over this one, from whichever call on (CUDA graphs do so once they are recorded).
+        self._history[self.i] = m.clone() if m.data_ptr() == denoised.data_ptr() else m
 
     def advance(self) -> None:
         """Correct the step that led here, then go on to the next level."""

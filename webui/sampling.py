@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ems_tools.hosting import choose_steps, unfitted_steps
-from ..sampler import AUTO, EMS, LevelTable, Space, StepInfo, sample_dpm_solver_v3, settings_for
+from ..sampler import AUTO, EMS, LevelTable, Space, StepInfo, sample_dpm_solver_v3, settings_for, takes_typical_steps
 from . import host, model
 from .find import NONE, Found, facts_of, find, find_entry
 from .objects import Denoiser, StepTold, Wrap
@@ -125,7 +125,8 @@ def _statistics(
     advice = None if found.ems is None else found.ems.recommendation
     lambdas = run.space.lambda_of(levels).tolist()
     fitted = advice is not None and all(v == AUTO for v in options.values()) and advice.fitted_for(lambdas) is not None
-    used = None if fitted else settings_for(levels, run.space, found.ems, options, guidance)
+    own_steps = fitted or takes_typical_steps(levels, run.space, found.ems, options)
+    used = None if own_steps else settings_for(levels, run.space, found.ems, options, guidance)
     record(run.p, choice, found.title, used, part)
     return found.ems
 

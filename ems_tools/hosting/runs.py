@@ -136,8 +136,10 @@ def unfitted_steps(schedule: NoiseSchedule, steps: int) -> tuple[str, Tensor]:
 
     Chosen by `benchmarks/unfitted_steps.py`, with this sampler and no statistics, for each family of models.
     """
-    if schedule.space is Space.FLOW or steps < KARRAS_FROM:
+    if schedule.space is Space.FLOW:
         return "cosine", cosine_time(schedule, steps, to_zero=True)
+    if steps < KARRAS_FROM:
+        return "half-cosine", cosine_time(schedule, steps, share=0.5, to_zero=True)
     return "Karras", karras(schedule, steps, to_zero=True)
 
 

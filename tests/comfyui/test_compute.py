@@ -107,11 +107,11 @@ def test_the_fitted_schedule(any_server: Any, nodes: Any) -> None:
         own = any_server.run(nodes(*toy("EPS", shape), *custom))
         assert torch.allclose(any_server.latent(listed), any_server.latent(own), atol=1e-5)
     any_server.run(nodes(*toy("EPS", shape), *sampled(sampler_name="euler", scheduler="dpm_solver_v3_fitted", cfg=3.0)))
-    assert "suit the sampler dpm_solver_v3 only, not euler: cosine steps instead" in any_server.log()
+    assert "suit the sampler dpm_solver_v3 only, not euler: half-cosine steps instead" in any_server.log()
     other = toy("EPS", "2,7,8,8")
     partial = any_server.run(nodes(*other, *sampled(scheduler="dpm_solver_v3_fitted", denoise=0.5)))
     assert torch.isfinite(any_server.latent(partial)).all()
-    assert "no EMS for this model: run Compute EMS once: Karras steps instead" in any_server.log()
+    assert "no EMS for this model: run Compute EMS once for fitted steps: Karras steps instead" in any_server.log()
 
 
 def test_two_scales_two_prompts_and_previews(server: Any, nodes: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 
 from dpm_solver_v3.diffusers import DPMSolverV3Scheduler
+from dpm_solver_v3.ems_tools.file.contents import EMSFile
 from dpm_solver_v3.ems_tools.file.reader import EMSFileError, load_ems_file
-from dpm_solver_v3.sampler import Space, VPDiscrete, sample_dpm_solver_v3
+from dpm_solver_v3.ems_tools.file.rows import EMSMeta, FittedRow
+from dpm_solver_v3.sampler import FittedSteps, Space, VPDiscrete, sample_dpm_solver_v3
 
 ROOT = Path(__file__).resolve().parents[2]
 STATS = ROOT / "stats" / "embedded-emoji.ems.safetensors"
@@ -228,6 +231,43 @@ def test_fitted_steps_are_used_with_a_file_and_a_guidance_scale() -> None:
     asked = DPMSolverV3Scheduler(**SD, ems=str(STATS), guidance_scale=4.0, use_karras_sigmas=True)
     asked.set_timesteps(8)
     assert asked.sigmas[1] == pytest.approx(7.9029, abs=1e-3)
+
+
+@pytest.mark.parametrize(("start", "used"), [(1.0, True), (1.2, False)])
+def test_fitted_steps_of_a_flow_that_its_pipeline_cannot_begin_are_left(tmp_path: Path, start: float, used: bool) -> None:
+    """Pipelines of flows begin with unit noise, whatever the scheduler says."""
+    lambdas = (-6.9, -1.0, 0.5)
+    steps = FittedSteps(lambdas, (0.5, 0.5, 0.0), ((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), start)
+    row = FittedRow(3.0, 3, lambdas, steps, (0.1,) * 3, (0.2,) * 3, "karras", (0.5, 0.4, 0.6), 8)
+    meta = EMSMeta(space="flow", sigma_min=0.001, sigma_max=999.0, fitted=(row,))
+    grid, one = torch.linspace(-6.9, 6.9, 9, dtype=torch.float64), torch.ones(1, 9, 4)
+    file = EMSFile(lambdas=grid, guidance=torch.tensor([3.0], dtype=torch.float64), l=one, s=0 * one, b=0 * one, meta=meta)
+    file.save(tmp_path / "flow.ems.safetensors")
+    scheduler = DPMSolverV3Scheduler(prediction_type="flow_prediction", ems=str(tmp_path / "flow.ems.safetensors"))
+    scheduler.set_timesteps(3)
+    assert (scheduler.sigmas[1].item() == pytest.approx(1 / (1 + math.exp(-1.0)))) == used
+    assert (scheduler.init_noise_sigma == 1) == (not used)
+
+
+def test_outputs_as_a_tuple_and_after_loading_are_the_same(mixture: Any, y_start: Tensor, tmp_path: Path) -> None:
+    model, scheduler = network(mixture, "epsilon"), DPMSolverV3Scheduler(trained_betas=[0.01 + 0.0001 * k for k in range(100)])
+    scheduler.save_pretrained(tmp_path)
+    ends = []
+    for other in (
+        scheduler,
+        DPMSolverV3Scheduler.from_pretrained(tmp_path),
+        DPMSolverV3Scheduler.from_config(scheduler.config),
+    ):
+        other.set_timesteps(4)
+        x, t = y_start / 6, other.timesteps[0]
+        output = model(x, t)
+        result = other.step(output, t, x)
+        ends.append(result.prev_sample)
+        other.set_timesteps(4)  # which begins anew
+        pair = other.step(output, t, x, return_dict=False)
+        assert torch.equal(pair[0], result.prev_sample) and torch.equal(pair[1], result.pred_original_sample)
+        assert pair[0].shape == x.shape and len(other) == 1000 and other.order == 1
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
 
 
 def test_saved_and_loaded_with_the_file_beside(tmp_path: Path) -> None:
