@@ -215,7 +215,7 @@ class InspectNode:
         from ..ems_tools.show.describe import lines_of
         from .pictures import ems_picture
 
-        bad = [f"refused: {e.name}: {e.problem}" for e in library().entries() if e.file is None]
+        bad = [f"refused: {e.name}: {e.problem}" for e in library().entries() if e.problem]
         text = "\n".join([ems.name, *lines_of(ems.file), *(["", *bad] if bad else [])])
         return {"ui": {"text": [text]}, "result": (ems_picture(ems.file, ems.name, statistics), text)}
 

@@ -225,6 +225,6 @@ def find_file(patcher: Patcher | None) -> Handle | None:
 
 def none_for(identity: ModelIdentity) -> str:
     """That there is no file, in one line."""
-    bad = [e.name for e in library().entries() if e.file is None]
+    bad = [e.name for e in library().entries() if e.problem]
     refused = f" ({len(bad)} unusable files, see Inspect EMS: {', '.join(bad[:3])})" if bad else ""
     return f"no EMS for {identity.name or 'this model'}{refused}: run Compute EMS once"

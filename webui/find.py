@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..ems_tools.hosting import Run, choose_statistics
+from ..ems_tools.hosting import Origin, Run, TrustBook, choose_statistics
 from ..ems_tools.share.identity import ModelIdentity
 from ..ems_tools.share.library import Entry, Library
 from ..sampler import EMS
@@ -27,6 +27,7 @@ __all__ = [
     "named",
     "title_of",
     "titles",
+    "trust",
 ]
 
 AUTOMATIC, NONE = "automatic", "none"
@@ -40,6 +41,13 @@ class Found:
     ems: EMS | None
     message: str
     title: str = NONE
+    origin: Origin | None = None
+
+
+@lru_cache(maxsize=1)
+def trust() -> TrustBook:
+    """What is known of statistics files: computed here, tried, or found wrong."""
+    return TrustBook(host.data_folder() / "cache" / "dpm-solver-v3-trust.json")
 
 
 @lru_cache(maxsize=1)
@@ -72,13 +80,13 @@ def title_of(entry: Entry) -> str:
 
 def titles() -> list[str]:
     """Titles of all usable files."""
-    return [title_of(e) for e in library().entries() if e.file is not None]
+    return [title_of(e) for e in library().entries() if not e.problem]
 
 
 def named(text: str) -> Entry:
     """The usable file that `text` means: its title, else its fingerprint alone, else its name. Raises HostError."""
     name, _, mark = text.strip().removesuffix("]").rpartition("[")
-    entries = [e for e in library().entries() if e.file is not None]
+    entries = [e for e in library().entries() if not e.problem]
     by_mark = [e for e in entries if mark and fingerprint(e.path) == mark.strip()]
     by_name = [e for e in entries if e.name.removesuffix(_SUFFIX) == (name or mark).strip().removesuffix(_SUFFIX)]
     if found := [e for e in by_mark if e in by_name] or by_mark or by_name:
@@ -95,10 +103,15 @@ def facts_of(run: model.Running, guidance: float | None, sampler: str | None = N
 def find(run: model.Running, x: Tensor, guidance: float, wanted: str = AUTOMATIC, same_architecture: bool = False) -> Found:
     """Statistics for latents like x [B, C, ...]. A file that is missing or does not fit never stops a run."""
     entry, reason = find_entry(run, x.shape[1], wanted, same_architecture)
-    if entry is None or entry.file is None:
+    file = None if entry is None else entry.file
+    if entry is None or file is None:
         return Found(None, reason)
-    found = choose_statistics(entry.file, entry.name, reason, facts_of(run, guidance), tuple(x.shape))
-    return Found(found.ems, found.message, NONE if found.ems is None else title_of(entry))
+    found = choose_statistics(file, entry.name, reason, facts_of(run, guidance), tuple(x.shape))
+    if found.ems is None:
+        return Found(None, found.message)
+    origin = Origin(file, entry.name)
+    refusal = trust().refusal(origin)
+    return Found(None, refusal) if refusal else Found(found.ems, found.message, title_of(entry), origin)
 
 
 def find_entry(
@@ -117,7 +130,7 @@ def find_entry(
     identity = model.identity_of(run)
     match = library().find(identity, channels=channels, same_architecture=same_architecture)
     if match is None:
-        bad = [e.name for e in library().entries() if e.file is None]
+        bad = [e.name for e in library().entries() if e.problem]
         refused = f" ({len(bad)} unusable files, see the tab EMS: {', '.join(bad[:3])})" if bad else ""
         size = "" if channels is None else f", {channels} channels"
         what = f"{identity.name or 'this model'} ({identity.architecture}{size})"

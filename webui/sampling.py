@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..ems_tools.hosting import choose_steps, unfitted_steps
-from ..sampler import AUTO, EMS, LevelTable, Space, StepInfo, sample_dpm_solver_v3, settings_for, takes_typical_steps
+from ..ems_tools.hosting import choose_steps, sample_on_trial, unfitted_steps
+from ..sampler import AUTO, LevelTable, Space, StepInfo, settings_for, takes_typical_steps
 from . import host, model
-from .find import NONE, Found, facts_of, find, find_entry
+from .find import NONE, Found, facts_of, find, find_entry, trust
 from .objects import Denoiser, StepTold, Wrap
 from .options import Choice, SolverOptions, chosen, record
 
@@ -91,11 +92,23 @@ def _sample(
     while True:
         run, watched = model.running(denoiser), _Watched(denoiser, known)
         guidance = run.guidance(extra_args.get("cond_scale"))
-        ems = _statistics(run, x, sigmas[start:], guidance, choice, options, part)
+        found = _statistics(run, x, sigmas[start:], guidance, choice, options, part)
         told = _told(callback, start)
         try:
-            return sample_dpm_solver_v3(
-                watched, x, sigmas[start:], extra_args, told, quiet, ems=ems, space=run.space, guidance=guidance, **options
+            return sample_on_trial(
+                trust(),
+                found.origin,
+                partial(_dropped, denoiser, run, choice, part),
+                watched,
+                x,
+                sigmas[start:],
+                extra_args,
+                told,
+                quiet,
+                ems=found.ems,
+                space=run.space,
+                guidance=guidance,
+                **options,
             )
         except _SwitchedError as switch:
             start, x, known, part = start + switch.call, switch.x, switch.denoised, "refiner"
@@ -115,7 +128,7 @@ def _told(callback: StepTold | None, start: int) -> StepTold | None:
 
 def _statistics(
     run: model.Running, x: Tensor, sigmas: Tensor, guidance: float, choice: Choice, options: SolverOptions, part: str
-) -> EMS | None:
+) -> Found:
     try:
         found = find(run, x, guidance, choice.ems, choice.same_architecture)
     except Exception as error:  # the picture comes first
@@ -128,7 +141,15 @@ def _statistics(
     own_steps = fitted or takes_typical_steps(levels, run.space, found.ems, options)
     used = None if own_steps else settings_for(levels, run.space, found.ems, options, guidance)
     record(run.p, choice, found.title, used, part)
-    return found.ems
+    return found
+
+
+def _dropped(denoiser: Denoiser, run: model.Running, choice: Choice, part: str, message: str) -> None:
+    """A file turned out to be wrong, and the picture is made anew: the host counts its steps from the start again."""
+    _say("trial", message)
+    record(run.p, choice, NONE, None, part)
+    if hasattr(denoiser, "step"):
+        denoiser.step = 0
 
 
 def _say(topic: str, message: str) -> None:

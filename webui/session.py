@@ -23,6 +23,7 @@ from ..ems_tools.hosting import GUIDER, PROMPTS, Watch, evaluations_of_effort, i
 from ..ems_tools.share.identity import ModelIdentity, one_line_of
 from ..sampler import SamplingError
 from . import host, model, passes
+from .find import trust
 from .objects import Denoiser
 from .sampling import MEASURE, NAME
 
@@ -205,6 +206,7 @@ class Work:
             host.log(f"EMS: {watch.total} evaluations, into {self.path}")
             show = partial(self._show, watch)
             done = compute_ems(source, job, plan, self.path, batch=r.batch, device=x.device, progress=show)
+        trust().computed(done)
         self.file = done
 
     def _identity(self, run: model.Running, identity: ModelIdentity, schedules: list[str]) -> dict[str, str]:
