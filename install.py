@@ -160,7 +160,8 @@ def _obstacle() -> str:
 def _stamp(requirements: tuple[str, ...]) -> str:
     """Changes with anything that makes an existing .venv stale, the checkout's place and the Python included."""
     facts = [*requirements, *BARE, str(ROOT), str(sys.version_info[:2])]
-    facts.append((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    for name in ("pyproject.toml", "__init__.py"):  # the latter holds the version
+        facts.append((ROOT / name).read_text(encoding="utf-8") if (ROOT / name).is_file() else "")
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
 

@@ -1,74 +1,103 @@
-"""Which order and corrector to use when nothing is known: the measurement behind DEFAULTS and STRONG_GUIDANCE.
+"""Without a file, are we ever worse than the best built-in sampler on the same schedule? On the networks of the zoo.
 
-    python benchmarks/defaults.py [--noises 9] [--guidance 1,4,7.5] [--steps 5,6,8,10] [--threads 2]
+    COMFYUI_PATH=... python benchmarks/defaults.py [--networks signals shapes latents] [--guidance 1 4 7.5] [--steps 5 8 20]
+        [--schedules karras time ...] [--noises 12] [--weights FOLDER] [--threads 2]
 
-On the embedded model, over all schedules of the quality benchmark, the error of each combination over that of order 2 without
-corrector (same statistics, schedule, steps, noise): geometric mean, and in how many cells it is the lowest. Its noise is used
-nowhere else.
+Prints, for every network, guidance scale, schedule and number of steps, our squared error with every option at "auto" and that
+with the formula steps of `settings.defaults_for`, over the best of `rivals.RIVALS` and of ComfyUI's samplers (`entrants`, where
+COMFYUI_PATH is set): geometric means over samples; the best is chosen in hindsight, cell by cell. Then median, 90 % and worst.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from common import SCHEDULES, Problem, geometric_mean, per_sample_error
-from quality import load_ems
-from tqdm import tqdm
+from common import geometric_mean, per_sample_error
+from entrants import comfyui_rivals, host_schedules
+from rivals import RIVALS
+from torch import Tensor
+from zoo import NETWORKS, WEIGHTS, Loaded, load
 
-from dpm_solver_v3.sampler import EMS, sample_dpm_solver_v3
+from dpm_solver_v3.sampler import karras, sample_dpm_solver_v3, uniform_lambda, uniform_time
+from dpm_solver_v3.sampler.settings import defaults_for
 
-SEED = 3
-COMBINATIONS: dict[str, dict[str, Any]] = {
-    "order 2, none": {"order": 2, "corrector": "none"},
-    "order 2, pseudo": {"order": 2, "corrector": "pseudo"},
-    "order 2, raised": {"order": 2, "corrector": "raised"},
-    "order 3, none": {"order": 3, "corrector": "none"},
-    "order 3, pseudo": {"order": 3, "corrector": "pseudo"},
-}
+SEED = 21
+
+
+def schedules_of(network: Loaded) -> dict[str, Callable[[int], Tensor]]:
+    """Host schedules on the network's range, all of which end at 0."""
+    noise = network.entry.schedule
+    found: dict[str, Callable[[int], Tensor]] = {
+        "karras": lambda n: karras(noise, n, to_zero=True),
+        "lambda": lambda n: uniform_lambda(noise, n, to_zero=True),
+        "time": lambda n: uniform_time(noise, n, to_zero=True),
+        "flow": lambda n: _flow(network.ends[0], n),
+    }
+    hosts = host_schedules(noise)
+    return {**found, **{name: hosts[name] for name in ("sgm_uniform", "beta", "kl_optimal")}}
+
+
+def _flow(high: float, n: int) -> Tensor:
+    t = torch.linspace(high / (1 + high), 0, n + 1, dtype=torch.float64)
+    return t / (1 - t)
+
+
+def cells(network: Loaded, guidance: float, args: argparse.Namespace) -> list[tuple[float, float]]:
+    """Ratios (auto, formula) to the best rival in every cell of this network and guidance scale, printed as they come."""
+    denoiser, (high, low) = network.denoiser(guidance), network.ends
+    noise = torch.randn(args.noises, *network.entry.shape, generator=torch.Generator().manual_seed(SEED))
+    fine = torch.linspace(math.log(high), math.log(min(low, 0.006)), 140, dtype=torch.float64).exp()
+    fine = torch.cat([fine, torch.zeros(1, dtype=torch.float64)])
+    exact = sample_dpm_solver_v3(denoiser, noise * high, fine, disable=True, order=3, corrector="none")
+    rivals = {**RIVALS, **comfyui_rivals()}
+    ratios = []
+    for name, schedule in schedules_of(network).items():
+        if args.schedules and name not in args.schedules:
+            continue
+        for n in args.steps:
+            sigmas = schedule(n)
+            x = noise * sigmas[0].item()
+            error = {r: _error(run(denoiser, x, sigmas), exact) for r, run in rivals.items()}
+            best = min(error, key=error.__getitem__)
+            auto, formula = (
+                _error(sample_dpm_solver_v3(denoiser, x, sigmas, disable=True, **options), exact) / error[best]
+                for options in ({"guidance": guidance}, defaults_for(guidance).__dict__)
+            )
+            ratios.append((auto, formula))
+            print(f"{network.name:10} {guidance:4g} {name:12} {n:3} {auto:8.2f} {formula:8.2f}   {best}", flush=True)
+    return ratios
+
+
+def _error(x: Tensor, exact: Tensor) -> float:
+    return geometric_mean(per_sample_error(x, exact)).item()
 
 
 def main() -> None:
-    """Print a table for each guidance scale, without and with statistics."""
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--noises", type=int, default=9)
-    parser.add_argument("--guidance", default="1,4,5.5,7.5")
-    parser.add_argument("--steps", default="5,6,8,10")
+    parser.add_argument("--networks", nargs="+", choices=sorted(NETWORKS), default=["signals", "shapes", "latents"])
+    parser.add_argument("--guidance", nargs="+", type=float, default=[1.0, 4.0, 7.5])
+    parser.add_argument("--steps", nargs="+", type=int, default=[5, 8, 12, 20, 30])
+    parser.add_argument("--schedules", nargs="+", help="some of them (default: all)")
+    parser.add_argument("--noises", type=int, default=12)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="of the zoo (default: out/zoo)")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    counts = [int(n) for n in args.steps.split(",")]
-    problem, statistics = Problem(SEED, 200), load_ems(None)
-    scales = [float(g) for g in args.guidance.split(",")]
-    bar = tqdm(total=len(scales) * 2 * len(SCHEDULES) * len(counts) * len(COMBINATIONS), unit="run")
-    for guidance in scales:
-        for kind, ems in (("without EMS", None), ("with EMS at strength 1", statistics(guidance))):
-            report(problem, guidance, kind, ems, counts, args.noises, bar)
-    bar.close()
-
-
-def report(problem: Problem, guidance: float, kind: str, ems: EMS | None, counts: list[int], noises: int, bar: tqdm) -> None:
-    """One table."""
-    samples = range(noises)
-    reference, start = problem.reference(samples, guidance), problem.start(samples)
-    denoiser = problem.denoiser(samples, guidance)
-    cells: list[dict[str, float]] = []
-    for make in SCHEDULES.values():
-        for n in counts:
-            cell, sigmas = {}, make(n)
-            for name, options in COMBINATIONS.items():
-                x = sample_dpm_solver_v3(denoiser, start, sigmas, ems=ems, strength=1.0, disable=True, **options)
-                cell[name] = geometric_mean(per_sample_error(x, reference.end_of(sigmas, "end"))).item()
-                bar.update()
-            cells.append(cell)
-    base = next(iter(COMBINATIONS))
-    print(f"\nguidance {guidance:g}, {kind}: error over '{base}', and lowest in how many of {len(cells)} cells")
-    for name in COMBINATIONS:
-        ratio = math.exp(sum(math.log(c[name] / c[base]) for c in cells) / len(cells))
-        wins = sum(min(c, key=c.__getitem__) == name for c in cells)
-        print(f"  {name:18} {ratio:6.3f}  {wins:3}", flush=True)
+    torch.set_grad_enabled(False)
+    print("network  guidance schedule  steps     auto  formula   best rival")
+    ratios: list[tuple[float, float]] = []
+    for name in args.networks:
+        network = load(name, args.weights)
+        for guidance in args.guidance if network.entry.classes else [1.0]:
+            ratios += cells(network, guidance, args)
+    for label, values in zip(("auto", "formula"), torch.tensor(ratios, dtype=torch.float64).T):
+        middle, most = values.quantile(torch.tensor([0.5, 0.9], dtype=torch.float64)).tolist()
+        print(f"{label}: median {middle:.2f}, 90 % below {most:.2f}, worst {values.max():.2f} ({len(values)} cells)")
 
 
 if __name__ == "__main__":

@@ -273,8 +273,6 @@ class Run:
         self._levels = torch.tensor(plan.levels, dtype=torch.float64).to(x.device, dtype)
         self._steps = _ready(plan, x.device, dtype, x.ndim)
         self._history: dict[int, Tensor] = {}  # node -> m
-        self._first_output: Tensor | None = None
-        self._makes_tensors = False
 
     @property
     def done(self) -> bool:
@@ -305,21 +303,8 @@ class Run:
         if not denoised.sum(dtype=torch.float32).isfinite():
             _check_finite(self._x, denoised, self.i, self.plan)
         m = self._steps[self.i].m(self._x, denoised.to(self._x.dtype))
-        self._history[self.i] = self._kept(m, denoised)
-
-    def _kept(self, m: Tensor, denoised: Tensor) -> Tensor:
-        """`m`, or a copy of it where it is the model's own buffer, which the next call may write over.
-
-        The first output is kept beside its copy; a second one in other memory shows that the model makes new tensors.
-        """
-        if m.data_ptr() != denoised.data_ptr() or self._makes_tensors:
-            return m
-        if self._first_output is None:
-            self._first_output = denoised
-        elif self._first_output.data_ptr() != denoised.data_ptr():
-            self._makes_tensors, self._first_output = True, None
-            return m
-        return m.clone()
+        # A model may write its next output over this one, from whichever call on (CUDA graphs do so once they are recorded).
+        self._history[self.i] = m.clone() if m.data_ptr() == denoised.data_ptr() else m
 
     def advance(self) -> None:
         """Correct the step that led here, then go on to the next level."""

@@ -83,3 +83,8 @@ def test_the_map_in_contributing_is_the_tree() -> None:
     """Mend it with `python benchmarks/house.py --map`."""
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert house.paths_of_map(page) == house.paths_of_map(f"{house.BEGIN}\n{house.map_of()}\n{house.END}")
+
+
+def test_lengths_and_exceptions_stay_within_the_limits() -> None:
+    over = {name: value for name, value in house.counts().items() if value > house.LIMITS[name]}
+    assert over == {}
