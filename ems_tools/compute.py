@@ -12,7 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sampler import EDM, EMS, Flow, NoiseSchedule, Settings, Space, half_corrector_sigma, karras, uniform_lambda, uniform_time
+from ..sampler import (
+    EDM,
+    EMS,
+    EMSError,
+    Flow,
+    NoiseSchedule,
+    Settings,
+    Space,
+    half_corrector_sigma,
+    karras,
+    uniform_lambda,
+    uniform_time,
+)
 from .estimate.moments import Moments
 from .estimate.run import (
     EstimateError,
@@ -35,6 +47,7 @@ __all__ = [
     "Effort",
     "compute_ems",
     "evaluations",
+    "is_result_of",
     "job_for",
     "plan_for",
     "statistics_file",
@@ -65,7 +78,7 @@ class Effort:
     probe_every: int = 1
 
 
-_QUICK_FIT = FitPlan((4, 5, 6, 8, 10), 10, 6, search=4, spacings=4, searched=1, moves=0, panel=5, panel_noises=3)
+_QUICK_FIT = FitPlan((4, 5, 6, 8, 10), 10, 6, search=6, spacings=4, searched=1, moves=0, panel=8, panel_noises=3)
 _FIT = FitPlan(tuple(range(4, 13)), 24, 16, search=8, spacings=10, searched=3, moves=4, panel=16, panel_noises=4)
 _THOROUGH_FIT = FitPlan(
     tuple(range(4, 13)), 64, 24, search=12, spacings=12, searched=5, moves=8, panel=24, panel_noises=6, rounds=2, refined=7
@@ -174,11 +187,14 @@ def compute_ems(
     Raises:
         EstimateError, SamplingError, DivergedError, OSError: the state so far is saved; call again to resume.
     """
+    _check_before(source, job, plan, path)
     state = JobState.open(path.with_name(path.name + ".partial"), job)
     if extend is not None and not state.tensors:
         state.tensors.update({name: v.clone() for name, v in extend.moments.items()})
     _check_same(state, source, plan)
     state.facts.setdefault("date", datetime.date.today().isoformat())
+    if state.path is not None and not state.path.exists():
+        state.save()  # claims the name: another job of this name is refused from now on
     keep = plan.fit.noises if plan is not None and plan.fit is not None else 0
     moments = estimate_moments(
         source.models, job, state, batch=batch, device=device, dtype=dtype, until=until, keep=keep, progress=progress
@@ -218,6 +234,33 @@ def with_fit(file: EMSFile, source: Source, job: Job, fit: FitPlan, state: JobSt
     file = replace(file, meta=replace(file.meta, fitted=tuple(rows), estimate={**file.meta.estimate, **facts}))
     # Standard errors give way if the rows make the file too large to share.
     return file if file.errors is None or file.per_element else replace(file.compacted(), moments=file.moments)
+
+
+def is_result_of(file: EMSFile, source: Source, job: Job, plan: CalibrationPlan | None) -> bool:
+    """Whether the file is what this request makes, fitted steps and kept moments aside."""
+    mine = _empty_file(source, job, plan)
+    facts = {k: v for k, v in mine.meta.estimate.items() if k != "samples"}
+    same = all(file.meta.estimate.get(k) == v for k, v in facts.items()) and dict(file.meta.model) == dict(mine.meta.model)
+    same = same and file.guidance.tolist() == mine.guidance.tolist() and file.lambdas.tolist() == mine.lambdas.tolist()
+    steps = set(plan.fit.steps) if plan is not None and plan.fit is not None else set()
+    return same and {row.steps for row in file.meta.fitted} == steps
+
+
+def _empty_file(source: Source, job: Job, plan: CalibrationPlan | None) -> EMSFile:
+    """What the request makes, with statistics of nothing. Raises EMSError if no file can hold it."""
+    empty = Moments.empty(torch.tensor(job.lambdas, dtype=torch.float64), job.shape, job.per_element, job.groups)
+    moments = [replace(empty, count=empty.count + 1) for _ in job.guidance]
+    return statistics_file(source, job, moments, [], datetime.date.today().isoformat(), plan, False)
+
+
+def _check_before(source: Source, job: Job, plan: CalibrationPlan | None, path: Path) -> None:
+    """What the file cannot hold, and where it cannot be written, shows before evaluation 1. Raises EstimateError."""
+    try:
+        _empty_file(source, job, plan).encode()
+    except EMSError as error:
+        raise EstimateError(f"this computation could not be kept in a file, so it was not begun: {error}") from error
+    if path.exists() and not path.is_file():
+        raise EstimateError(f"{path} is no file that could be written, so the computation was not begun: give another name")
 
 
 def _check_same(state: JobState, source: Source, plan: CalibrationPlan | None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import host
 from .objects import Denoiser
 
-__all__ = ["evaluate", "generate", "interrupt", "interrupted", "no_images", "report_progress", "session", "streams"]
+__all__ = ["evaluate", "generate", "interrupt", "interrupted", "no_images", "report_progress", "session"]
 
 T = TypeVar("T")
 
@@ -151,8 +151,3 @@ def report_progress(done: int, total: int, text: str) -> None:
     """For the host's own progress display."""
     state = host.shared("state")
     state.sampling_step, state.sampling_steps, state.textinfo = done, total, text
-
-
-def streams() -> bool:
-    """Whether the UI can show values while a handler runs."""
-    return not getattr(host.shared("cmd_opts"), "no_gradio_queue", False)

@@ -34,6 +34,11 @@ State = Literal["running", "done", "stopped", "failed"]
 class BusyError(RuntimeError):
     """Another computation is under way; the message says what to do."""
 
+    def __init__(self) -> None:
+        super().__init__(
+            "A computation is under way, and this form was not used for it. Wait for it, or press Interrupt and then Compute."
+        )
+
 
 @dataclass(frozen=True)
 class Request:
@@ -250,9 +255,7 @@ def begin(request: Request) -> Work:
     """Start a computation. Raises BusyError while another one is under way."""
     running = current()
     if running is not None and running.state == "running":
-        raise BusyError(
-            "A computation is under way, and this form was not used for it. Wait for it, or press Interrupt and then Compute."
-        )
+        raise BusyError
     work = Work(request)
     _CURRENT[:] = [work]
     threading.Thread(target=work.run, name="EMS", daemon=True).start()

@@ -1,12 +1,15 @@
 """The tab "EMS": compute statistics for the loaded checkpoint, and look after the files that are there.
 
 The computation runs in a thread of its own (`session`). A page only watches it: whoever opens the page later sees the same.
+It asks again and again, by a hidden text that each answer changes. A handler that goes on giving values would be shorter, but
+AUTOMATIC1111 cannot reload its page any more once a page was closed under such a handler.
 """
 
 from __future__ import annotations
 
 import inspect as reflection
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..ems_tools.compute import EFFORTS
@@ -14,7 +17,7 @@ from ..ems_tools.estimate.run import EstimateError
 from ..ems_tools.file import EMSFileError, load_ems_file
 from ..ems_tools.hosting import PROMPTS
 from ..ems_tools.judge.consistency import consistency_problems
-from . import page, passes
+from . import page
 from .find import library
 from .session import BusyError, Work, begin, cost_in_words, current, request_of
 
@@ -29,7 +32,7 @@ _ABOUT = (
     "then finds the file by the checkpoint. Pictures wait while it runs; this page may be closed and opened again."
 )
 _Updates = tuple[Any, ...]
-"""Values for the page's outputs, in the order of `_Page.outputs`."""
+"""Values for status, Compute, Interrupt, the table of files, the menu of files, the details of a file, and the beat."""
 
 
 def make_tab() -> list[tuple[Any, str, str]]:
@@ -54,11 +57,11 @@ def make_tab() -> list[tuple[Any, str, str]]:
             verify = gr.Button("Verify all", size="sm", elem_id="dpm_solver_v3_verify")
             refresh = gr.Button("Refresh", size="sm", elem_id="dpm_solver_v3_refresh")
         shown = gr.HTML(elem_id="dpm_solver_v3_shown")
-        results = [status, start, stop, files, names, shown]
-        streams = passes.streams()
-        open_end = _without_limit(start.click)
-        start.click(_start if streams else _last(_start), inputs=inputs, outputs=results, show_progress=False, **open_end)
-        tab.load(_watch if streams else _now, inputs=[], outputs=results, show_progress=False, **open_end)
+        beat = gr.Textbox("", label="beat", elem_classes=["dpmv3-hidden"], elem_id="dpm_solver_v3_beat")
+        results = [status, start, stop, files, names, shown, beat]
+        start.click(_start, inputs=inputs, outputs=results, show_progress=False)
+        tab.load(_now, inputs=[], outputs=results, show_progress=False)
+        beat.change(_next, inputs=[beat], outputs=results, show_progress=False, **_without_limit(beat.change))
         stop.click(_interrupt, inputs=[], outputs=[status, stop], show_progress=False)
         refresh.click(_now, inputs=[], outputs=results, show_progress=False)
         inspect.click(_inspect, inputs=[names], outputs=[shown], show_progress=False)
@@ -106,42 +109,69 @@ def _cost(scales: str, effort: str, steps: str) -> str:
         return page.box(str(error), "error")
 
 
-def _start(*values: Any) -> Iterator[_Updates]:
-    """Begin a computation and watch it; one that is under way goes on, and the page says that this form was not used."""
-    note = ""
+@dataclass(frozen=True)
+class _Beat:
+    """What a page that watches hands back with its next question.
+
+    Args:
+        count: of its questions, so that each text differs from the one before.
+        busy: whether its form was refused because a computation was under way.
+        listed: whether its table shows the unfinished file.
+    """
+
+    count: int = 1
+    busy: bool = False
+    listed: bool = False
+
+    @classmethod
+    def of(cls, text: str) -> _Beat:
+        """From `text`; the first one from anything else."""
+        parts = text.split()
+        return cls(int(parts[0]), "busy" in parts, "listed" in parts) if parts and parts[0].isdecimal() else cls()
+
+    @property
+    def text(self) -> str:
+        """For the hidden box of the page."""
+        return " ".join([str(self.count), *(["busy"] if self.busy else []), *(["listed"] if self.listed else [])])
+
+
+def _start(*values: Any) -> _Updates:
+    """Begin a computation; one that is under way goes on, and the page says that this form was not used."""
     try:
         begin(request_of(*values))
-    except BusyError as error:
-        note = page.box(str(error), "stopped")
+    except BusyError:
+        return _state(_Beat(busy=True))
     except EstimateError as error:
-        yield _updates(page.box(str(error), "error"), current())
-        return
-    for status, *others in _watch():
-        yield (note + status, *others)
+        return _updates(page.box(str(error), "error"), current())
+    return _state(_Beat())
 
 
-def _watch() -> Iterator[_Updates]:
-    """The page as it stands now; while a computation is under way, until its end."""
+def _next(text: str) -> _Updates:
+    """The page a little later; everything on it once the computation is over."""
     work = current()
-    listed = None
-    while work is not None and work.state == "running":
-        if listed != (listed := work.path is not None and work.path.with_name(f"{work.path.name}.partial").exists()):
-            yield _updates(page.status(work), work, files=True)
-        else:
-            yield _updates(page.status(work), work)
+    if work is not None:
         work.over.wait(_SECONDS)
-    yield _now()
+    before = _Beat.of(text)
+    return _state(replace(before, count=before.count + 1))
 
 
 def _now() -> _Updates:
     """Everything on the page, read anew."""
+    return _state(_Beat(), files=True)
+
+
+def _state(beat: _Beat, files: bool = False) -> _Updates:
     work = current()
-    finished = work is not None and work.state == "done"
-    return _updates(page.status(work), work, files=True, show=finished)
+    note = page.box(str(BusyError()), "stopped") if beat.busy else ""
+    if work is None or work.state != "running":
+        return _updates(note + page.status(work), work, files=True, show=work is not None and work.state == "done")
+    begun = work.path is not None and work.path.with_name(f"{work.path.name}.partial").exists()
+    files = files or (begun and not beat.listed)
+    return _updates(note + page.status(work), work, files=files, beat=replace(beat, listed=begun))
 
 
-def _updates(status: str, work: Work | None, files: bool = False, show: bool = False) -> _Updates:
-    """Values for status, Compute, Interrupt, the table of files, the menu of files, and the details of a file."""
+def _updates(status: str, work: Work | None, files: bool = False, show: bool = False, beat: _Beat | None = None) -> _Updates:
+    """`_Updates`: what is not asked for stays as it is on the page; without a beat the page stops asking."""
     import gradio as gr
 
     same, running = gr.update(), work is not None and work.state == "running"
@@ -154,17 +184,8 @@ def _updates(status: str, work: Work | None, files: bool = False, show: bool = F
     shown = same
     if name is not None and work is not None and work.path is not None and work.file is not None:
         shown = page.details(name, work.path, work.file)
-    return (status, gr.update(interactive=not running), gr.update(interactive=stoppable), table, menu, shown)
-
-
-def _last(handler: Callable[..., Iterator[_Updates]]) -> Callable[..., _Updates]:
-    """The same where the host's pages cannot show values in between."""
-
-    def finish(*values: Any) -> _Updates:
-        *_, last = handler(*values)
-        return last
-
-    return finish
+    buttons = gr.update(interactive=not running), gr.update(interactive=stoppable)
+    return (status, *buttons, table, menu, shown, same if beat is None else beat.text)
 
 
 def _interrupt() -> tuple[str, Any]:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...sampler import SamplingError
-from ..compute import EFFORTS, compute_ems, evaluations, job_for, plan_for, with_fit
+from ..compute import EFFORTS, compute_ems, evaluations, is_result_of, job_for, plan_for, with_fit
 from ..estimate.points import DivergedError
 from ..estimate.run import EstimateError, Job, JobState, Progress, forward_mode_works
 from ..estimate.source import Source
 from ..file.contents import EMSFile
 from ..file.layout import SUFFIX
-from ..file.reader import load_ems_file
+from ..file.reader import EMSFileError, load_ems_file
 from ..fit.run import FitPlan, evaluations_of_fit
 from ..judge.calibrate import CalibrationPlan
 from ..share.library import safe_name
@@ -84,23 +84,11 @@ def run_compute(args: argparse.Namespace) -> int:
     """Run `ems compute`. Returns the exit status; raises EstimateError for the user."""
     source = source_of(args)
     job, plan = _job(args, source)
-    out = args.out or _place(source)
+    out = _place(args, source, job, plan)
     extend = load_ems_file(args.extend) if args.extend else None
     if extend is not None and not extend.moments:
         raise EstimateError(f"{args.extend} has no moments to extend: it was made without --keep-moments")
-    total = evaluations(job, plan)
-    scales = ", ".join(f"{g:g}" for g in job.guidance)
-    evidence = "left out" if plan is None else f"on {plan.calibration} + {plan.report} noises"
-    if plan is not None and plan.fit is not None:
-        known = min(job.samples, plan.fit.noises)
-        cost = evaluations_of_fit(plan.fit, len(job.lambdas), len(job.guidance), known)
-        evidence += f"; {_fit_in_words(plan.fit)}, {cost} of the evaluations"
-    print(
-        f"{source.identity['name']}: guidance {scales}; {job.samples} trajectories of {len(job.lambdas)} points each, "
-        f"{job.probes} probe(s) a point; evidence {evidence}"
-    )
-    seconds = seconds_of(source, job, args) * total
-    print(f"Plan: {total} denoiser evaluations, about {_duration(seconds)} here. Writes {out}")
+    _print_plan(args, source, job, plan, out)
     if args.dry_run:
         return 0
     if out.with_name(out.name + ".partial").exists():
@@ -129,11 +117,52 @@ def run_compute(args: argparse.Namespace) -> int:
     return _verdict(file)
 
 
-def _place(source: Source) -> Path:
-    """The file to write where none is given: the model's name, with the hash of its checkpoint that Civitai shows."""
+def _print_plan(args: argparse.Namespace, source: Source, job: Job, plan: CalibrationPlan | None, out: Path) -> None:
+    total = evaluations(job, plan)
+    scales = ", ".join(f"{g:g}" for g in job.guidance)
+    evidence = "left out" if plan is None else f"on {plan.calibration} + {plan.report} noises"
+    if plan is not None and plan.fit is not None:
+        known = min(job.samples, plan.fit.noises)
+        cost = evaluations_of_fit(plan.fit, len(job.lambdas), len(job.guidance), known)
+        evidence += f"; {_fit_in_words(plan.fit)}, {cost} of the evaluations"
+    print(
+        f"{source.identity['name']}: guidance {scales}; {job.samples} trajectories of {len(job.lambdas)} points each, "
+        f"{job.probes} probe(s) a point; evidence {evidence}"
+    )
+    seconds = seconds_of(source, job, args) * total
+    print(f"Plan: {total} denoiser evaluations, about {_duration(seconds)} here. Writes {out}")
+
+
+def _place(args: argparse.Namespace, source: Source, job: Job, plan: CalibrationPlan | None) -> Path:
+    """The file to write; where none is given: the model's name, with the hash of its checkpoint that Civitai shows.
+
+    A finished file of another request is never replaced: an own name is numbered, a given one refused.
+
+    Raises:
+        EstimateError: `--out` holds something else.
+    """
+    if args.out is not None:
+        if not _is_free(args.out, args, source, job, plan):
+            raise EstimateError(f"{args.out} holds another result, which is not replaced: give another --out, or delete it")
+        return Path(args.out)
     stem, digest = source.identity["name"], source.identity.get("sha256", "")
     known = digest and "architecture" in source.identity  # a host's checkpoint; the embedded model is one of a kind
-    return Path(safe_name(f"{stem}-{digest[:10]}" if known else stem))
+    stem = safe_name(f"{stem}-{digest[:10]}" if known else stem).removesuffix(SUFFIX)
+    for k in range(1, 1000):
+        path = Path(f"{stem if k == 1 else f'{stem}_{k}'}{SUFFIX}")
+        if _is_free(path, args, source, job, plan):
+            return path
+    raise EstimateError(f"there are 999 files called {stem}: give another --out")
+
+
+def _is_free(path: Path, args: argparse.Namespace, source: Source, job: Job, plan: CalibrationPlan | None) -> bool:
+    """Whether nothing is lost by writing there: no file, the result of this very request, or the file to be extended."""
+    if not path.is_file() or (args.extend is not None and path.resolve() == args.extend.resolve()):
+        return True
+    try:
+        return is_result_of(load_ems_file(path), source, job, plan)
+    except EMSFileError:
+        return False
 
 
 def _verdict(file: EMSFile) -> int:

@@ -48,6 +48,26 @@ def _classes(text: str) -> tuple[int, ...]:
 scales.__name__, shape.__name__, _classes.__name__ = "list of guidance scales", "shape", "list of classes"  # for argparse
 
 
+def count(text: str) -> int:
+    """A whole number above 0. Raises ValueError."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def device(text: str) -> str:
+    """A device that is there. Raises argparse.ArgumentTypeError."""
+    try:
+        torch.zeros(1, device=text)
+    except Exception as error:  # torch raises of many kinds
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({str(error).splitlines()[0]:.120})") from None
+    return text
+
+
+count.__name__ = "whole number above 0"
+
+
 def add_model_options(p: argparse.ArgumentParser) -> None:
     """Options that say which model to measure, for `source_of`."""
     p.add_argument("--model", help="module:function that returns a denoiser (default: the embedded model)")
@@ -63,8 +83,8 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
 
 def add_running_options(p: argparse.ArgumentParser) -> None:
     """Options that say on what and in which pieces a model runs."""
-    p.add_argument("--batch", type=int, default=16, help="samples at once; halved when memory runs out (16)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--batch", type=count, default=16, help="samples at once; halved when memory runs out (16)")
+    p.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=("float32", "float16", "bfloat16", "float64"), default="float32", help="of x")
 
 
@@ -106,20 +126,23 @@ def _embedded(args: argparse.Namespace) -> Source:
 
 def _imported(name: str) -> Callable[[float], Model]:
     module, _, function = name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # it stays: the model may import more of its folder later
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise EstimateError(f"--model {name} cannot be loaded ({error}): give it as module:function") from error
-    finally:
-        sys.path.pop(0)
+    except Exception as error:  # anything can go wrong while somebody's module is imported
+        what = f"{type(error).__name__}: {error}"
+        raise EstimateError(f"--model {name} cannot be loaded ({what}): give it as module:function") from error
     if not callable(found):
         raise EstimateError(f"--model {name} is not a function that returns a denoiser")
     return found
 
 
 def _denoiser(make: Callable[[float], Model], guidance: float, name: str) -> Model:
-    model = make(guidance)
+    try:
+        model = make(guidance)
+    except Exception as error:
+        raise EstimateError(f"{name}({guidance:g}) failed ({type(error).__name__}: {error})") from error
     if not callable(model):
         raise EstimateError(f"{name}({guidance:g}) returned {type(model).__name__}, not a denoiser D(x, sigma)")
     return model

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...sampler import NoiseSchedule, Space
+from ..file.rows import clean_text
 from .job import Model
 
 __all__ = ["Source"]
@@ -33,6 +34,10 @@ class Source:
     identity: Mapping[str, str]
     levels: Tensor | None = None
     host_schedules: Mapping[str, Callable[[int], Tensor]] | None = None
+
+    def __post_init__(self) -> None:
+        """A host's text can be anything; here it becomes what a file can hold."""
+        object.__setattr__(self, "identity", {clean_text(k): clean_text(v) for k, v in self.identity.items()})
 
     def noise_range(self) -> tuple[float, float]:
         """sigma_min and sigma_max; a flow that begins at t = 1 is measured from t = 0.999 on."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ FITTED_REACH = 0.4, 1.5
 fitted scale a fit keeps most of its gain; at twice it can lose all of it and more, as at a quarter."""
 
 _MOMENT = re.compile(r"[\w.'\-]{1,64}", re.ASCII)
+
+
+_MADE: WeakKeyDictionary[EMSFile, dict[float, EMS]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,14 +90,36 @@ class EMSFile:
         l, s, b are linear between covered scales. Outside them the nearest one is used, with a warning. Which scale is
         nearest, for the recommendation, goes by the logarithm.
         """
-        scales = self.guidance.tolist()
+        note = self._note(guidance)
+        if note:
+            warnings.warn(note, stacklevel=2)
+        return self._cached(guidance)
+
+    def _cached(self, guidance: float) -> EMS:
+        """The same object for the same scale, by which the solver knows plans again; the latest few are kept."""
+        made = _MADE.setdefault(self, {})
+        found = made.pop(guidance, None) or self._ems(guidance)
+        made[guidance] = found
+        while len(made) > (1 if self.per_element else 8):
+            made.pop(next(iter(made)), None)
+        return found
+
+    def _inside(self, guidance: float) -> float:
         if math.isnan(guidance):
             raise EMSError("the guidance scale is not a number")
-        inside = min(max(float(guidance), scales[0]), scales[-1])
-        if abs(inside - guidance) > 1e-4 * inside:
-            covered = f"{scales[0]:g} to {scales[-1]:g}" if len(scales) > 1 else f"{scales[0]:g} only"
-            message = f"these EMS cover guidance {covered}; using those of {inside:g} for guidance {guidance:g}"
-            warnings.warn(message, stacklevel=2)
+        return min(max(float(guidance), self.guidance[0].item()), self.guidance[-1].item())
+
+    def _note(self, guidance: float) -> str:
+        """That the scale is not covered, "" if it is."""
+        inside, scales = self._inside(guidance), self.guidance.tolist()
+        if abs(inside - guidance) <= 1e-4 * inside:
+            return ""
+        covered = f"{scales[0]:g} to {scales[-1]:g}" if len(scales) > 1 else f"{scales[0]:g} only"
+        return f"these EMS cover guidance {covered}; using those of {inside:g} for guidance {guidance:g}"
+
+    def _ems(self, guidance: float) -> EMS:
+        scales = self.guidance.tolist()
+        inside = self._inside(guidance)
         nearest = self._nearest(inside, scales)
         found = [r for r in self.meta.recommendation if r.guidance == nearest]
         entries = tuple(RecommendationEntry(r.lambdas, r.settings, r.schedule) for r in found)
@@ -105,11 +131,10 @@ class EMSFile:
 
     def for_latents(self, guidance: float, shape: torch.Size | tuple[int, ...]) -> tuple[EMS, list[str]]:
         """`at(guidance)` for latents of `shape` [B, C, ...], and what `at` warned of. Raises EMSError if they do not fit."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            ems = self.at(guidance)
+        note = self._note(guidance)
+        ems = self._cached(guidance)
         ems.check_fits(shape)
-        return ems, [str(w.message) for w in caught]
+        return ems, [note] if note else []
 
     @staticmethod
     def _nearest(guidance: float, scales: list[float]) -> float:

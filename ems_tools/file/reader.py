@@ -12,7 +12,7 @@ from .contents import STATISTICS, EMSFile
 from .layout import DAMAGED, MAX_FILE_BYTES, SUFFIX, content_hash, opened, parse_meta, too_large
 from .rows import EMSMeta
 
-__all__ = ["EMSFileError", "decode_ems_file", "load_ems_file"]
+__all__ = ["EMSFileError", "decode_ems_file", "load_ems_file", "read_bytes"]
 
 
 class EMSFileError(EMSError):
@@ -32,6 +32,11 @@ def load_ems_file(path: str | os.PathLike[str]) -> EMSFile:
     Raises:
         EMSFileError: the file is missing, too large, damaged or not a statistics file; the message says what to do.
     """
+    return decode_ems_file(read_bytes(path), path)
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """A regular file's bytes, no more than a statistics file may have. Raises EMSFileError."""
     try:
         status = os.stat(path)
         regular, small = stat.S_ISREG(status.st_mode), status.st_size <= MAX_FILE_BYTES
@@ -47,7 +52,7 @@ def load_ems_file(path: str | os.PathLike[str]) -> EMSFile:
         raise EMSFileError(path, f"is not a file: give the name of a *{SUFFIX} file")
     if not small:
         raise EMSFileError(path, too_large(status.st_size))
-    return decode_ems_file(data, path)
+    return data
 
 
 def decode_ems_file(data: bytes, path: str | os.PathLike[str] = "EMS") -> EMSFile:

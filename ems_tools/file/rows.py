@@ -26,6 +26,7 @@ __all__ = [
     "RecommendedSetting",
     "advice_by_case",
     "check_count",
+    "clean_text",
     "error_ratio",
     "insane",
     "number",
@@ -35,7 +36,7 @@ MAX_LAMBDA, MIN_GUIDANCE, MAX_GUIDANCE, MAX_TEXT = 30.0, 1e-3, 1000.0, 4096
 MAX_EVIDENCE, MAX_ADVICE, MAX_FITTED_STEPS, MAX_FITTED_ROWS = 8192, 4096, 64, 1024
 MAX_ERROR = 1e31
 """Errors are squared differences; a run that blew up is counted as 1e30."""
-MAX_START, MAX_DECAY, MAX_WEIGHT, MAX_EXCESS = 2.0, 4.0, 32.0, 1.0
+MAX_START, MAX_DECAY, MAX_WEIGHT, MAX_EXCESS = 4.0, 100.0, 1000.0, 1000.0
 """What a sane fitted step can need. A step maps y = D = c to about c, so that decay and weights add up to about 1 (the excess
 is the difference). The embedded model's fits have starts from 1 to 1.13, decays to 0.74, weights to 1.6, excesses to 0.12."""
 MARGIN = 0.5
@@ -238,6 +239,12 @@ def advice_by_case(meta: EMSMeta) -> dict[tuple[float, str, int], RecommendedSet
             if set(mine) == tried:
                 found.update({(guidance, schedule, n): entry for n, entry in mine.items()})
     return found
+
+
+def clean_text(text: str) -> str:
+    """Any text as a file can hold it: one line, every kind of white space a plain space, no sign that is not printed."""
+    line = " ".join(text.split())
+    return "".join(c for c in line if c.isprintable())[:MAX_TEXT]
 
 
 def number(name: str, value: object, low: float, high: float) -> float:

@@ -22,10 +22,17 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     and the temporary one is removed; only a killed process leaves one behind (`.name.*.tmp`), and the next write of that name
     removes it once it is a day old.
 
+    A link is followed: the file that it points to is replaced, and the link stays.
+
     Raises:
-        OSError: as the system reports it (no such folder, disk full, no permission).
+        OSError: as the system reports it (no such folder, disk full, no permission), or that `path` is no regular file.
     """
-    _write(Path(path), data, _replace)
+    path = Path(path)
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a device or a pipe"
+        raise OSError(errno.EINVAL, f"is {what}, not a file that could be replaced", str(path))
+    _write(path, data, _replace)
 
 
 def write_new(path: str | os.PathLike[str], data: bytes) -> None:
@@ -54,10 +61,34 @@ def _remove_leftovers(path: Path) -> None:
         mine = re.compile(re.escape(f".{path.name}.") + r"\d+-[0-9a-f]{8}\.tmp")
         old = [e for e in os.scandir(path.parent) if mine.fullmatch(e.name)]
         for entry in old:
-            if time.time() - entry.stat(follow_symlinks=False).st_mtime > _LEFTOVER_SECONDS:
+            age = _now_in(path.parent) - entry.stat(follow_symlinks=False).st_mtime
+            if age > _LEFTOVER_SECONDS and not _is_alive(int(entry.name.rsplit(".", 2)[1].split("-")[0])):
                 os.unlink(entry.path)
     except OSError:
         pass
+
+
+def _now_in(folder: Path) -> float:
+    """The time by the clock of the file system, which may not be this computer's."""
+    mark = folder / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    mark.touch()
+    try:
+        return mark.stat().st_mtime
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process of this number runs on this computer. Where the system cannot tell, age alone decides."""
+    if os.name != "posix" or pid == os.getpid():
+        return pid == os.getpid()
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 def _place(source: Path, target: Path) -> None:

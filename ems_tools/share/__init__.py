@@ -1,6 +1,6 @@
 """Share statistics files and find them again: identity of checkpoints, folders, collections, the Hub, workflows."""
 
 from .identity import ModelIdentity
-from .library import Library, safe_name
+from .library import SHARED, Library, safe_name
 
-__all__ = ["Library", "ModelIdentity", "safe_name"]
+__all__ = ["SHARED", "Library", "ModelIdentity", "safe_name"]

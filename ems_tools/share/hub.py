@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,16 +62,27 @@ class Hub:
         if len(parts) != 2 or not plain or not self.repo.isascii() or ".." in self.repo or len(self.repo) > 96:
             raise HubError(f"{self.repo!r:.120} is not the name of a Hub repository: give it as user/name")
 
-    def fetch(self, name: str, limit: int) -> bytes:
+    def fetch(self, name: str, limit: int, anew: bool = False) -> bytes:
         """The bytes of a file in the repository, or those in the cache if the Hub cannot be reached.
 
-        Nothing larger than `limit` is downloaded. Raises NotThere, HubError.
+        Nothing larger than `limit` is downloaded, and nothing for longer than `seconds_for(limit)`.
+
+        Args:
+            name: of the file.
+            limit: bytes.
+            anew: download it whatever the cache holds.
+
+        Raises:
+            NotThere, HubError: what is wrong, and what to do.
         """
+        return _within(seconds_for(limit), self._place(name), lambda: self._fetch(name, limit, anew))
+
+    def _fetch(self, name: str, limit: int, anew: bool) -> bytes:
         library = _library()
         if not self.offline:
             self._check_size(library, name, limit)
         options: dict[str, Any] = {"revision": self.revision, "cache_dir": self.cache, "endpoint": self.endpoint}
-        options["local_files_only"] = self.offline
+        options["local_files_only"], options["force_download"] = self.offline, anew
         if "tqdm_class" in inspect.signature(library.hf_hub_download).parameters:
             options["tqdm_class"] = _bounded(limit)
         try:
@@ -139,6 +151,31 @@ class Hub:
         if status is not None and status >= 500:
             return HubError(f"{self._place(name)}: the Hub has a problem of its own ({status}): try again later")
         return HubError(f"{self._place(name)}: {kind}: {' '.join(str(error).split())[:200]}")
+
+
+def seconds_for(size: int) -> float:
+    """How long a download of this size may take: a minute, and what 16 KiB a second need."""
+    return 60 + size / 2**14
+
+
+def _within(seconds: float, place: str, work: Callable[[], bytes]) -> bytes:
+    """The result of `work`, which no server can draw out: after `seconds` it is left alone. Raises HubError then."""
+    result: list[bytes | BaseException] = []
+
+    def run() -> None:
+        try:
+            result.append(work())
+        except BaseException as error:
+            result.append(error)
+
+    thread = threading.Thread(target=run, name="EMS download", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not result:
+        raise HubError(f"{place}: no answer within {seconds:.0f} s: the network or the server is too slow; try again later")
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    return result[0]
 
 
 def _is_absent(library: Any, error: Exception) -> bool:

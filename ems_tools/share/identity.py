@@ -177,7 +177,7 @@ class FingerprintCache:
                     stored = json.loads(self.path.read_text(encoding="utf-8"))
                     if stored["format"] == _CACHE_FORMAT and isinstance(stored["files"], dict):
                         self._entries = stored["files"]
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 pass
         return self._entries
 

@@ -20,7 +20,7 @@ from typing import Any
 from ...sampler import EMSError
 from ..file.contents import EMSFile
 from ..file.layout import MAX_FILE_BYTES, SUFFIX
-from ..file.reader import decode_ems_file
+from ..file.reader import decode_ems_file, read_bytes
 from ..file.rows import MAX_TEXT, advice_by_case, error_ratio
 from ..file.storage import write_atomic
 from .identity import ModelIdentity, content_fingerprint
@@ -198,9 +198,7 @@ def index_of(folder: Path, checkpoints: Iterable[Hashes] = ()) -> list[IndexEntr
     paths = sorted(p for p in folder.iterdir() if p.name.endswith(SUFFIX) and not p.name.startswith("."))
     entries = []
     for path in paths:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise CollectionError(f"{path} is larger than a statistics file may be")
-        entries.append(entry_of(path.read_bytes(), path.name, known))
+        entries.append(entry_of(read_bytes(path), path.name, known))
     return entries
 
 

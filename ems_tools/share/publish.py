@@ -1,12 +1,8 @@
-"""Prepare a statistics file for others: leave out what is private, say what it is for, draw it, and put it on the Hub.
-
-What is kept is listed, not what is left out: a fact that this module does not know stays at home.
-"""
+"""Prepare a statistics file for others: leave out what is private, say what it is for, draw it, and put it on the Hub."""
 
 from __future__ import annotations
 
 import datetime
-import getpass
 import hashlib
 import json
 import re
@@ -17,7 +13,7 @@ from pathlib import Path
 from ...sampler import EMSError
 from ..file.contents import EMSFile
 from ..file.layout import MAX_FILE_BYTES, SUFFIX
-from ..file.reader import decode_ems_file
+from ..file.reader import decode_ems_file, read_bytes
 from ..file.rows import Fact
 from ..file.storage import write_atomic
 from ..judge.consistency import consistency_problems
@@ -27,17 +23,10 @@ from .hub import Hub, NotThere
 from .identity import ModelIdentity
 from .index import INDEX, MAX_INDEX_BYTES, Hashes, IndexEntry, decode_index, encode_index, entry_of
 from .library import safe_name
+from .private import public_facts
 
 __all__ = ["Contribution", "Labels", "contribution", "files_for_hub", "push", "shareable"]
 
-_MODEL = ("name", "architecture", "prediction", "sha256", "content", "weights", "patches", "classes")
-_ESTIMATE = (
-    "samples", "probes", "probe_method", "points", "denoiser", "resolution", "per_element", "groups", "seed", "seeds",
-    "evaluations", "calibration_noises", "report_noises", "reference_steps", "fit_noises", "fit_held_out",
-    "fit_evaluations", "source", "pooled",
-)  # fmt: skip
-_GRID = ("points", "kind", "intervals")
-_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\|(^|[\s\"'(=])~?/[^\s/]|[\\/][^\\/]+[\\/]")
 _PREDICTIONS = {"eps": "epsilon", "v_prediction": "v", "flux": "flow"}
 """modelspec's names of the hosts' names of predictions; others stay."""
 
@@ -71,10 +60,13 @@ class Contribution:
     entry: IndexEntry
 
     def save(self, folder: Path) -> list[Path]:
-        """Write the parts and an index of this one file into a folder (made if need be)."""
+        """Write the parts into a folder (made if need be), the entry into its index. Raises CollectionError for a bad index."""
         folder.mkdir(parents=True, exist_ok=True)
         written = []
-        for name, data in {**self.parts, INDEX: encode_index([self.entry])}.items():
+        index = folder / INDEX
+        others = decode_index(read_bytes(index)) if index.exists() else []
+        entries = [e for e in others if e.file.casefold() != self.name.casefold()]
+        for name, data in {**self.parts, INDEX: encode_index([*entries, self.entry])}.items():
             write_atomic(folder / name, data)
             written.append(folder / name)
         return written
@@ -93,10 +85,7 @@ def shareable(
         EMSError: a checkpoint that is another one; OSError.
     """
     left: list[str] = []
-    model = _kept("model", file.meta.model, (*_MODEL, *(("prompts",) if keep_prompts else ())), left)
-    if not keep_prompts and isinstance(file.meta.model.get("prompts"), str):
-        count = re.match(r"\d+", str(file.meta.model["prompts"]))
-        model.update({"prompts": count[0]} if count else {})
+    model, grid, estimate = public_facts(file, left, keep_prompts)
     if checkpoint is not None:
         found, known = Hashes.of_checkpoint(checkpoint), Hashes.of(ModelIdentity.from_facts(model))
         both = any(getattr(known, n) for n in ("sha256", "content"))
@@ -108,44 +97,14 @@ def shareable(
     meta = replace(
         file.meta,
         model=model,
-        grid=_kept("grid", file.meta.grid, _GRID, left),
-        estimate=_kept("estimate", file.meta.estimate, _ESTIMATE, left),
+        grid=grid,
+        estimate=estimate,
         foreign={},
     )
     dropped = sorted(set(file.meta.foreign) - set(_foreign(file, model, labels, file.meta.date)))
     left += [f"{key} (another tool's)" for key in dropped]
     clean = replace(file, meta=meta).compacted()
     return replace(clean, meta=replace(meta, foreign=_foreign(clean, model, labels, meta.date))), tuple(left)
-
-
-def _kept(group: str, facts: Mapping[str, Fact], names: tuple[str, ...], left: list[str]) -> dict[str, Fact]:
-    kept: dict[str, Fact] = {}
-    for name, value in facts.items():
-        if name not in names:
-            left.append(f"{group}.{name}")
-        elif group == "model" and name == "name" and isinstance(value, str):
-            kept[name] = re.split(r"[\\/]", value)[-1]
-            if kept[name] != value:
-                left.append("folders in the model's name")
-        elif any(_is_private(part) for part in (value if isinstance(value, tuple) else (value,))):
-            left.append(f"{group}.{name} (a path or your user name)")
-        else:
-            kept[name] = value
-    return kept
-
-
-def _is_private(value: object) -> bool:
-    return isinstance(value, str) and (bool(_PATH.search(value)) or _names_the_user(value))
-
-
-def _names_the_user(text: str) -> bool:
-    """Whether the text holds this computer's user name as a word; names that everybody has do not count."""
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError, ImportError):
-        return False
-    common = {"root", "user", "admin", "model", "test", "home", "runner"}
-    return len(user) > 2 and user.casefold() not in common and bool(re.search(rf"\b{re.escape(user)}\b", text, re.IGNORECASE))
 
 
 def _foreign(file: EMSFile, model: Mapping[str, Fact], labels: Labels, date: str) -> dict[str, str]:

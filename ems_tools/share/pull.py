@@ -19,8 +19,8 @@ from ..file.storage import write_new
 from ..judge.consistency import consistency_problems
 from .hub import Hub
 from .identity import ModelIdentity
-from .index import INDEX, MAX_INDEX_BYTES, Hashes, IndexEntry, decode_index
-from .library import safe_name
+from .index import INDEX, MAX_INDEX_BYTES, Hashes, IndexEntry, decode_index, entry_of
+from .library import SHARED, safe_name
 
 __all__ = ["PullError", "Pulled", "candidates", "fetch_entry", "install", "pull"]
 
@@ -31,7 +31,10 @@ class PullError(EMSError):
 
 @dataclass(frozen=True)
 class Pulled:
-    """A file that is now in the folder; `new` tells whether it was written or there already."""
+    """A file that is now in the folder; `new` tells whether it was written or there already.
+
+    `entry` is made from the file: what an index claims of evidence or licence is not passed on.
+    """
 
     path: Path
     file: EMSFile
@@ -49,7 +52,9 @@ def fetch_entry(hub: Hub, entry: IndexEntry, wanted: Hashes) -> tuple[bytes, EMS
     """The file of an entry, verified. Raises HubError, PullError, EMSFileError."""
     place = f"{hub.repo}: {entry.file}"
     data = hub.fetch(entry.file, entry.bytes)
-    if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
+    if _other(data, entry) and not hub.offline:
+        data = hub.fetch(entry.file, entry.bytes, anew=True)  # a bit of the copy in the cache may have flipped
+    if _other(data, entry):
         raise PullError(f"{place} is not the file that the index describes (its SHA-256 differs): nothing was installed")
     file = decode_ems_file(data, place)
     problems = consistency_problems(file)
@@ -60,11 +65,17 @@ def fetch_entry(hub: Hub, entry: IndexEntry, wanted: Hashes) -> tuple[bytes, EMS
     return data, file
 
 
+def _other(data: bytes, entry: IndexEntry) -> bool:
+    """Whether these bytes are not those that the index describes."""
+    return len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256
+
+
 def install(data: bytes, name: str, folder: Path) -> tuple[Path, bool]:
-    """Put a verified file into the folder under its name or, where another file has that, a numbered one.
+    """Put a checked file of others into `folder`/shared under its name or, where another file has that, a numbered one.
 
     Returns the path, and whether it was written (equal bytes are left as they are). Raises PullError, OSError.
     """
+    folder = folder / SHARED
     folder.mkdir(parents=True, exist_ok=True)
     stem = safe_name(name).removesuffix(SUFFIX)
     for k in range(1, 1000):
@@ -93,4 +104,4 @@ def pull(hub: Hub, wanted: Hashes, folder: Path, channels: int | None = None) ->
         raise PullError(f"{hub.repo} has no statistics for the checkpoint {shown}: compute them with 'ems compute'")
     data, file = fetch_entry(hub, found[0], wanted)
     path, new = install(data, found[0].file, folder)
-    return Pulled(path, file, found[0], new)
+    return Pulled(path, file, entry_of(data, found[0].file), new)

@@ -15,6 +15,7 @@ from ...sampler import EMSError
 from ..file.contents import EMSFile
 from ..file.reader import decode_ems_file
 from .library import safe_name
+from .private import cleaned
 
 __all__ = ["KEY", "MAX_EMBEDDED", "EmbedError", "embedded_files", "pack", "unpack", "with_file"]
 
@@ -30,8 +31,11 @@ class EmbedError(EMSError):
 
 
 def pack(name: str, file: EMSFile) -> dict[str, Any]:
-    """What is put into a workflow. Raises EmbedError for a file that is too large."""
-    data = file.compacted().encode()
+    """What is put into a workflow: the file without what is private (`publish.shareable`).
+
+    Raises EmbedError for a file that is too large.
+    """
+    data = cleaned(file).encode()
     if len(data) > MAX_EMBEDDED:
         raise EmbedError(
             f"{name}: {len(data) >> 10} KiB are too much for a workflow ({MAX_EMBEDDED >> 10} allowed): "

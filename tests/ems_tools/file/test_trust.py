@@ -24,7 +24,7 @@ from dpm_solver_v3.ems_tools.file.reader import EMSFileError, decode_ems_file, l
 from dpm_solver_v3.ems_tools.file.rows import EMSMeta
 from dpm_solver_v3.ems_tools.file.storage import write_atomic, write_new
 from dpm_solver_v3.ems_tools.share.index import MAX_INDEX_BYTES, CollectionError, decode_index, encode_index, entry_of, index_of
-from dpm_solver_v3.ems_tools.share.library import Library
+from dpm_solver_v3.ems_tools.share.library import SHARED, Library
 from dpm_solver_v3.ems_tools.share.pull import install
 from dpm_solver_v3.ems_tools.share.workflow import KEY, MAX_EMBEDDED, EmbedError, embedded_files, pack, unpack, with_file
 from dpm_solver_v3.sampler import EMSError
@@ -96,7 +96,7 @@ def test_sizes_are_bounded_before_anything_is_read(tmp_path: Path) -> None:
         file.truncate(MAX_FILE_BYTES + 1)  # sparse
     with pytest.raises(EMSFileError, match="MiB, more than"):
         load_ems_file(tmp_path / "a" / f"big{SUFFIX}")
-    with pytest.raises(CollectionError, match="larger than"):
+    with pytest.raises(EMSFileError, match="MiB, more than"):
         index_of(tmp_path / "a")
     with pytest.raises(CollectionError, match="more than the"):
         decode_index(b" " * (MAX_INDEX_BYTES + 1))
@@ -128,7 +128,7 @@ def test_names_from_an_index_never_become_paths(name: str) -> None:
 def test_names_from_elsewhere_stay_in_the_folder(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "models" / "ems"
     path, _ = install(small().encode(), name, folder)
-    assert path.parent == folder and [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
+    assert path.parent == folder / SHARED and [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
     workflow: dict[str, object] = {"extra": {KEY: [{"name": name, "data": pack("x", small())["data"]}]}}
     for key, value in embedded_files(workflow).items():
         assert unpack(value)[0] == key and "/" not in key and "\\" not in key and not key.startswith(".")
@@ -161,16 +161,15 @@ def test_links_out_of_the_folders_are_refused(tmp_path: Path, can_link: None) ->
     assert entries["loop"].file is None and entries["within"].file is not None
 
 
-def test_writes_do_not_follow_links(tmp_path: Path, can_link: None) -> None:
+def test_files_of_others_do_not_follow_links(tmp_path: Path, can_link: None) -> None:
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious")
-    folder = tmp_path / "ems"
-    folder.mkdir()
+    folder = tmp_path / "ems" / SHARED
+    folder.mkdir(parents=True)
     for name, target in (("a", victim), ("b", tmp_path / "not there yet")):
         (folder / f"{name}{SUFFIX}").symlink_to(target)
-        path, new = install(small().encode(), name, folder)
+        path, new = install(small().encode(), name, folder.parent)
         assert new and path.name == f"{name}_2{SUFFIX}" and not path.is_symlink()
-    write_atomic(folder / f"a{SUFFIX}", b"ours")  # replaces the link, not what it points to
     assert victim.read_bytes() == b"precious" and not (tmp_path / "not there yet").exists()
 
 

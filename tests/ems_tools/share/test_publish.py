@@ -72,7 +72,7 @@ def test_what_is_private_stays_at_home() -> None:
         assert private not in text, private
     assert clean.meta.model["name"] == "dream.v1" and clean.meta.model["prompts"] == "3"
     assert clean.meta.estimate == {"samples": (8,), "points": "trajectory"}
-    assert clean.meta.model["patches"] == "style 0.8, 40 patched weights"
+    assert clean.meta.model["patches"] == "40 patched weights"
     named = " ".join(left)
     assert all(word in named for word in ("model.prompts", "model.source", "model.workflow", "estimate.host", "ss_output_name"))
     assert "horse" in str(shareable(file, LABELS, keep_prompts=True)[0].meta.model["prompts"])
@@ -80,8 +80,8 @@ def test_what_is_private_stays_at_home() -> None:
 
 def test_the_user_name_counts_as_private(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("getpass.getuser", lambda: "jdoe")
-    clean, left = shareable(small(patches="JDOE style 1", architecture="jdoefoo"), LABELS)
-    assert "patches" not in clean.meta.model and clean.meta.model["architecture"] == "jdoefoo"
+    clean, left = shareable(small(classes="JDOE style 1", architecture="jdoefoo", patches="JDOE, face"), LABELS)
+    assert not {"classes", "patches"} & set(clean.meta.model) and clean.meta.model["architecture"] == "jdoefoo"
     assert any("user name" in what for what in left)
 
 
@@ -481,7 +481,7 @@ def test_the_commands(hub_server: LocalHub, tmp_path: Path, capsys: pytest.Captu
     assert "Published in me/ems" in ems(*share, "--yes")[1]
     status, text, _ = ems("pull", "--repo", REPO, "--checkpoint", WEIGHTS, "--to", tmp_path / "ems")
     assert status == 0 and "verified" in text
-    decode_ems_file((tmp_path / "ems" / SHIPPED.name).read_bytes())
+    decode_ems_file((tmp_path / "ems" / "shared" / SHIPPED.name).read_bytes())
     status, _, error = ems("pull", "--repo", "me/none", "--hash", "ab" * 32)
     assert status == 1 and error.count("\n") == 1 and "no such file or repository" in error
 
@@ -493,4 +493,4 @@ def test_hf_endpoint_is_obeyed(hub_server: LocalHub, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dpm_solver_v3.ems_tools.cli", "pull", "--repo", REPO, "--hash", hashes("one").autov2]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "one.ems.safetensors").is_file()
+    assert (tmp_path / "shared" / "one.ems.safetensors").is_file()
