@@ -116,11 +116,10 @@ def _response(network: Loaded, denoiser: Callable[..., Tensor], y: Curve, D: Cur
             points.append((lam.item(), ((change * error).sum(1) / error.square().sum(1)).median().item()))
         return out
 
-    ends = torch.tensor([high, low], dtype=torch.float64)
     for sigmas in (
         karras(network.entry.schedule, 7, to_zero=True),
         uniform_time(network.entry.schedule, 8, to_zero=True),
-        torch.cat([torch.linspace(*ends.atan().tolist(), 9, dtype=torch.float64).tan(), torch.zeros(1)]),
+        torch.cat([torch.linspace(math.atan(high), math.atan(low), 9, dtype=torch.float64).tan(), torch.zeros(1)]),
         _flow_steps(high, 6),
     ):
         start = y(-sigmas[:1].log())[0].reshape(shape)
