@@ -119,7 +119,7 @@ def search(page: Any, words: str) -> list[str]:
     page.keyboard.type(words)
     page.get_by_role("option").first.wait_for()
     page.wait_for_timeout(700)
-    found = [text.splitlines()[0] for text in page.get_by_role("option").all_inner_texts() if text.strip()]
+    found = [" ".join(text.split()) for text in page.get_by_role("option").all_inner_texts() if text.strip()]
     shot(page, f"search-{words.replace(' ', '-')}")
     while page.get_by_role("option").first.is_visible():
         page.keyboard.press("Escape")
