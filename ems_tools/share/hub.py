@@ -16,7 +16,7 @@ from typing import Any
 
 from ...sampler import EMSError
 
-__all__ = ["Hub", "HubError", "NotThere"]
+__all__ = ["Hub", "HubError", "NotThere", "seconds_for", "within"]
 
 
 class HubError(EMSError):
@@ -75,7 +75,7 @@ class Hub:
         Raises:
             NotThere, HubError: what is wrong, and what to do.
         """
-        return _within(seconds_for(limit), self._place(name), lambda: self._fetch(name, limit, anew))
+        return within(seconds_for(limit), self._place(name), lambda: self._fetch(name, limit, anew))
 
     def _fetch(self, name: str, limit: int, anew: bool) -> bytes:
         library = _library()
@@ -158,7 +158,7 @@ def seconds_for(size: int) -> float:
     return 60 + size / 2**14
 
 
-def _within(seconds: float, place: str, work: Callable[[], bytes]) -> bytes:
+def within(seconds: float, place: str, work: Callable[[], bytes]) -> bytes:
     """The result of `work`, which no server can draw out: after `seconds` it is left alone. Raises HubError then."""
     result: list[bytes | BaseException] = []
 

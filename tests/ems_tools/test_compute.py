@@ -223,3 +223,43 @@ def test_the_hosts_schedules_come_first_and_keep_their_names() -> None:
     quick, standard = (compute.plan_for(source, compute.EFFORTS[e]) for e in ("quick", "standard"))
     assert list(standard.schedules) == ["normal"] and not quick.schedules
     assert quick.fit is not None and dict(quick.fit.fixed) == mine
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "e\u200dmoji", "full\u3000width", "no\u00a0break"])
+def test_what_a_file_cannot_hold_shows_before_the_first_evaluation(folder, name) -> None:
+    """A name of a checkpoint or a prompt, as hosts give it, costs no computation."""
+    assert (
+        main(
+            [
+                "compute",
+                "--model",
+                "toy:denoiser",
+                *SMALL.split(),
+                "--no-evidence",
+                "--name",
+                name,
+                "--out",
+                "a.ems.safetensors",
+            ]
+        )
+        == 0
+    )
+    assert str(load_ems_file("a.ems.safetensors").meta.model["name"]).isprintable()
+
+
+@pytest.mark.parametrize("options", [f"--seed {2**63}", "--guidance " + ",".join(str(k) for k in range(1, 66))])
+def test_a_request_that_no_file_can_hold_is_refused_at_once(folder, capsys, options) -> None:
+    assert run(f"{options} --no-evidence --out a.ems.safetensors") == 1
+    assert "not begun" in capsys.readouterr().err
+    assert not list(folder.glob("*.partial"))
+
+
+def test_a_finished_file_of_another_request_is_never_replaced(folder, capsys) -> None:
+    assert run("--no-evidence --guidance 1 --name toy") == 0
+    first = (folder / "toy.ems.safetensors").read_bytes()
+    assert run("--no-evidence --guidance 4 --name toy") == 0
+    assert (folder / "toy.ems.safetensors").read_bytes() == first and (folder / "toy_2.ems.safetensors").exists()
+    assert run("--no-evidence --guidance 4 --out toy.ems.safetensors") == 1
+    assert "holds another result" in capsys.readouterr().err
+    assert run("--no-evidence --guidance 1 --name toy") == 0  # the same request is the same file
+    assert (folder / "toy.ems.safetensors").read_bytes() == first and not (folder / "toy_3.ems.safetensors").exists()

@@ -1,5 +1,6 @@
 """The library of statistics files: listing, refusing, and choosing the file for a model."""
 
+import gc
 import os
 
 import pytest
@@ -101,3 +102,42 @@ def test_the_newest_of_equals_wins(tmp_path):
 )
 def test_safe_name(text, name):
     assert safe_name(text) == name + SUFFIX
+
+
+@pytest.mark.parametrize("name", ["con .x", "COM\u00b9", "lpt\u00b2.a", "com0"])
+def test_safe_name_of_windows_devices(name):
+    assert safe_name(name).startswith("ems_")
+
+
+def test_safe_name_counts_bytes():
+    name = safe_name("\u6a21" * 100)
+    assert len(f".{name}.partial.1234567-00000000.tmp".encode()) <= 255
+
+
+def test_the_users_own_file_outranks_a_shared_one_whatever_its_date(tmp_path):
+    save(tmp_path, "mine", date="2026-01-01", sha256="ab" * 32)
+    save(tmp_path, "shared/theirs", date="2026-06-01", sha256="ab" * 32)
+    save(tmp_path, "shared/liar", date="zzzz", sha256="ab" * 32)
+    save(tmp_path, "shared/future", date="9999-12-31", sha256="ab" * 32)
+    library = Library([tmp_path])
+    assert library.find(ModelIdentity(sha256="ab" * 32)).entry.name == f"mine{SUFFIX}"
+    (tmp_path / f"mine{SUFFIX}").unlink()
+    assert library.find(ModelIdentity(sha256="ab" * 32)).entry.name == f"shared/theirs{SUFFIX}"
+
+
+def test_a_malformed_date_is_the_oldest(tmp_path):
+    save(tmp_path, "good", date="2026-01-01", sha256="ab" * 32)
+    save(tmp_path, "bad", date="zzzz", sha256="ab" * 32)
+    assert Library([tmp_path]).find(ModelIdentity(sha256="ab" * 32)).entry.name == f"good{SUFFIX}"
+
+
+def test_contents_of_files_not_in_use_are_let_go(tmp_path, monkeypatch):
+    monkeypatch.setattr("dpm_solver_v3.ems_tools.share.library._KEPT_BYTES", 6000)
+    for k in range(12):
+        save(tmp_path, f"m{k}", name=f"m{k}")
+    library = Library([tmp_path])
+    library.find(ModelIdentity(name="m3"))
+    gc.collect()
+    alive = [o for o in gc.get_objects() if isinstance(o, EMSFile) and str(o.meta.model.get("name", "")).startswith("m")]
+    assert len(alive) < 6
+    assert library.find(ModelIdentity(name="m3")).entry.file.meta.model["name"] == "m3"

@@ -25,7 +25,7 @@ from dpm_solver_v3.ems_tools.embedded.denoiser import WEIGHTS
 from dpm_solver_v3.ems_tools.file.contents import EMSFile
 from dpm_solver_v3.ems_tools.file.reader import decode_ems_file, load_ems_file
 from dpm_solver_v3.ems_tools.file.rows import EMSMeta
-from dpm_solver_v3.ems_tools.share.hub import Hub, HubError, NotThere
+from dpm_solver_v3.ems_tools.share.hub import Hub, HubError, NotThere, within
 from dpm_solver_v3.ems_tools.share.index import INDEX, Hashes, decode_index, encode_index, index_of
 from dpm_solver_v3.ems_tools.share.publish import Labels, contribution, files_for_hub, push, shareable
 from dpm_solver_v3.ems_tools.share.pull import PullError, install, pull
@@ -494,3 +494,38 @@ def test_hf_endpoint_is_obeyed(hub_server: LocalHub, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "shared" / "one.ems.safetensors").is_file()
+
+
+def test_what_an_index_claims_of_evidence_and_licence_is_not_passed_on(hub_server: LocalHub, tmp_path: Path) -> None:
+    hub_server.add(small("one"))
+    content = hub_server.repos[REPO]
+    (entry,) = decode_index(content[INDEX])
+    content[INDEX] = encode_index([dataclasses.replace(entry, cases=999, better=999, ratio=0.01, licence="mine")])
+    done = pull(Hub(REPO, hub_server.address, tmp_path / "cache"), hashes("one"), tmp_path / "ems")
+    assert (done.entry.cases, done.entry.ratio, done.entry.licence) == (0, None, "cc0-1.0")
+
+
+def test_a_flipped_bit_in_the_cache_is_fetched_anew(hub_server: LocalHub, tmp_path: Path) -> None:
+    hub_server.add(small("one"))
+    hub = Hub(REPO, hub_server.address, tmp_path / "cache")
+    pull(hub, hashes("one"), tmp_path / "ems")
+    for blob in (tmp_path / "cache").rglob("blobs/*"):
+        data = blob.read_bytes()
+        if not data.startswith(b"{"):  # not the index
+            blob.chmod(0o644)
+            blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    again = pull(hub, hashes("one"), tmp_path / "ems")
+    assert not again.new and again.path.is_file()
+
+
+def test_a_download_has_a_deadline() -> None:
+    stop = threading.Event()
+
+    def slow() -> bytes:
+        stop.wait(30)
+        return b""
+
+    with pytest.raises(HubError, match="no answer within"):
+        within(0.05, "here", slow)
+    stop.set()
+    assert within(5, "here", lambda: b"data") == b"data"
