@@ -21,6 +21,7 @@ from .fitted import FittedSteps
 from .plan import Plan, check_levels, fitted_plan, make_plan, typical_plan
 from .settings import AUTO, OPTIONS, Corrector, Predictor, Settings, defaults_for, resolve_settings
 from .space import Space
+from .typical import MOST_STEPS
 
 __all__ = ["Run", "SamplingError", "StepInfo", "plan_for", "sample_dpm_solver_v3", "settings_for", "takes_typical_steps"]
 
@@ -213,12 +214,12 @@ def settings_for(
 
 
 def takes_typical_steps(levels: Tensor, space: Space, ems: EMS | None, chosen: Mapping[str, Any]) -> bool:
-    """Whether sampling takes the steps of `typical`: every option at "auto", on falling levels, no statistics that are used.
+    """Whether sampling takes the steps of `typical`: options at "auto", falling levels, few steps, no statistics that are used.
 
     `settings_for` then only says what options would start from of which the user sets one.
     """
     falls = len(levels) > 1 and bool(levels[0] > levels[-1])
-    if not falls or any(chosen.get(name, AUTO) != AUTO for name in OPTIONS):
+    if not falls or len(levels) > MOST_STEPS + 1 or any(chosen.get(name, AUTO) != AUTO for name in OPTIONS):
         return False
     return ems is None or _left_out(ems, space.lambda_of(levels))
 

@@ -77,7 +77,7 @@ def test_computed_then_found_by_the_sampler_of_the_list(any_server: Any, nodes: 
     path = ems_file(any_server, name)
     assert str(path) in outputs["compute"]["text"][0]
     file = load_ems_file(path)
-    assert file.guidance.tolist() == [1.0, 3.0] and file.meta.recommendation
+    assert file.guidance.tolist() == [1.0, 3.0] and file.meta.fitted
     scheduler = "simple" if prediction == "FLOW" else "karras"
     any_server.run(nodes(*toy(prediction, shape), *sampled(scheduler=scheduler, cfg=2.0)))
     assert f"EMS {name}.ems.safetensors, made for this checkpoint, guidance 2" in any_server.log()

