@@ -76,7 +76,8 @@ class FindNode:
         entry = done.entry
         evidence = "no evidence" if entry.ratio is None else f"better than without EMS in {entry.better} of {entry.cases} cases"
         what = "fetched" if done.new else "was here already"
-        text = f"{what} from {repository}, verified; {evidence}; licence {entry.licence or 'not named'}"
+        trust = "whole and without contradictions, tried on the model when it is first used"
+        text = f"{what} from {repository}, {trust}; {evidence}; licence {entry.licence or 'not named'}"
         return self._answer(Handle(done.file, done.path.name, done.path), text)
 
     def _answer(self, handle: Handle, text: str) -> dict[str, object]:
