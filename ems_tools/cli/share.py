@@ -179,7 +179,6 @@ def run_pull(args: argparse.Namespace) -> int:
     what = "Wrote" if done.new else "Was there already:"
     entry = done.entry
     evidence = "no evidence" if entry.ratio is None else f"better than without EMS in {entry.better} of {entry.cases} cases"
-    print(
-        f"{what} {done.path}, {entry.bytes / 1024:.1f} KiB, checked; tried on the model at first use; {evidence}; licence {entry.licence or 'not named'}"
-    )
+    size = f"{entry.bytes / 1024:.1f} KiB, whole and without contradictions, not tried on the model"
+    print(f"{what} {done.path}, {size}; {evidence}; licence {entry.licence or 'not named'}")
     return 0
