@@ -161,7 +161,7 @@ def sample_on_trial(
     case = f"guidance {options.get('guidance')}, {len(levels) - 1} steps{', fitted' if fitted else ''}"
     if len(levels) < 3 or book.is_trusted(origin, case):
         return run(model, ems)
-    trial = Trial(model, space, fitted)
+    trial = Trial(model, space, fitted, x)
     try:
         end = run(trial, ems)
         verdict = trial.verdict(end, float(levels[-1]), extra_args or {})
@@ -181,7 +181,7 @@ def sample_on_trial(
 def _failure(origin: Origin, case: str, verdict: Verdict) -> str:
     """What the user is told of a file that failed."""
     return (
-        f"EMS {origin.name} were not used: the first run with them ({case}) shows that they do not suit this model (its steps "
-        f"were {verdict.ratio:.3g} times as far off as steps without them). Sampling with data prediction; to have statistics "
+        f"EMS {origin.name} were not used: the first run with them ({case}) shows that they do not suit this model (they "
+        f"lead {verdict.ratio:.3g} times as far off as right ones). Sampling with data prediction; to have statistics "
         "that fit, compute them for this model"
     )

@@ -25,9 +25,14 @@ from ...sampler import Space
 
 __all__ = ["EXTRA", "Trial", "Verdict"]
 
-LIMIT, LIMIT_FITTED, FEW_STEPS = 1.0, 5.0, 10
-"""Largest ratio of squared residuals that passes; of statistics on fewer than FEW_STEPS steps in proportion less, because there
-data prediction is so far off that the ratio of right statistics is below 0.1. Right fits reach 2, wrong ones begin at 15."""
+LIMIT, LIMIT_CORRECTED, LIMIT_ANYWHERE = 1.5, 2.25, 8.0
+LIMIT_FITTED, LIMIT_FITTED_ANYWHERE, FEW_STEPS = 4.3, 200.0, 10
+"""Largest ratio of squared residuals that passes: at the last node, there over data prediction with a corrector, and anywhere.
+
+The first two are for FEW_STEPS steps. With fewer, data prediction is so far off that right statistics stay below 0.1; with
+more, both residuals are next to nothing, and what a file's standard errors leave counts. Fitted steps may stray on the way
+(right ones up to 41), for they make up for it at the end (right ones up to 4).
+"""
 EXTRA = 3
 """Evaluations beyond those of the run, at most."""
 _REACH = 0.8
@@ -41,14 +46,14 @@ class Verdict:
     """What a run showed.
 
     Args:
-        ratio: of the squared residual with the statistics over that of data prediction, the largest of those that count; None
-            where a run is too short to tell.
+        ratio: of the squared residual with the statistics over that of data prediction, in units of what passes, the largest
+            of those that count; None where a run is too short to tell.
         limit: the largest ratio that passes.
         evaluations: beyond those of the run.
     """
 
     ratio: float | None
-    limit: float = LIMIT
+    limit: float = 1.0
     evaluations: int = 0
 
     @property
@@ -65,11 +70,14 @@ class Trial:
         model: the denoiser; positional x and level, any further keyword arguments.
         space: the host's.
         fitted: whether the run takes fitted steps.
+        start: the run's x, if known: fitted steps begin with a multiple of it.
     """
 
     model: Callable[..., Tensor]
     space: Space
     fitted: bool
+    start: Tensor | None = None
+    _at_first_call: bool = False
     _lambdas: list[float] = field(default_factory=list)
     _y: list[Tensor] = field(default_factory=list)
     _denoised: list[Tensor] = field(default_factory=list)
@@ -86,6 +94,7 @@ class Trial:
         first = level.reshape(-1)[:1].detach().to("cpu", torch.float64)
         lam = float(self.space.lambda_of(first))
         if math.isfinite(lam):  # a flow's start at t = 1 has no y
+            self._at_first_call |= self._last is None
             self._lambdas.append(lam)
             self._y.append(_some(x) / float(self.space.alpha_of(first)))
             self._denoised.append(_some(denoised))
@@ -107,9 +116,13 @@ class Trial:
             used = self._go_on(extra_args)
             target = self._denoised[-1]
             ratios.append(_ratio(_some(end) - target, self._denoised[nodes - 1] - target, target))
-        ratios += self._residuals(nodes)[-2 if self.fitted else -1 :]
-        limit = LIMIT_FITTED if self.fitted else LIMIT * min(nodes / FEW_STEPS, 1.0)
-        return Verdict(max(ratios), limit, used)
+        plain, corrected = self._residuals(nodes)
+        if self.fitted:
+            strayed = max(plain) / LIMIT_FITTED_ANYWHERE
+            return Verdict(max(*(r / LIMIT_FITTED for r in (*ratios, *plain[-2:])), strayed), 1.0, used)
+        steps = nodes / FEW_STEPS
+        last, third = LIMIT * steps ** (2 if steps < 1 else 1.5), LIMIT_CORRECTED * max(steps, 1.0) ** 3
+        return Verdict(max(plain[-1] / last, corrected / third, max(plain) / LIMIT_ANYWHERE), 1.0, used)
 
     def _go_on(self, extra_args: dict[str, object]) -> int:
         """EXTRA steps of data prediction of order 2 from the last node towards sigma = 0."""
@@ -127,18 +140,28 @@ class Trial:
             denoised = self(x, x.new_full((len(x),), float(levels[1])), **extra_args)
         return EXTRA
 
-    def _residuals(self, nodes: int) -> list[float]:
-        """Ratio of the squared residuals at nodes 1 to `nodes` - 1."""
-        lambdas, count = self._lambdas, len(self._lambdas)
-        right = ours = self._y[0] * math.exp(lambdas[0])
-        found = []
+    def _residuals(self, nodes: int) -> tuple[list[float], float]:
+        """Ratio of the squared residuals at nodes 1 to `nodes` - 1; and at the last one over those with a corrector."""
+        lambdas, D, count = self._lambdas, self._denoised, len(self._lambdas)
+        right = plain = corrected = self._first * math.exp(lambdas[0])
+        found, last = [], math.inf
         for i in range(nodes - 1):
             first = min(max(i - 1, 0), count - 4)
-            right = right + _integral(lambdas, self._denoised, range(first, first + 4), i)
-            ours = ours + _integral(lambdas, self._denoised, range(max(i - 1, 0), i + 1), i)
+            right = right + _integral(lambdas, D, range(first, first + 4), i)
+            plain = plain + _integral(lambdas, D, range(max(i - 1, 0), i + 1), i)
+            corrected = corrected + _integral(lambdas, D, range(max(i - 1, 0), i + 1 if i == nodes - 2 else i + 2), i)
             sigma = math.exp(-lambdas[i + 1])
-            found.append(_ratio(self._y[i + 1] - sigma * right, sigma * (ours - right), self._denoised[i + 1]))
-        return found
+            mine = self._y[i + 1] - sigma * right
+            found.append(_ratio(mine, sigma * (plain - right), D[i + 1]))
+            last = _ratio(mine, sigma * (corrected - right), D[i + 1])
+        return found, last
+
+    @property
+    def _first(self) -> Tensor:
+        """Y at the first node, before any factor that fitted steps begin with."""
+        level = self.space.level_of(torch.tensor([self._lambdas[0]], dtype=torch.float64))
+        known = self.start is not None and self._at_first_call
+        return _some(self.start) / float(self.space.alpha_of(level)) if known and self.start is not None else self._y[0]
 
 
 def _some(x: Tensor) -> Tensor:
