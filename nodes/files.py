@@ -96,8 +96,8 @@ class ApplyNode:
     FUNCTION = "apply"
     RETURN_TYPES = ("MODEL",)
     DESCRIPTION = (
-        "Attach empirical model statistics (EMS) to a model; the sampler dpm_solver_v3 then uses them. Without an EMS: "
-        "data prediction."
+        "Attach empirical model statistics (EMS) to a model; the sampler dpm_solver_v3 then uses them. Without an EMS "
+        "it takes the steps that are good on many models."
     )
     SEARCH_ALIASES = ("apply ems", "empirical model statistics")
 

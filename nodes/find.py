@@ -184,7 +184,7 @@ def _parameter() -> type:
 def find(run: Running, x: Tensor, options: Options, same_architecture: bool = False) -> Found:
     """Statistics for latents like x [B, C, ...]; `options` are the run's model_options. Never raises for a bad file."""
     if x.ndim == 3 and x.shape[1] == 1:
-        return Found(None, "several latents packed into one: sampling without EMS (data prediction)", warn=True)
+        return Found(None, "several latents packed into one: sampling without EMS", warn=True)
     attached = options.get(ATTACHMENT)
     if isinstance(attached, Attached):
         if attached.handle is None:

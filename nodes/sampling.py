@@ -38,7 +38,7 @@ def sample_host(
 ) -> Tensor:
     """What the host calls for "dpm_solver_v3": finds the statistics, then samples.
 
-    Failing to find or read statistics never stops a run: it goes on with data prediction and says so.
+    Failing to find or read statistics never stops a run: it goes on without them, with a message.
     """
     if len(sigmas) < 2:
         return x
@@ -101,7 +101,7 @@ def _statistics(run: Running, x: Tensor, model_options: Options, same_architectu
     try:
         found = find(run, x, model_options, same_architecture)
     except Exception as error:
-        message = f"looking for EMS failed ({type(error).__name__}: {error}): sampling with data prediction"
+        message = f"looking for EMS failed ({type(error).__name__}: {error}): sampling without statistics"
         found = Found(None, message, warn=True)
     if found.message not in _SAID:
         _SAID.add(found.message)

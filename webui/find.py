@@ -124,7 +124,7 @@ def find_entry(
         try:
             entry = named(wanted)
         except host.HostError as error:
-            return None, f"{error}: sampling with data prediction"
+            return None, f"{error}: sampling without statistics"
         note = "" if wanted.strip() in (title_of(entry), entry.name, entry.name.removesuffix(_SUFFIX)) else f", for {wanted}"
         return entry, f"as asked for{note}{_of_another(entry, model.identity_of(run))}"
     identity = model.identity_of(run)
@@ -135,7 +135,7 @@ def find_entry(
         size = "" if channels is None else f", {channels} channels"
         what = f"{identity.name or 'this model'} ({identity.architecture}{size})"
         todo = "Compute them once in the tab EMS, or put their file into models/ems"
-        return None, f"no EMS for {what}{refused}: sampling with data prediction. {todo}"
+        return None, f"no EMS for {what}{refused}: sampling without statistics. {todo}"
     reasons = {
         "exact": "made for this checkpoint",
         "name": "of a checkpoint with the same name; for its own, compute them in the tab EMS",

@@ -132,7 +132,7 @@ def _statistics(
     try:
         found = find(run, x, guidance, choice.ems, choice.same_architecture)
     except Exception as error:  # the picture comes first
-        found = Found(None, f"looking for EMS failed ({type(error).__name__}: {error}): sampling with data prediction", NONE)
+        found = Found(None, f"looking for EMS failed ({type(error).__name__}: {error}): sampling without statistics", NONE)
     _say(f"statistics {part}", found.message)
     levels = sigmas.detach().to("cpu", torch.float64)
     advice = None if found.ems is None else found.ems.recommendation

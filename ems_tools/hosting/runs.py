@@ -58,7 +58,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics for a run, or None: data prediction. `message` says what was found, `warn` whether it needs attention."""
+    """Statistics for a run, or None. `message` says what was found, `warn` whether it needs attention."""
 
     ems: EMS | None
     message: str
@@ -92,12 +92,12 @@ def choose_statistics(file: EMSFile, name: str, reason: str, run: Run, shape: tu
     if not why and run.guidance is None:
         why = run.unknown
     if why:
-        return Statistics(None, f"EMS {name} not used: {why}. Sampling with data prediction", True)
+        return Statistics(None, f"EMS {name} not used: {why}. Sampling without statistics", True)
     assert run.guidance is not None
     try:
         ems, notes = file.for_latents(run.guidance, shape)
     except EMSError as error:
-        return Statistics(None, f"EMS {name} does not fit: {error}. Sampling with data prediction", True)
+        return Statistics(None, f"EMS {name} does not fit: {error}. Sampling without statistics", True)
     other = _other_guider(file, run)
     if other:
         notes = [*notes, other]

@@ -215,7 +215,7 @@ def test_without_statistics(webui: WebUI) -> None:
     assert [s["name"] for s in webui.get("/sdapi/v1/samplers")].count(NAME) == 1
     made = webui.picture()
     assert f"Sampler: {NAME}" in made.infotext and f"{NAME} EMS: none" in made.infotext
-    assert "no EMS for tiny (SD15, 4 channels): sampling with data prediction" in webui.log()
+    assert "no EMS for tiny (SD15, 4 channels): sampling without statistics" in webui.log()
     assert f"[{NAME}] the" not in webui.log()  # no part is left out
 
 

@@ -66,7 +66,7 @@ def test_equals_the_library_without_ems(host: Any, capsys: pytest.CaptureFixture
     assert p.sampler.steps_seen == [0, 1, 2, 3, 4, 5] and len(p.sampler.model_wrap_cfg.seen) == 6
     assert recorded(p) == {"EMS": "none", "EMS choice": "automatic", "order": "auto", "corrector": "auto"}
     said = capsys.readouterr().out
-    assert said.count("no EMS for pretty") == 1 and "sampling with data prediction" in said and "tab EMS" in said
+    assert said.count("no EMS for pretty") == 1 and "sampling without statistics" in said and "tab EMS" in said
     host.make()
     assert "no EMS" not in capsys.readouterr().out  # said once
 

@@ -140,7 +140,7 @@ def test_statistics(file: EMSFile) -> None:
 def test_statistics_that_do_not_fit_are_refused_in_words(file: EMSFile, run: Run, shape: tuple[int, ...], words: str) -> None:
     found = choose_statistics(file, "emoji", "attached", run, shape)
     assert found.ems is None and found.warn and words in found.message
-    assert found.message.endswith("Sampling with data prediction")
+    assert found.message.endswith("Sampling without statistics")
 
 
 def test_one_line() -> None:
