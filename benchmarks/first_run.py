@@ -96,7 +96,8 @@ def trial(file: EMSFile, network: torch.nn.Module, draw: random.Random, fitted: 
         levels = make(SCHEDULE, draw.choice((5, 6, 8, 10, 12, 15, 20)), to_zero=make is not uniform_lambda)
     model = Counted(embedded.GuidedDenoiser(network, torch.tensor([draw.randrange(embedded.NULL_CLASS)]), guidance))
     noise = torch.randn(1, *embedded.SHAPE, generator=torch.Generator().manual_seed(draw.randrange(2**31)))
-    x, told, book = (noise * levels[0]).float(), [], TrustBook(None)
+    told: list[str] = []
+    x, book = (noise * levels[0]).float(), TrustBook(None)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         got = sample_on_trial(

@@ -101,7 +101,8 @@ def hostile(draw: random.Random) -> EMSFile:
         groups = draw.choice((1, 2, 3000))
         sums = torch.full((9, groups, min(points, 61), channels), extreme(draw, 1e300), dtype=torch.float64)
         moments = {"sums.0": sums, "count.0": torch.full((groups,), abs(extreme(draw, 1e11)), dtype=torch.float64)}
-    return EMSFile(lambdas, torch.tensor(scales, dtype=torch.float64), **tables, meta=meta, moments=moments)
+    l, s, b = (tables[name] for name in "lsb")
+    return EMSFile(lambdas, torch.tensor(scales, dtype=torch.float64), l, s, b, meta, moments=moments)
 
 
 def _table(draw: random.Random, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
-from dpm_solver_v3.diffusers import DPMSolverV3Scheduler
+from dpm_solver_v3.pipelines import DPMSolverV3Scheduler
 
 SIZES = {"SD 1.5": (1, 4, 64, 64), "SDXL": (1, 4, 128, 128), "video": (1, 16, 21, 60, 104)}
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,11 +55,11 @@ def main() -> None:
             net = load_denoiser(labels=torch.arange(12) % 9, guidance=guidance)
             model = FlowHost(net) if schedule.space is Space.FLOW else net
 
-            def run(levels: Tensor, model: object = model, space: Space = schedule.space, **options: object) -> Tensor:
+            def run(levels: Tensor, model: Any = model, space: Space = schedule.space, **options: Any) -> Tensor:
                 start = noise * float(levels[0])
-                return sample_dpm_solver_v3(model, start, levels.float(), disable=True, space=space, **options)  # type: ignore[arg-type]
+                return sample_dpm_solver_v3(model, start, levels.float(), disable=True, space=space, **options)
 
-            plain = {"order": 3, "corrector": "none", "lower_order_final": False}
+            plain: dict[str, Any] = {"order": 3, "corrector": "none", "lower_order_final": False}
             exact = run(uniform_lambda(schedule, 60, to_zero=True), **plain)
             print(f"\n{name}, guidance {guidance:g}\nsteps     best  " + "".join(f"{title:>10}" for title in SCHEDULES))
             for n in (4, 5, 6, 8, 12, 20):
