@@ -10,25 +10,16 @@ on the two models that they were computed for. "linked cfg" takes the steps from
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from comfyui import load
+
 ROOT = Path(__file__).resolve().parents[1]
 RIVALS = ("dpmpp_2m", "euler", "uni_pc")
 FITTED = "dpm_solver_v3_fitted"
-
-
-def load(name: str, path: Path) -> Any:
-    folder = [str(path.parent)] if path.name == "__init__.py" else None
-    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=folder)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 class Bench:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from common import NOISE, SCHEDULES, Problem, geometric_mean, per_sample_error
@@ -26,6 +27,7 @@ from quality import load_ems
 from torch import Tensor
 
 from dpm_solver_v3.sampler import EMS, LevelTable, StepInfo, karras, plan, sample_dpm_solver_v3
+from dpm_solver_v3.sampler.settings import defaults_for
 
 SEED, REFERENCE = 3, 100
 Run = Callable[[Tensor], tuple[Tensor, list[Tensor], list[Tensor]]]
@@ -57,7 +59,11 @@ def run_on(problem: Problem, samples: list[int], guidance: float, ems: EMS | Non
             Ds.append(info["denoised"])
 
         start = problem.start(samples, sigmas[0].item())
-        x = sample_dpm_solver_v3(denoiser, start, sigmas, callback=keep, disable=True, ems=ems, guidance=guidance)
+        formula = defaults_for(
+            guidance
+        )  # the rule is the formula's: with every option at "auto" and no file other steps are taken
+        options: dict[str, Any] = {"order": formula.order, "corrector": formula.corrector, "strength": 1.0}
+        x = sample_dpm_solver_v3(denoiser, start, sigmas, callback=keep, disable=True, ems=ems, **options)
         return x, ys, Ds
 
     return run

@@ -47,7 +47,7 @@ SHORT_STEP = 0.15
 
 The corrected y lies off the y that D was evaluated at. If the next evaluation is very near, this difference, divided by the
 short step, passes for a slope of D. With one level repeated at sigma (1 - r) on Karras steps (8, embedded model) the error was
-0.0009 without it, 0.0031 at r = 0.1, 0.098 at 0.01 and 13.8 at 0.0001 (benchmarks/near_levels.py); without a corrector 0.0016.
+0.0009 without it, 0.0031 at r = 0.1, 0.098 at 0.01 and 13.8 at 0.0001 (benchmarks/near_levels.py).
 """
 MAX_DECAY, MAX_WEIGHTS = 4.0, 40.0
 """What the update of a falling schedule can need at most: the factor of y, and the sum of the weights' sizes.

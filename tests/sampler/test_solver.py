@@ -559,7 +559,7 @@ def test_a_model_that_reuses_its_output_gives_the_same_picture(buffers, first, m
 
 
 @pytest.mark.parametrize("share", [0.1, 1e-2, 1e-3, 1e-4, 1e-6])
-@pytest.mark.parametrize("options", [{}, FULL])
+@pytest.mark.parametrize("options", [{}, {"order": 2, "corrector": "pseudo"}, FULL])
 def test_a_level_that_nearly_repeats_changes_little(options, share, mixture, y_start, sigmas, solve_exactly) -> None:
     """The corrected y there lies off the one that the model saw; divided by so short a step it passed for a slope."""
     plain = sigmas(8)
