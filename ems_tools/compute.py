@@ -39,7 +39,7 @@ from .estimate.run import (
 from .estimate.source import Source
 from .file.contents import EMSFile
 from .file.rows import MAX_FITTED_STEPS, EMSMeta, EvidenceRow, FittedRow, RecommendedSetting
-from .fit.run import FitPlan, evaluations_of_fit, fit_steps
+from .fit.run import FitPlan, evaluations_of_fit, fit_steps, paths_of_fit
 from .judge.calibrate import CalibrationPlan, Row, calibrate, evaluations_of_calibration
 
 __all__ = [
@@ -231,7 +231,9 @@ def with_fit(file: EMSFile, source: Source, job: Job, fit: FitPlan, state: JobSt
         rows += fit_steps(model, job, guidance, fit, state, schedule=schedule, levels=levels, **options)
     used = evaluations_of_fit(fit, len(job.lambdas), len(job.guidance), min(job.samples, fit.noises))
     facts = {"fit_noises": fit.noises, "fit_held_out": fit.held_out, "fit_evaluations": used}
-    file = replace(file, meta=replace(file.meta, fitted=tuple(rows), estimate={**file.meta.estimate, **facts}))
+    paths = tuple(p for g in job.guidance if (p := paths_of_fit(state, g)) is not None)
+    paths = paths if len(paths) == len(job.guidance) else ()
+    file = replace(file, meta=replace(file.meta, fitted=tuple(rows), estimate={**file.meta.estimate, **facts}), paths=paths)
     # Standard errors give way if the rows make the file too large to share.
     return file if file.errors is None or file.per_element else replace(file.compacted(), moments=file.moments)
 
@@ -336,7 +338,9 @@ def statistics_file(
         meta=meta,
         errors=errors if finite else None,
         moments=kept,
-        **stacked,
+        l=stacked["l"],
+        s=stacked["s"],
+        b=stacked["b"],
     )
     return replace(file.compacted(), moments=kept if keep_moments else {})
 

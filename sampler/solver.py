@@ -21,6 +21,7 @@ from .fitted import FittedSteps
 from .plan import Plan, check_levels, fitted_plan, make_plan, typical_plan
 from .settings import AUTO, OPTIONS, Corrector, Predictor, Settings, defaults_for, resolve_settings
 from .space import Space
+from .trajectories import Trajectories
 from .typical import MOST_STEPS
 
 __all__ = ["Run", "SamplingError", "StepInfo", "plan_for", "sample_dpm_solver_v3", "settings_for", "takes_typical_steps"]
@@ -181,6 +182,11 @@ def plan_for(
             return plan
         warnings.warn(f"the fitted coefficients {_NOT_SANE}", RuntimeWarning, stacklevel=2)
     if takes_typical_steps(levels, space, ems, chosen):
+        own = _own_trajectories(ems)
+        plan = typical_plan(host, space, guidance, own)
+        if own is None or plan.is_sane(space):
+            return plan
+        warnings.warn(f"the steps that follow from the file's trajectories {_NOT_SANE}", RuntimeWarning, stacklevel=2)
         return typical_plan(host, space, guidance)
     if ems is not None and settings.strength:
         plan = make_plan(host, space, ems, settings)
@@ -214,14 +220,20 @@ def settings_for(
 
 
 def takes_typical_steps(levels: Tensor, space: Space, ems: EMS | None, chosen: Mapping[str, Any]) -> bool:
-    """Whether sampling takes the steps of `typical`: options at "auto", falling levels, few steps, no statistics that are used.
+    """Whether sampling takes the steps of `typical`, chosen on the model's own trajectories where the file holds them.
 
+    It does with all options at "auto", on falling levels, with at most `MOST_STEPS` steps, where no statistics are used.
     `settings_for` then only says what options would start from of which the user sets one.
     """
     falls = len(levels) > 1 and bool(levels[0] > levels[-1])
     if not falls or len(levels) > MOST_STEPS + 1 or any(chosen.get(name, AUTO) != AUTO for name in OPTIONS):
         return False
-    return ems is None or _left_out(ems, space.lambda_of(levels))
+    return ems is None or _own_trajectories(ems) is not None or _left_out(ems, space.lambda_of(levels))
+
+
+def _own_trajectories(ems: EMS | None) -> Trajectories | None:
+    """Those of the model itself, where the file holds them."""
+    return None if ems is None or ems.recommendation is None else ems.recommendation.trajectories
 
 
 def _left_out(ems: EMS, lambdas: Tensor) -> bool:

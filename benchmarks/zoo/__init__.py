@@ -1,9 +1,9 @@
-"""Eight small networks that differ in what matters to a sampler: data, parameterisation, architecture, guidance.
+"""Eleven small networks that differ in what matters to a sampler: data, parameterisation, architecture, guidance.
 
     python benchmarks/zoo_train.py --data FOLDER [--only mnist shapes]
 
-trains what is missing, each in minutes on one core, into out/zoo. `load(name)` returns a network ready to sample from. Five are
-to develop on; three (`split` "final") are for tables only: nobody looks at them while choosing anything.
+trains what is missing, each in minutes on one core, into out/zoo. `load(name)` returns a network ready to sample from. Eight
+are to develop on; three (`split` "final") are for tables only: nobody looks at them while choosing anything.
 """
 
 from __future__ import annotations
@@ -77,6 +77,13 @@ NETWORKS: dict[str, Entry] = {
         "development", "eps", VPContinuous(), (3, 32, 32), 0, lambda: UNet(3, 0, (48, 64, 96)), data.photographs, 9.0
     ),
     "emoji": Entry("development", "edm", VPDiscrete.linear(), (3, 32, 32), 9, None, None),
+    "ddpm": Entry(
+        "development", "eps", VPContinuous(), (1, 28, 28), 0, lambda: UNet(1, 0, (32, 48, 64)), data.unlabelled, 12.0
+    ),
+    "waves": Entry("development", "v", CosineTime(), (1, 1, 96), 3, lambda: ConvNet1d(1, 3), data.waves, 5.0),
+    "textures": Entry(
+        "development", "flow", FlowTime(shift=2.0), (3, 32, 32), 4, lambda: UNet(3, 4, (32, 48, 64)), data.textures, 14.0
+    ),
     "signals": Entry("final", "edm", EDM(), (1, 1, 128), 4, lambda: ConvNet1d(1, 4), data.signals, 5.0),
     "shapes": Entry("final", "v", CosineTime(), (3, 32, 32), 3, lambda: UNet(3, 3), data.shapes, 8.0),
     "latents": Entry(

@@ -6,7 +6,7 @@ Archives come from the registries' own clients into one folder:
     npm pack emoji-datasource-google@16.0.0
     pip download --no-deps scikit-learn
 
-Galaxies and photographs are crops of pictures that scikit-image carries; shapes and signals are drawn here.
+Galaxies and photographs are crops of pictures that scikit-image carries; shapes, signals, textures and waves are drawn here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["digits", "emoji", "galaxies", "handwritten", "photographs", "shapes", "signals"]
+__all__ = ["digits", "emoji", "galaxies", "handwritten", "photographs", "shapes", "signals", "textures", "unlabelled", "waves"]
 
 Data = tuple[Tensor, Tensor]
 
@@ -37,6 +37,12 @@ def handwritten(folder: Path) -> Data:
             images.append(torch.tensor(json.load(file)["data"]).reshape(-1, 1, 28, 28) * 2 - 1)
             labels.append(torch.full((len(images[-1]),), digit))
     return torch.cat(images), torch.cat(labels)
+
+
+def unlabelled(folder: Path) -> Data:
+    """The same without classes."""
+    images, labels = handwritten(folder)
+    return images, torch.zeros_like(labels)
 
 
 def digits(folder: Path) -> Data:
@@ -143,3 +149,41 @@ def signals(folder: Path) -> Data:
     kinds = torch.stack([tone * envelope, chirp * envelope, pulse, step])
     signal = kinds[labels, torch.arange(n)] * rand(0.4, 0.9)
     return signal.clamp(-1, 1)[:, None, None], labels
+
+
+def waves(folder: Path) -> Data:
+    """8,000 periodic signals [1, 1, 96]: a few harmonics, saw teeth and smoothed noise (the class), of any pitch and phase."""
+    del folder
+    draw = torch.Generator().manual_seed(1)
+    n, t = 8_000, torch.arange(96) / 96
+    rand = lambda low, high: low + (high - low) * torch.rand(n, 1, generator=draw)  # noqa: E731
+    labels = torch.randint(0, 3, (n,), generator=draw)
+    turns = rand(1, 6) * t + rand(0, 1)
+    harmonics = sum((2 * math.pi * k * turns).cos() * rand(-1, 1) / k for k in (1, 2, 3, 5))
+    saw = (2 * (turns % 1) - 1) * rand(0.3, 1)
+    spectrum = torch.fft.rfft(torch.randn(n, 96, generator=draw)) / (1 + torch.arange(49) / rand(2, 12)) ** 2
+    noise = torch.fft.irfft(spectrum, 96)
+    noise = noise / noise.abs().amax(1, keepdim=True) * rand(0.4, 1)
+    signal = torch.stack([harmonics * 0.6, saw, noise])[labels, torch.arange(n)] + rand(-0.2, 0.2)
+    return signal.clamp(-1, 1)[:, None, None], labels
+
+
+def textures(folder: Path) -> Data:
+    """8,000 textures [3, 32, 32] between two colours: stripes, rings, a chequered ground and clouds (the class)."""
+    del folder
+    draw = torch.Generator().manual_seed(1)
+    n, grid = 8_000, (torch.arange(32) - 15.5) / 16
+    yy, xx = torch.meshgrid(grid, grid, indexing="ij")
+    labels = torch.randint(0, 4, (n,), generator=draw)
+    rand = lambda low, high: low + (high - low) * torch.rand(n, 1, 1, generator=draw)  # noqa: E731
+    turn, pitch = rand(0, math.pi), rand(2, 9)
+    u, v = xx * turn.cos() + yy * turn.sin(), yy * turn.cos() - xx * turn.sin()
+    stripes = torch.sin(pitch * u + rand(0, 6))
+    rings = torch.sin(pitch * ((xx - rand(-1, 1)) ** 2 + (yy - rand(-1, 1)) ** 2).sqrt() * 1.5)
+    chequered = torch.tanh(4 * torch.sin(pitch * u) * torch.sin(pitch * v))
+    radius = torch.fft.fftfreq(32)[:, None] ** 2 + torch.fft.rfftfreq(32) ** 2
+    clouds = torch.fft.irfft2(torch.fft.rfft2(torch.randn(n, 32, 32, generator=draw)) / (0.003 + radius) ** rand(0.5, 1))
+    clouds = clouds / clouds.std((1, 2), keepdim=True) / 1.5
+    share = torch.stack([stripes, rings, chequered, clouds])[labels, torch.arange(n)].clamp(-1, 1)[:, None] / 2 + 0.5
+    one, other = (2 * torch.rand(n, 3, 1, 1, generator=draw) - 1 for _ in range(2))
+    return one + (other - one) * share, labels

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from ...sampler import EMS, EMSError, Recommendation, RecommendationEntry, Space
+from ...sampler.trajectories import Trajectories
 from .layout import DTYPE_NAMES, encoded
+from .paths import check_paths, tensors_of_paths
 from .rows import MAX_GUIDANCE, MAX_LAMBDA, MIN_GUIDANCE, EMSMeta, FittedRow
 from .storage import write_atomic
 
@@ -45,6 +47,7 @@ class EMSFile:
     Args:
         errors: standard errors under "l", "s", "b", or None.
         moments: sums of the estimate by name; their meaning is `moments`' and `estimate`'s.
+        paths: the model's own trajectories at each of the guidance scales, all on one grid; or none.
 
     Tensors are copied in. Raises EMSError for anything that the format does not allow.
     """
@@ -57,6 +60,7 @@ class EMSFile:
     meta: EMSMeta
     errors: Mapping[str, Tensor] | None = None
     moments: Mapping[str, Tensor] = field(default_factory=dict)
+    paths: tuple[Trajectories, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("lambdas", "guidance", *STATISTICS):
@@ -73,6 +77,7 @@ class EMSFile:
         object.__setattr__(self, "moments", MappingProxyType(moments))
         _check_tensors(self)
         _check_scales(self)
+        check_paths(self.paths, len(self.guidance))
 
     @property
     def channels(self) -> int:
@@ -125,7 +130,8 @@ class EMSFile:
         entries = tuple(RecommendationEntry(r.lambdas, r.settings, r.schedule) for r in found)
         facts = {"model": str(self.meta.model.get("name", "")), "space": self.meta.space, "guidance": f"{inside:g}"}
         fitted = tuple(r.coefficients for r in self._fitted_rows(guidance) if r.coefficients is not None)
-        recommendation = Recommendation(entries, fitted) if entries or fitted else None
+        own = self._paths_at(guidance)
+        recommendation = Recommendation(entries, fitted, own) if entries or fitted or own else None
         l, s, b = (self._between(v, inside) for v in (self.l, self.s, self.b))
         return EMS(self.lambdas, l, s, b, facts, recommendation)
 
@@ -139,6 +145,12 @@ class EMSFile:
     @staticmethod
     def _nearest(guidance: float, scales: list[float]) -> float:
         return min(scales, key=lambda g: abs(math.log(g / guidance)))
+
+    def _paths_at(self, guidance: float) -> Trajectories | None:
+        """Those of the nearest scale that is near enough for fitted steps."""
+        low, high = FITTED_REACH
+        near = [k for k, g in enumerate(self.guidance.tolist()) if self.paths and low <= guidance / g <= high]
+        return self.paths[min(near, key=lambda k: abs(math.log(self.guidance[k].item() / guidance)))] if near else None
 
     def _fitted_rows(self, guidance: float) -> list[FittedRow]:
         """The rows of the nearest scale that is near enough."""
@@ -283,4 +295,4 @@ def _tensors_of(file: EMSFile) -> dict[str, Tensor]:
     tensors = {name: cast(Tensor, getattr(file, name)) for name in ("lambdas", "guidance", *STATISTICS)}
     tensors.update({f"{name}_se": value for name, value in (file.errors or {}).items()})
     tensors.update({f"moments.{name}": value for name, value in file.moments.items()})
-    return tensors
+    return {**tensors, **tensors_of_paths(file.paths)}

@@ -10,10 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from ..estimate.job import JobState
 from ..file.rows import insane
 from ..trajectory import Runner, Trajectories, few_steps
 from .panel import Entrant
+from .paths import answer
 from .plan import FitPlan, panel_heats
 from .spacing import CANDIDATES, Range, Spacing
 from .steps import closed_loop, objective
@@ -49,6 +52,13 @@ class Bench:
             table[key] = value()
             self.state.save()
         return table[key]
+
+    def watch(self, lam: float, y: Tensor, D: Tensor) -> None:
+        """Keep how D answers to the error of a run at `lam` (`paths.answer`)."""
+        value = answer(self.teacher.part(len(y)), lam, y, D)
+        if value is not None:
+            table = self.state.facts.setdefault("fit_runs", {}).setdefault(self.name, {})
+            table.setdefault("answers", []).append([round(lam, 4), round(value, 4)])
 
     def lambdas(self, spacing: Spacing, steps: int) -> list[float]:
         """Where a spacing evaluates; fewer than `steps` where the host's levels are too coarse for it."""
