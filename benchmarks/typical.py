@@ -1,6 +1,6 @@
 """Make `sampler/typical.safetensors`: the trajectories on which steps without statistics are chosen (`sampler/typical.py`).
 
-    python benchmarks/typical.py [--networks digits galaxies mnist emoji] [--weights FOLDER] [--noises 12] [--to FILE]
+    python benchmarks/typical.py [--networks digits galaxies ...] [--weights FOLDER] [--noises 12] [--to FILE]
 
 For every network and guidance scale: converged trajectories on a grid of lambda, and along four coarse runs of the solver how
 the denoiser answers to the error that the run has there, median over samples of <D - D*, y - y*> / |y - y*|^2. Trajectories
@@ -24,7 +24,7 @@ from dpm_solver_v3.sampler import karras, plan_for, sample_dpm_solver_v3, unifor
 from dpm_solver_v3.sampler.solver import Run
 from dpm_solver_v3.sampler.trajectories import FILE
 
-NETWORKS = ("digits", "galaxies", "mnist", "emoji")
+NETWORKS = ("digits", "galaxies", "mnist", "emoji", "ddpm", "waves", "textures")
 GRID = torch.arange(-52, 67, dtype=torch.float64) / 10
 """Lambda from sigma = 181 to 0.0014."""
 DIRECTIONS = 12
@@ -53,15 +53,16 @@ def make(networks: Sequence[str], weights: Path, noises: int, to: Path) -> None:
         network = load(name, weights)
         for guidance in network.entry.guidances:
             parts.append(trajectories_of(network, guidance, noises))
-            print(f"{name}, guidance {guidance:g}: response {parts[-1][1][::20, 0].tolist()}", flush=True)
-    denoised, response = (torch.cat(p, 1).float().contiguous() for p in zip(*parts))
+            print(f"{name}, guidance {guidance:g}: response {[round(v, 2) for v in parts[-1][1][::20].tolist()]}", flush=True)
+    denoised = torch.cat([D for D, _ in parts], 1).float().contiguous()
+    response = torch.stack([answers for _, answers in parts], 1).float().contiguous()
     owner = torch.arange(len(parts), dtype=torch.int32).repeat_interleave(DIRECTIONS)
     values = {"lambdas": GRID.float(), "denoised": denoised, "response": response, "owner": owner}
     save_file(values, to)
 
 
 def trajectories_of(network: Loaded, guidance: float, noises: int) -> tuple[Tensor, Tensor]:
-    """`denoised` and `response` of `Trajectories` [K, DIRECTIONS] for one network and guidance scale."""
+    """`denoised` [K, DIRECTIONS] and `response` [K] of `Trajectories` for one network and guidance scale."""
     denoiser, (high, low) = network.denoiser(guidance), network.ends
     draw = torch.Generator().manual_seed(SEED)
     start = torch.randn(noises, *network.entry.shape, generator=draw, dtype=torch.float64) * high
@@ -77,7 +78,7 @@ def trajectories_of(network: Loaded, guidance: float, noises: int) -> tuple[Tens
     fade = (inside - GRID).clamp(max=0).exp()[:, None]  # beyond the last node D goes to the end like sigma
     denoised = (_curve(lambdas, D)(inside) - end) * fade
     left, values, _ = torch.linalg.svd(denoised / denoised[0].square().sum().sqrt(), full_matrices=False)
-    return left[:, :DIRECTIONS] * values[:DIRECTIONS], response[:, None].expand(-1, DIRECTIONS)
+    return left[:, :DIRECTIONS] * values[:DIRECTIONS], response
 
 
 def _follow(denoiser: Callable[..., Tensor], x: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor, Tensor]:

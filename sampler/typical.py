@@ -17,9 +17,11 @@ The choice goes through the schedule once, in closed loop. Where the run is off 
 with a response that was measured along real errors: 0 under much noise, towards 1 at the clean end. Then every y and D of
 the run is known for every trajectory before the first model call, errors included, and each step aims at y* itself. The
 factors of a step minimise the sum over trajectories of |y_t - y*_t|^2 / (smallest possible of that trajectory + `_FLOOR` of
-DDIM's), so that no trajectory counts for more than can be gained on it, plus ridge guidance^2 |v|^2: what the response
+DDIM's), so that no trajectory counts for more than can be gained on it, plus `_RIDGE` guidance^2 |v|^2: what the response
 does not foresee in the answers to errors grows with the guidance scale, and large factors would blow it up. After each
 evaluation the step that led there is redone with it (as UniC does, arXiv 2302.04867), then the next one is taken.
+
+A statistics file can carry the model's own trajectories; the steps are then chosen on those.
 
 Nothing here is infinite at sigma = 0 or at t = 1 of a flow, so these are steps like all others: the last one may extrapolate
 D, and D at t = 1 serves as history.
@@ -44,7 +46,7 @@ LAST = 4
 MOST_STEPS = 40
 """With more steps a formula is taken: its order of convergence is proven on every model, while this choice was measured up to
 30 steps and, on a network with random weights at 80, converged more slowly (tests/pipelines/test_cli.py)."""
-_FLOOR, _ALONE_RIDGE = 0.1, 1e-2
+_RIDGE, _FLOOR, _ALONE_RIDGE = 0.1, 0.1, 1e-2
 _UNKNOWN_GUIDANCE = 3.0
 _NEGLIGIBLE = 1e-12
 """Squared errors of DDIM below this, where the data's variance is 1, are not worth a higher order."""
@@ -65,8 +67,7 @@ def typical_steps(
         for step i the update that redoes step i - 1 with D_i (none at the first), and the one that leads on.
     """
     scale = _UNKNOWN_GUIDANCE if guidance is None else max(abs(guidance), 1.0)
-    chosen_on = trajectories or load_trajectories()
-    loop = _ClosedLoop(tuple(levels), space, chosen_on, chosen_on.ridge * scale**2)
+    loop = _ClosedLoop(tuple(levels), space, trajectories or load_trajectories(), _RIDGE * scale**2)
     steps = []
     for i in range(len(levels) - 1):
         loop.evaluate(i)

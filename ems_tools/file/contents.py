@@ -6,7 +6,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import cast
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from ...sampler import EMS, EMSError, Recommendation, RecommendationEntry, Space
+from ...sampler.settings import along
 from ...sampler.trajectories import Trajectories
+from ...sampler.typical import MOST_STEPS
 from .layout import DTYPE_NAMES, encoded
 from .paths import check_paths, tensors_of_paths
 from .rows import MAX_GUIDANCE, MAX_LAMBDA, MIN_GUIDANCE, EMSMeta, FittedRow
@@ -130,7 +132,8 @@ class EMSFile:
         entries = tuple(RecommendationEntry(r.lambdas, r.settings, r.schedule) for r in found)
         facts = {"model": str(self.meta.model.get("name", "")), "space": self.meta.space, "guidance": f"{inside:g}"}
         fitted = tuple(r.coefficients for r in self._fitted_rows(guidance) if r.coefficients is not None)
-        own = self._paths_at(guidance)
+        paths = self._paths_at(guidance)
+        own = None if paths is None else paths.varied()
         recommendation = Recommendation(entries, fitted, own) if entries or fitted or own else None
         l, s, b = (self._between(v, inside) for v in (self.l, self.s, self.b))
         return EMS(self.lambdas, l, s, b, facts, recommendation)
@@ -164,8 +167,9 @@ class EMSFile:
     def fitted_sigmas(self, steps: int, guidance: float, denoise: float = 1.0) -> Tensor:
         """The schedule fitted for `steps` evaluations at this guidance scale: host levels [steps + 1] in float64.
 
-        Step counts that were not fitted, and scales far from all fitted ones, get Karras steps to 0. Below denoise 1 they
-        are the last of a schedule of round(steps / denoise) steps, as hosts do it; coefficients do not apply there.
+        Step counts that were not fitted get lambdas between those of the nearest fitted ones, if the file holds the model's
+        own trajectories, on which their steps are chosen; else, and at scales far from all fitted ones, Karras steps to 0.
+        Below denoise 1 they are the last of a schedule of round(steps / denoise) steps, as hosts do it.
 
         Raises:
             EMSError: the file has no fitted schedules, or the arguments are out of range.
@@ -176,16 +180,30 @@ class EMSFile:
             given = f"{steps}, {denoise} and {guidance}"
             raise EMSError(f"a fitted schedule needs at least 1 step, denoise in (0, 1] and guidance above 0, not {given}")
         total, row = self._fitted_row(steps, guidance, denoise)
-        if row is None:
-            lambdas = _karras(-math.log(self.meta.sigma_max), -math.log(self.meta.sigma_min), total)
-        else:
+        ends = -math.log(self.meta.sigma_max), -math.log(self.meta.sigma_min)
+        if row is not None:
             lambdas = [*row.lambdas, math.inf] if len(row.lambdas) == total else list(row.lambdas)
+        elif self._chooses_steps(guidance):
+            fitted = [r.lambdas for r in self._fitted_rows(guidance) if len(r.lambdas) == r.steps]
+            lambdas = [*spread(fitted, total, *ends), math.inf]
+        else:
+            lambdas = _karras(*ends, total)
         levels = Space(self.meta.space).level_of(torch.tensor(lambdas, dtype=torch.float64))
         return levels[-(steps + 1) :]
 
     def covers_fit(self, steps: int, guidance: float, denoise: float = 1.0) -> bool:
-        """Whether `fitted_sigmas` gives a schedule that was fitted, not Karras steps."""
-        return self._fitted_row(steps, guidance, denoise)[1] is not None
+        """Whether `fitted_sigmas` gives a schedule that was fitted, or follows from fitted ones; not Karras steps."""
+        if denoise == 1 and self.is_fitted(steps, guidance):
+            return True
+        return max(round(steps / denoise), steps) <= MOST_STEPS and self._chooses_steps(guidance)
+
+    def is_fitted(self, steps: int, guidance: float) -> bool:
+        """Whether a schedule of so many steps, and its coefficients, were fitted at this guidance scale or one near enough."""
+        return self._fitted_row(steps, guidance, 1.0)[1] is not None
+
+    def _chooses_steps(self, guidance: float) -> bool:
+        """Whether steps that were not fitted can be placed by those that were, and chosen on the model's own trajectories."""
+        return self._paths_at(guidance) is not None and any(len(r.lambdas) == r.steps for r in self._fitted_rows(guidance))
 
     def _fitted_row(self, steps: int, guidance: float, denoise: float) -> tuple[int, FittedRow | None]:
         total = max(round(steps / denoise), steps)
@@ -221,6 +239,30 @@ class EMSFile:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file, atomically. Raises EMSError if it is too large, OSError as the system reports it."""
         write_atomic(path, self.encode())
+
+
+def spread(fitted: Sequence[Sequence[float]], steps: int, low: float, high: float) -> list[float]:
+    """Lambdas [steps] between those fitted for the nearest fewer and more steps, at the same shares of the way.
+
+    Beyond all fitted counts the ends draw near to `low` and `high` as the steps become small.
+
+    Args:
+        fitted: lambdas of the fitted schedules, each of another length.
+        steps: evaluations, at least 1.
+        low, high: the noise range in lambda.
+    """
+    few = max((v for v in fitted if len(v) <= steps), key=len, default=min(fitted, key=len))
+    many = min((v for v in fitted if len(v) >= steps), key=len, default=max(fitted, key=len))
+    a, b = len(few), len(many)
+    share = 0.0 if a == b else (math.log(steps) - math.log(a)) / (math.log(b) - math.log(a))
+    at = [i / max(steps - 1, 1) for i in range(steps)]
+    found = [(1 - share) * along(few, u) + share * along(many, u) for u in at]
+    if a == b and steps != a:
+        first, last = (end + (found[k] - end) * min(a / steps, 1.5) for k, end in ((0, low), (-1, high)))
+        first, last = max(first, low), min(last, high)
+        scale = (last - first) / (found[-1] - found[0]) if steps > 1 else 1.0
+        found = [first + (v - found[0]) * scale for v in found]
+    return found
 
 
 def _karras(first: float, last: float, steps: int) -> list[float]:

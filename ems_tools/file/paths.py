@@ -12,7 +12,7 @@ from ...sampler.trajectories import Trajectories
 
 __all__ = ["check_paths", "paths_from_tensors", "tensors_of_paths"]
 
-MAX_POINTS, MAX_DIRECTIONS, MAX_VALUE, MAX_LAMBDA = 512, 32, 4.0, 30.0
+MAX_POINTS, MAX_SAMPLES, MAX_DIRECTIONS, MAX_VALUE, MAX_LAMBDA = 256, 64, 16, 4.0, 30.0
 """Trajectories have the size 1 at the noisy end, and D answers to an error with at most the error itself, or a little more."""
 _PARTS = ("lambdas", "denoised", "response")
 
@@ -21,7 +21,7 @@ def tensors_of_paths(paths: Sequence[Trajectories]) -> dict[str, Tensor]:
     """As a file holds them, by the tensors' names."""
     if not paths:
         return {}
-    denoised, response = torch.stack([p.denoised for p in paths]), torch.stack([p.response[:, 0] for p in paths])
+    denoised, response = torch.stack([p.by_sample for p in paths]), torch.stack([p.response[:, 0] for p in paths])
     return {"paths.lambdas": paths[0].lambdas, "paths.denoised": denoised.float(), "paths.response": response.float()}
 
 
@@ -35,10 +35,11 @@ def paths_from_tensors(values: dict[str, Tensor]) -> tuple[Trajectories, ...]:
         raise EMSError(f"tensor 'paths.{missing[0]}' is missing")
     lambdas, denoised, response = (found[part] for part in _PARTS)
     sizes = denoised.shape
-    if lambdas.ndim != 1 or denoised.ndim != 3 or response.shape != sizes[:2] or sizes[1] != len(lambdas) or 0 in sizes:
+    if lambdas.ndim != 1 or denoised.ndim != 4 or response.shape != sizes[:2] or sizes[1] != len(lambdas) or 0 in sizes:
         raise EMSError("the tensors 'paths.*' have shapes that do not go together")
-    if sizes[1] > MAX_POINTS or sizes[2] > MAX_DIRECTIONS:
-        raise EMSError(f"the model's trajectories may have {MAX_POINTS} points and {MAX_DIRECTIONS} directions at most")
+    if sizes[1] > MAX_POINTS or sizes[2] > MAX_SAMPLES or sizes[3] > MAX_DIRECTIONS:
+        most = f"{MAX_POINTS} points, {MAX_SAMPLES} samples and {MAX_DIRECTIONS} directions at most"
+        raise EMSError(f"the model's trajectories may have {most}")
     try:
         return tuple(Trajectories.of_model(lambdas, D, r) for D, r in zip(denoised, response, strict=True))
     except ValueError as error:

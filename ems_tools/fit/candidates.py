@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
+from ...sampler import FittedSteps
 from ..estimate.job import JobState
 from ..file.rows import insane
 from ..trajectory import Runner, Trajectories, few_steps
 from .panel import Entrant
-from .paths import answer
+from .paths import Answers
 from .plan import FitPlan, panel_heats
 from .spacing import CANDIDATES, Range, Spacing
 from .steps import closed_loop, objective
@@ -53,12 +52,14 @@ class Bench:
             self.state.save()
         return table[key]
 
-    def watch(self, lam: float, y: Tensor, D: Tensor) -> None:
-        """Keep how D answers to the error of a run at `lam` (`paths.answer`)."""
-        value = answer(self.teacher.part(len(y)), lam, y, D)
-        if value is not None:
-            table = self.state.facts.setdefault("fit_runs", {}).setdefault(self.name, {})
-            table.setdefault("answers", []).append([round(lam, 4), round(value, 4)])
+    def closed_loop(self, lambdas: Sequence[float], noises: int) -> tuple[FittedSteps, float]:
+        """`steps.closed_loop` on the first noises; how D answered to errors on the way is kept for `paths`."""
+        teacher = self.teacher.part(noises)
+        answers = Answers(teacher)
+        found = closed_loop(self.runner, self.samples[:noises], teacher, lambdas, answers)
+        table = self.state.facts.setdefault("fit_runs", {}).setdefault(self.name, {})
+        table.setdefault("answers", []).extend(map(list, answers.found))
+        return found
 
     def lambdas(self, spacing: Spacing, steps: int) -> list[float]:
         """Where a spacing evaluates; fewer than `steps` where the host's levels are too coarse for it."""
@@ -78,9 +79,7 @@ def best_spacing(bench: Bench, steps: int) -> Spacing:
             return math.inf
         few = min(plan.search, len(bench.samples))
         key = f"spacing {steps} {'/'.join(map(str, astuple(spacing)))}"
-        value: float = bench.kept(
-            key, lambda: closed_loop(bench.runner, bench.samples[:few], bench.teacher.part(few), lambdas)[1]
-        )
+        value: float = bench.kept(key, lambda: bench.closed_loop(lambdas, few)[1])
         tried[lambdas] = (value, spacing)
         return value
 

@@ -12,6 +12,7 @@ in the picture, which its last step here takes out again at no evaluation.
 | order 3, UniC    | UniPC of order 3                         |
 | order 2, noise   | DEIS of order 2 (noise prediction)       |
 | order 3, noise   | DEIS of order 3                          |
+| iPNDM            | iPNDM of order 4                         |
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ FORMULAS: dict[str, dict[str, Any]] = {
     "order 2": {"order": 2, "corrector": "none"},
     "order 3": {"order": 3, "corrector": "none"},
     "order 3, UniC": {"order": 3, "corrector": "raised"},
+    "iPNDM": {},
 }
 _GOOD = (
     ("vp 1.5", "order 2, UniC"),
@@ -124,6 +126,8 @@ def formula_steps(lambdas: tuple[float, ...], end: float, formula: str) -> Fitte
         rows.append(x.reshape(-1).clone())
         return units[len(rows)].reshape(x.shape)
 
+    if formula == "iPNDM":
+        return _relative(lambdas, _ipndm_rows(lambdas, end))
     options = dict(FORMULAS[formula])
     ems = _noise_prediction() if options.pop("ems", None) else None
     levels = torch.tensor([*(math.exp(-v) for v in lambdas), 0.0 if end == math.inf else math.exp(-end)], dtype=torch.float64)
@@ -131,9 +135,33 @@ def formula_steps(lambdas: tuple[float, ...], end: float, formula: str) -> Fitte
     last = sample_dpm_solver_v3(
         denoiser, units[0].reshape(1, n + 1, 1), levels, disable=True, space=Space.SIGMA, ems=ems, strength=1.0, **settings
     ).reshape(-1)
-    left = last[0].item()
-    rows.append(torch.cat([last[:1] * 0, last[1:] / (1 - left)]))
+    rows.append(_without_noise(last))
     return _relative(lambdas, rows)
+
+
+def _without_noise(last: Tensor) -> Tensor:
+    """The end of a run [n + 1] in terms of (y_0, D_0, ...), its share of the start noise taken out."""
+    return torch.cat([last[:1] * 0, last[1:] / (1 - last[0].item())])
+
+
+_ADAMS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+"""Adams and Bashforth's weights for even steps, the newest slope first."""
+
+
+def _ipndm_rows(lambdas: tuple[float, ...], end: float) -> list[Tensor]:
+    """Rows of iPNDM (Zhang and Chen 2022): Adams and Bashforth's on dy/dsigma = (y - D) / sigma, as if steps were even.
+
+    To sigma = 0 the step is one of first order, as in ComfyUI.
+    """
+    n, sigmas = len(lambdas), [*(math.exp(-v) for v in lambdas), math.exp(-end)]
+    units = torch.eye(n + 1, dtype=torch.float64)
+    rows, slopes = [units[0]], list[Tensor]()
+    for i in range(n):
+        slopes.insert(0, (rows[-1] - units[i + 1]) / sigmas[i])
+        weights = _ADAMS[0 if sigmas[i + 1] == 0 else min(i, 3)]
+        slope = sum((w * s for w, s in zip(weights, slopes)), torch.zeros(n + 1, dtype=torch.float64))
+        rows.append(rows[-1] + (sigmas[i + 1] - sigmas[i]) * slope)
+    return [*rows[:-1], _without_noise(rows[-1])]
 
 
 def _relative(lambdas: tuple[float, ...], rows: list[Tensor]) -> FittedSteps:

@@ -33,7 +33,7 @@ from .paths import own_paths
 from .plan import FitPlan, evaluations_of_fit, searched_steps
 from .refine import refine, with_last_step
 from .spacing import CANDIDATES, Range, Spacing
-from .steps import closed_loop, objective, rounded
+from .steps import objective, rounded
 
 __all__ = ["JUDGE_NOISE", "FitPlan", "evaluations_of_fit", "fit_steps", "paths_of_fit"]
 
@@ -100,11 +100,9 @@ def fit_steps(
 def _keep_paths(state: JobState, name: str, teacher: Trajectories) -> None:
     """Put the model's own trajectories into the state, once the runs have shown how D answers to errors."""
     answers = state.facts.get("fit_runs", {}).get(name, {}).get("answers", [])
-    if answers:
-        paths = own_paths(teacher, [(lam, value) for lam, value in answers])
-        state.tensors[f"paths.{name}.lambdas"] = paths.lambdas
-        state.tensors[f"paths.{name}.denoised"] = paths.denoised.float()
-        state.tensors[f"paths.{name}.response"] = paths.response[:, 0].float()
+    paths = own_paths(teacher, [(lam, value) for lam, value in answers])
+    parts = {"lambdas": paths.lambdas, "denoised": paths.by_sample.float(), "response": paths.response[:, 0].float()}
+    state.tensors.update({f"paths.{name}.{part}": value for part, value in parts.items()})
 
 
 def paths_of_fit(state: JobState, guidance: float) -> Paths | None:
@@ -143,7 +141,7 @@ def _fitted(bench: Bench, spacing: Spacing, steps: int) -> FittedSteps | None:
     if not lambdas:
         return None
     plan = bench.plan
-    found, _ = closed_loop(bench.runner, bench.samples, bench.teacher, lambdas, bench.watch)
+    found, _ = bench.closed_loop(lambdas, len(bench.samples))
     few = min(plan.refine_noises, len(bench.samples) // 2)
     if not plan.rounds or steps > plan.refined or few < 2:
         return found

@@ -131,20 +131,21 @@ def _beta_quantiles(u: Tensor, power: float = 0.6) -> Tensor:
 
 
 CANDIDATES = (
-    Spacing("vp", 1.5, 1.0, 2.5),
-    Spacing("vp", 2.0, 1.0, 0.0),
-    Spacing("sigma", 7.0, 1.0, 2.5),
-    Spacing("model", 1.0, 0.5, 0.0),
-    Spacing("flow", 1.5, 1.0, 2.5),
-    Spacing("flow", 2.0, 1.0, 0.0),
+    Spacing("vp", 2.0, 1.0, 2.5),
+    Spacing("vp", 3.0, 0.5, 2.5),
     Spacing("vp", 1.5, 0.5, 2.5),
-    Spacing("vp", 2.0, 0.5, 2.5),
-    Spacing("lambda", 1.0, 1.5, 2.5),
+    Spacing("model", 2.0, 0.5, 2.5),
+    Spacing("vp", 1.0, 0.5, 2.5),
+    Spacing("vp", 3.0, 1.5, 2.5),
+    Spacing("beta", 1.0, 1.5, 2.5),
+    Spacing("model", 1.5, 0.5, 0.0),
+    Spacing("flow", 2.0, 0.5, 0.0),
     Spacing("flow", 1.0, 0.5, 2.5),
-    Spacing("vp", 3.0, 1.5, 0.0),
-    Spacing("model", 1.5, 1.0, 2.5),
+    Spacing("flow", 1.5, 1.0, 2.5),
     Spacing("beta", 1.0, 0.5, 0.0),
-    Spacing("model", 2.0, 1.0, 2.5),
-    Spacing("sigma", 4.0, 1.0, 2.5),
+    Spacing("sigma", 7.0, 1.0, 2.5),
+    Spacing("vp", 1.5, 1.5, 0.0),
+    Spacing("lambda", 1.0, 1.5, 2.5),
+    Spacing("model", 1.0, 0.5, 0.0),
 )
 """Spacings to fit on, the most likely ones first."""
