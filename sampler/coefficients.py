@@ -39,7 +39,7 @@ _GAUSS_POINTS = 6
 _LONGEST_PANEL = 0.25
 """Six Gauss points on panels of at most 0.25 in lambda leave the quadrature error below 1e-13."""
 _VALUES = 2**17
-"""Values of l, s or b, quadrature points times elements, that are integrated at a time: about twenty times as many numbers are alive."""
+"""Of l, s or b, quadrature points times elements, that are integrated at a time: some twenty times as many are alive."""
 
 
 @dataclass(frozen=True)
