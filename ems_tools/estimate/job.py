@@ -198,8 +198,11 @@ class JobState:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _STATE_FORMAT:
                     raise ValueError("not an unfinished job")
-                return cls(path, {k: file.get_tensor(k) for k in file.keys()}, json.loads(metadata["facts"]))
-        except (SafetensorError, ValueError, KeyError, OSError) as error:
+                facts = json.loads(metadata["facts"])
+                if not isinstance(facts, dict) or not isinstance(facts.get("job", {}), dict):
+                    raise ValueError("what it says of the job is no table")
+                return cls(path, {k: file.get_tensor(k) for k in file.keys()}, facts)
+        except (SafetensorError, ValueError, KeyError, OSError, RecursionError) as error:
             raise EstimateError(f"{path} cannot be resumed ({error}): delete it to start again") from error
 
     def save(self) -> None:
