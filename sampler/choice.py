@@ -29,7 +29,8 @@ _NOT_SANE = (
     "without them. Compute EMS for this model, or remove the file"
 )
 GROWTH_LIMIT = 2.0
-"""Of `EMS.growth` on unmeasured schedules. The embedded model's stay below 1 from 4 steps on (tests/ems_tools/file/test_contents.py)."""
+"""Of `EMS.growth` on unmeasured schedules. For the embedded statistics it is below 1 from 4 steps on
+(tests/ems_tools/file/test_contents.py)."""
 
 
 def plan_for(
