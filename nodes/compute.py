@@ -108,9 +108,9 @@ class ComputeNode:
         prompt: Mapping[str, Any] | None = None,
     ) -> dict[str, object]:
         """EMS, path, plot IMAGE and report. Raises HostError or EstimateError with what to do."""
-        from ..ems_tools.hosting import scales_of
+        from ..ems_tools.hosting import one_line, scales_of
         from ..ems_tools.hosting.runs import GUIDER
-        from ..ems_tools.show.describe import lines_of
+        from ..ems_tools.show.describe import gain_of, lines_of
         from .find import Handle, identity_of, trust
         from .pictures import ems_picture
         from .session import Request, measure
@@ -141,7 +141,7 @@ class ComputeNode:
         )
         file, path = measure(request)
         trust().computed(file)
-        host.say(f"Compute EMS: done, {path.name}", str(unique_id))
+        host.say(one_line(f"Compute EMS: done, {path.name}", gain_of(file)), str(unique_id))
         text = "\n".join([str(path), *lines_of(file)])
         result = (Handle(file, path.name, path), str(path), ems_picture(file, path.name), text)
         return {"ui": {"text": [text]}, "result": result}

@@ -31,7 +31,7 @@ class EmbedError(EMSError):
 
 
 def pack(name: str, file: EMSFile) -> dict[str, Any]:
-    """What is put into a workflow: the file without what is private (`publish.shareable`).
+    """What is put into a workflow: the file without what is private (`private.cleaned`).
 
     Raises EmbedError for a file that is too large.
     """
