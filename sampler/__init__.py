@@ -22,7 +22,7 @@ from .schedules import (
     uniform_lambda,
     uniform_time,
 )
-from .settings import AUTO, DEFAULTS, DEFAULTS_STRONG_GUIDANCE, Recommendation, RecommendationEntry, Settings
+from .settings import AUTO, DEFAULTS, DEFAULTS_STRONG_GUIDANCE, Recommendation, RecommendationEntry, Settings, SolverOptions
 from .solver import Run, SamplingError, StepInfo, sample_dpm_solver_v3
 from .space import Space
 from .wrapper import LambdaDenoiser
@@ -45,6 +45,7 @@ __all__ = [
     "Run",
     "SamplingError",
     "Settings",
+    "SolverOptions",
     "Space",
     "StepInfo",
     "VPContinuous",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,9 +17,12 @@ from torch import Tensor
 from .ems import EMS
 from .fitted import FittedSteps
 from .plan import Plan, check_levels, fitted_plan, make_plan, typical_plan
-from .settings import AUTO, OPTIONS, Settings, defaults_for, resolve_settings
+from .settings import AUTO, OPTIONS, Settings, SolverOptions, defaults_for, resolve_settings
 from .space import Space
 from .typical import MOST_STEPS
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["GROWTH_LIMIT", "plan_for", "settings_for", "takes_typical_steps"]
 
@@ -39,7 +42,7 @@ def plan_for(
     ems: EMS | None = None,
     space: Space | str = Space.SIGMA,
     guidance: float | None = None,
-    **options: Any,
+    **options: Unpack[SolverOptions],
 ) -> Plan:
     """What `sample_dpm_solver_v3` does with these arguments; a plan without steps for fewer than two sigmas.
 
@@ -75,7 +78,7 @@ def plan_for(
 
 
 def settings_for(
-    levels: Tensor, space: Space, ems: EMS | None, chosen: dict[str, Any], guidance: float | None = None
+    levels: Tensor, space: Space, ems: EMS | None, chosen: Mapping[str, object], guidance: float | None = None
 ) -> Settings:
     """The settings that sampling would use: user's choices, else the recommendation, else the defaults.
 
@@ -88,7 +91,7 @@ def settings_for(
 
 
 def _settings(
-    levels: Tensor, space: Space, ems: EMS | None, chosen: dict[str, Any], guidance: float | None, unused: bool
+    levels: Tensor, space: Space, ems: EMS | None, chosen: Mapping[str, object], guidance: float | None, unused: bool
 ) -> Settings:
     if _rises(levels) and chosen.get("corrector") == AUTO:
         chosen = {**chosen, "corrector": "none"}  # a corrector's feedback grows as the noise does: it diverges
@@ -101,7 +104,7 @@ def _settings(
     return resolve_settings(replace(defaults, strength=0.0) if unused else defaults, None, chosen)
 
 
-def takes_typical_steps(levels: Tensor, space: Space, ems: EMS | None, chosen: Mapping[str, Any]) -> bool:
+def takes_typical_steps(levels: Tensor, space: Space, ems: EMS | None, chosen: Mapping[str, object]) -> bool:
     """Whether sampling takes the steps of `typical`: options at "auto", falling levels, few steps, no statistics that are used.
 
     `settings_for` then only says what options would start from of which the user sets one.
@@ -109,7 +112,7 @@ def takes_typical_steps(levels: Tensor, space: Space, ems: EMS | None, chosen: M
     return _takes_typical_steps(levels, ems is None or _is_unused(levels, space, ems), chosen)
 
 
-def _takes_typical_steps(levels: Tensor, without: bool, chosen: Mapping[str, Any]) -> bool:
+def _takes_typical_steps(levels: Tensor, without: bool, chosen: Mapping[str, object]) -> bool:
     """See `takes_typical_steps`; `without`: whether no statistics are used."""
     falls = len(levels) > 1 and not _rises(levels)
     return without and falls and len(levels) <= MOST_STEPS + 1 and all(chosen.get(name, AUTO) == AUTO for name in OPTIONS)
@@ -130,7 +133,7 @@ def _is_unused(levels: Tensor, space: Space, ems: EMS) -> bool:
     return ems.growth(finite) > GROWTH_LIMIT
 
 
-def _fitted_for(levels: Tensor, space: Space, ems: EMS | None, chosen: dict[str, Any]) -> FittedSteps | None:
+def _fitted_for(levels: Tensor, space: Space, ems: EMS | None, chosen: Mapping[str, object]) -> FittedSteps | None:
     """Coefficients fitted on this very schedule, unless the user chose an option."""
     if ems is None or ems.recommendation is None or any(value != AUTO for value in chosen.values()):
         return None

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from .choice import plan_for
 from .ems import EMS
 from .plan import Plan
-from .settings import AUTO, Corrector, Predictor
+from .settings import AUTO, Corrector, Predictor, SolverOptions
 from .space import Space
 
 __all__ = ["Run", "SamplingError", "StepInfo", "sample_dpm_solver_v3"]
@@ -54,7 +54,7 @@ def sample_dpm_solver_v3(
     model: Callable[..., Tensor],
     x: Tensor,
     sigmas: Tensor,
-    extra_args: Mapping[str, Any] | None = None,
+    extra_args: Mapping[str, object] | None = None,
     callback: Callable[[StepInfo], None] | None = None,
     disable: bool | None = None,
     *,
@@ -98,7 +98,7 @@ def sample_dpm_solver_v3(
         EMSError: statistics that do not fit x.
         SamplingError: the model returned values that are not finite.
     """
-    chosen: dict[str, Any] = {
+    chosen: SolverOptions = {
         "order": order,
         "predictor": predictor,
         "corrector": corrector,
@@ -118,14 +118,15 @@ def sample_dpm_solver_v3(
         if ems is None:
             raise
         warnings.warn(f"{error} Sampling again without them.", RuntimeWarning, stacklevel=2)
-        return _solve(plan_for(sigmas, space=space, guidance=guidance, **{**chosen, "strength": AUTO}), *arguments)
+        chosen["strength"] = AUTO
+        return _solve(plan_for(sigmas, space=space, guidance=guidance, **chosen), *arguments)
 
 
 def _solve(
     plan: Plan,
     model: Callable[..., Tensor],
     x: Tensor,
-    extra_args: Mapping[str, Any],
+    extra_args: Mapping[str, object],
     callback: Callable[[StepInfo], None] | None,
     disable: bool | None,
 ) -> Tensor:
