@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,12 +43,13 @@ _WRAPPERS = ("predict_noise", "calc_cond_batch", "diffusion_model")
 _MOST = 400
 
 
-def model_sampling_of(patcher: Patcher | None) -> Any:
+def model_sampling_of(patcher: Patcher | None) -> ModelSampling | None:
     """The model's `model_sampling`, patches (shift, ZSNR, ...) included; None if there is none."""
     get = getattr(patcher, "get_model_object", None)
     if callable(get):
         try:
-            return get("model_sampling")
+            found: ModelSampling | None = get("model_sampling")
+            return found
         except Exception as error:
             LOG.debug("get_model_object: %s", error)
     return getattr(getattr(patcher, "model", None), "model_sampling", None)
@@ -163,7 +164,7 @@ def changes_of(patcher: Patcher | None) -> list[str]:
     """The MODEL's patches that change what is denoised (not LoRAs: weights are the identity's), each once, in their order."""
     options: Options = getattr(patcher, "model_options", None) or {}
     parts = [part for key in _FUNCTIONS for part in _listed(options.get(key))]
-    wrappers: Mapping[str, Any] = getattr(patcher, "wrappers", None) or {}
+    wrappers: Options = getattr(patcher, "wrappers", None) or {}
     parts += [part for kind in _WRAPPERS for group in (wrappers.get(kind) or {}).values() for part in _listed(group)]
     transformer: Options = options.get("transformer_options") or {}
     for key in ("patches", "patches_replace"):
@@ -172,11 +173,11 @@ def changes_of(patcher: Patcher | None) -> list[str]:
     return list(dict.fromkeys(map(_title, parts)))
 
 
-def _listed(value: object) -> list[Any]:
+def _listed(value: object) -> list[object]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _title(part: Any) -> str:
+def _title(part: object) -> str:
     """The node that a patch comes from, as its function's name shows, and the numbers that it was made with."""
     while isinstance(part, functools.partial):
         part = part.func
@@ -186,7 +187,7 @@ def _title(part: Any) -> str:
     return _name(name, dict(_captured(part)))
 
 
-def _captured(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+def _captured(function: object) -> Iterator[tuple[str, object]]:
     names = getattr(getattr(function, "__code__", None), "co_freevars", ())
     for name, cell in zip(names, getattr(function, "__closure__", None) or ()):
         try:
@@ -195,12 +196,12 @@ def _captured(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
             continue
 
 
-def _numbers(values: Mapping[str, Any], leave: str) -> dict[str, object]:
+def _numbers(values: Mapping[str, object], leave: str) -> dict[str, object]:
     unset = "cfg" if leave == "cfg1" else ""
     return {k: v for k, v in values.items() if k not in (leave, unset) and not k.startswith("_")}
 
 
-def _name(name: str, values: Mapping[str, Any]) -> str:
+def _name(name: str, values: Mapping[str, object]) -> str:
     said = [f"{k}={v:g}" for k, v in sorted(values.items()) if isinstance(v, (bool, int, float))]
     words = " ".join([name.removeprefix("Guider_"), *said])
     return "".join(c if c.isprintable() else "?" for c in words)

@@ -82,6 +82,22 @@ class Update:
         weights = tuple(w * alpha_t for w in self.weights)
         return replace(self, decay=self.decay * (alpha_t / alpha_s), offset=self.offset * alpha_t, weights=weights)
 
+    def after_redoing(self, taken: Update, redone: Update) -> Update:
+        """This update and the correction before it as one update, from the x where the model was called.
+
+        `taken` led there and `redone` leads over the same step again, so both begin with the same decay x_s. They differ by
+        their offsets and weights alone: x_redone = x_taken + (offsets' difference) + sum_j (weights' difference)_j m_j. So the
+        x before the step is not needed any more, and the latent is gone through once instead of twice.
+        """
+        weights = dict(zip(redone.nodes, redone.weights, strict=True))
+        for node, weight in zip(taken.nodes, taken.weights, strict=True):
+            weights[node] = weights[node] - weight if node in weights else -weight
+        weights = {node: self.decay * weight for node, weight in weights.items()}
+        for node, weight in zip(self.nodes, self.weights, strict=True):
+            weights[node] = weights[node] + weight if node in weights else weight
+        offset = self.offset + self.decay * (redone.offset - taken.offset)
+        return Update(self.decay, offset, tuple(weights.values()), tuple(weights))
+
 
 @lru_cache(maxsize=1)
 def _gauss() -> tuple[Tensor, Tensor, Tensor]:

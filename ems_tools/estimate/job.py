@@ -94,7 +94,7 @@ class Job:
         if not self.guidance or any(b <= a for a, b in zip(self.guidance, self.guidance[1:], strict=False)):
             raise EstimateError("guidance scales must be given in increasing order")
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Everything that must agree for two runs to be the same job, JSON-serialisable."""
         return {k: v for k, v in json.loads(json.dumps(asdict(self))).items() if k != "samples"}
 

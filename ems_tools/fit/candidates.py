@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
-from typing import Any
 
 from ..estimate.job import JobState
 from ..file.rows import insane
@@ -42,13 +41,13 @@ class Bench:
     state: JobState
     name: str
 
-    def kept(self, key: str, value: Callable[[], Any]) -> Any:
+    def kept(self, key: str, value: Callable[[], float]) -> float:
         """The value under `key` in the state, computed and saved if it is not there."""
         table = self.state.facts.setdefault("fit_runs", {}).setdefault(self.name, {})
         if key not in table:
             table[key] = value()
             self.state.save()
-        return table[key]
+        return float(table[key])
 
     def lambdas(self, spacing: Spacing, steps: int) -> list[float]:
         """Where a spacing evaluates; fewer than `steps` where the host's levels are too coarse for it."""
@@ -68,9 +67,7 @@ def best_spacing(bench: Bench, steps: int) -> Spacing:
             return math.inf
         few = min(plan.search, len(bench.samples))
         key = f"spacing {steps} {'/'.join(map(str, astuple(spacing)))}"
-        value: float = bench.kept(
-            key, lambda: closed_loop(bench.runner, bench.samples[:few], bench.teacher.part(few), lambdas)[1]
-        )
+        value = bench.kept(key, lambda: closed_loop(bench.runner, bench.samples[:few], bench.teacher.part(few), lambdas)[1])
         tried[lambdas] = (value, spacing)
         return value
 
@@ -120,5 +117,4 @@ def _score(bench: Bench, entrant: Entrant, steps: int, noises: int) -> float:
         end = few_steps(bench.runner, bench.samples[:noises], entrant.steps(steps, bench.snap))
         return min(objective(bench.teacher.part(noises).errors(end).nan_to_num(nan=1e30)), 100.0)
 
-    found: float = bench.kept(f"panel {steps} {noises} {entrant.name}", value)
-    return found
+    return bench.kept(f"panel {steps} {noises} {entrant.name}", value)

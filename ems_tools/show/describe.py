@@ -97,7 +97,7 @@ def _errors_kept(file: EMSFile) -> str:
     return "at every point" if file.errors["l"].shape[1] == file.l.shape[1] else "root mean square over the grid"
 
 
-def _plain(entry: RecommendedSetting) -> dict[str, Any]:
+def _plain(entry: RecommendedSetting) -> dict[str, object]:
     plain = asdict(entry)
     if math.isinf(entry.settings.corrector_below):
         plain["settings"]["corrector_below"] = None

@@ -374,7 +374,7 @@ SHIPPED = Path(__file__).parents[3] / "stats" / "embedded-emoji.ems.safetensors"
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0, 4.0, 7.5])
 def test_the_shipped_statistics_grow_slowly(guidance: float) -> None:
-    """What sampler.solver.GROWTH_LIMIT is set by: below 1 on every schedule of the paper from 4 steps on."""
+    """What sampler.choice.GROWTH_LIMIT is set by: below 1 on every schedule of the paper from 4 steps on."""
     ems = load_ems_file(SHIPPED).at(guidance)
     for make in (uniform_lambda, uniform_time, quadratic_time, karras):
         for steps in (4, 5, 6, 8):
