@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("sampler", "ems_tools", "nodes", "webui", "pipelines")
 """The folders of the product; beside them it has `__init__.py`, `install.py` and what is in scripts/."""
 
-LIMITS = {"lines of a module": 425, "lines of a function": 57, "lines that name Any": 155, "type: ignore": 5}
-"""No count may rise above these. They should come down: modules of 400, functions of 50 lines, 80 lines that name `Any`."""
+LIMITS = {"lines of a module": 400, "lines of a function": 57, "lines that name Any": 40, "type: ignore": 5}
+"""No count may rise above these. Functions should come down to 50 lines."""
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("sampler",),

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -41,6 +41,9 @@ from .file.contents import EMSFile
 from .file.rows import MAX_FITTED_STEPS, EMSMeta, EvidenceRow, FittedRow, RecommendedSetting
 from .fit.run import FitPlan, evaluations_of_fit, fit_steps, paths_of_fit
 from .judge.calibrate import CalibrationPlan, Row, calibrate, evaluations_of_calibration
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "EFFORTS",
@@ -216,14 +219,23 @@ def compute_ems(
             )
     file = statistics_file(source, job, moments, rows, str(state.facts["date"]), plan, keep_moments)
     if plan is not None and plan.fit is not None:
-        options: dict[str, Any] = {"batch": batch, "device": device, "dtype": dtype, "progress": progress}
+        options: _FitOptions = {"batch": batch, "device": device, "dtype": dtype, "progress": progress}
         file = with_fit(file, source, job, plan.fit, state, **options)
     file.save(path)
     state.delete()
     return file
 
 
-def with_fit(file: EMSFile, source: Source, job: Job, fit: FitPlan, state: JobState, **options: Any) -> EMSFile:
+class _FitOptions(TypedDict, total=False):
+    """How the model is run, as `fit_steps` takes it."""
+
+    batch: int
+    device: torch.device | str
+    dtype: torch.dtype
+    progress: Callable[[Progress], None]
+
+
+def with_fit(file: EMSFile, source: Source, job: Job, fit: FitPlan, state: JobState, **options: Unpack[_FitOptions]) -> EMSFile:
     """The file with schedules and coefficients fitted at each of its guidance scales; `options` are those of `fit_steps`."""
     rows: list[FittedRow] = []
     for guidance in job.guidance:

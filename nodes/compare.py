@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -132,7 +132,7 @@ class CompareNode:
         return {"ui": {"text": [table]}, "result": (plot, grid, table)}
 
 
-def _named(run: _Run, model: Patcher, sampling: ModelSampling, cfg: float, counts: list[int]) -> _Run:
+def _named(run: _Run, model: Patcher, sampling: ModelSampling | None, cfg: float, counts: list[int]) -> _Run:
     """The run with what the fitted scheduler really gives: fitted steps, others, or some of both."""
     if run.scheduler != FITTED_NAME:
         return run
@@ -176,7 +176,7 @@ def _counts(text: str) -> list[int]:
     return counts
 
 
-def _reference_sampler() -> Any:
+def _reference_sampler() -> object:
     import comfy.samplers
 
     options = {"order": 3, "corrector": "none", "lower_order_final": False, "strength": 0.0}

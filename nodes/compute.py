@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from . import host
-from .graph import Place
+from .graph import Place, Prompt
 from .model import latent_of, words_of_guider
-from .protocols import Conditioning, Guider, Latent, Patcher
+from .protocols import Clip, Conditioning, Guider, Latent, Patcher
 
 __all__ = ["ComputeNode"]
 
@@ -100,17 +97,17 @@ class ComputeNode:
         batch_size: int,
         start_seed: int,
         keep_moments: bool,
-        clip: Any = None,
+        clip: Clip | None = None,
         schedulers: str = "auto",
         steps: str = "auto",
         guider: Guider | None = None,
         unique_id: str = "",
-        prompt: Mapping[str, Any] | None = None,
+        prompt: Prompt | None = None,
     ) -> dict[str, object]:
         """EMS, path, plot IMAGE and report. Raises HostError or EstimateError with what to do."""
-        from ..ems_tools.hosting import scales_of
+        from ..ems_tools.hosting import one_line, scales_of
         from ..ems_tools.hosting.runs import GUIDER
-        from ..ems_tools.show.describe import lines_of
+        from ..ems_tools.show.describe import gain_of, lines_of
         from .find import Handle, identity_of, trust
         from .pictures import ems_picture
         from .session import Request, measure
@@ -141,7 +138,7 @@ class ComputeNode:
         )
         file, path = measure(request)
         trust().computed(file)
-        host.say(f"Compute EMS: done, {path.name}", str(unique_id))
+        host.say(one_line(f"Compute EMS: done, {path.name}", gain_of(file)), str(unique_id))
         text = "\n".join([str(path), *lines_of(file)])
         result = (Handle(file, path.name, path), str(path), ems_picture(file, path.name), text)
         return {"ui": {"text": [text]}, "result": result}
@@ -173,7 +170,7 @@ def _step_counts(text: str) -> tuple[int, ...]:
     return counts
 
 
-def _built_in(clip: Any, positive: Conditioning) -> list[Conditioning]:
+def _built_in(clip: Clip | None, positive: Conditioning) -> list[Conditioning]:
     """Conditionings of the built-in prompts, with whatever else (ControlNet, sizes, ...) the user's has."""
     if clip is None:
         return []

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from . import host
 from .find import Attached, Handle, attach, library
+from .protocols import Patcher
 
 __all__ = ["ApplyNode", "InspectNode", "LoadNode", "MergeNode", "SaveNode"]
 
@@ -82,7 +82,7 @@ def _carried(name: str, extra_pnginfo: object) -> Handle:
     return Handle(file, f"{real} (from the workflow)")
 
 
-def _workflow(extra_pnginfo: object) -> Any:
+def _workflow(extra_pnginfo: object) -> object:
     """The workflow that images are saved with; some hosts hand it over in a list. None if there is none."""
     if isinstance(extra_pnginfo, list):
         extra_pnginfo = extra_pnginfo[0] if extra_pnginfo else None
@@ -109,7 +109,7 @@ class ApplyNode:
             "optional": {"ems": ("EMS", {"tooltip": "Left open: no EMS, even if a file for this checkpoint exists."})},
         }
 
-    def apply(self, model: Any, strength: str, ems: Handle | None = None) -> tuple[Any]:
+    def apply(self, model: Patcher, strength: str, ems: Handle | None = None) -> tuple[Patcher]:
         """A clone of the MODEL."""
         return (attach(model, Attached(ems, strength if strength == "auto" else float(strength))),)
 

@@ -15,9 +15,23 @@ from typing import Any
 from .host import loaded
 from .protocols import Patcher
 
-__all__ = ["Asked", "Place", "Receiver", "agreed", "all_links", "asked", "executing", "input_path", "link_of", "receivers"]
+__all__ = [
+    "Asked",
+    "Place",
+    "Prompt",
+    "Receiver",
+    "agreed",
+    "all_links",
+    "asked",
+    "executing",
+    "input_path",
+    "link_of",
+    "receivers",
+]
 
-Inputs = Mapping[str, Any]
+Inputs = Mapping[str, object]
+Prompt = Mapping[str, Any]
+"""Node id -> {"class_type", "inputs"}, as the host keeps it."""
 _PLAIN = {"BasicGuider", "CFGGuider"}
 """Core's guiders that guide plainly."""
 _DEPTH = 24
@@ -26,9 +40,9 @@ TODO = "use 'DPM-Solver-v3 Scheduler'"
 
 @dataclass(frozen=True)
 class Place:
-    """The node that is executed and the prompt (node id -> {"class_type", "inputs"}) that it belongs to."""
+    """The node that is executed and the prompt that it belongs to."""
 
-    prompt: Mapping[str, Any]
+    prompt: Prompt
     node: str
 
     def inputs(self, node: str) -> Inputs:
@@ -151,13 +165,12 @@ def _sampler_of(place: Place, inputs: Inputs) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _number(place: Place, value: Any) -> tuple[float | None, tuple[str, int] | None]:
+def _number(place: Place, value: object) -> tuple[float | None, tuple[str, int] | None]:
     """A number that stands in the graph, also in one of core's primitive nodes; else None. And its link, if it has one."""
     link = link_of(value)
     if link is not None and place.kind(link[0]).startswith("Primitive"):
         value = place.inputs(link[0]).get("value")
-    known = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return (float(value) if known else None), link
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None, link
 
 
 @dataclass(frozen=True)

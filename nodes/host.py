@@ -9,11 +9,11 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from ..ems_tools.hosting import one_line, printable
+from .protocols import ModelSampling
 
 __all__ = [
     "LOG",
@@ -41,7 +41,7 @@ class HostError(RuntimeError):
     """Something that the user should know; the message says what to do."""
 
 
-def loaded(module: str) -> Any:
+def loaded(module: str) -> object:
     """A module of the host that is loaded already, or None."""
     return sys.modules.get(module)
 
@@ -73,7 +73,7 @@ def add_sampler(name: str, function: Callable[..., Tensor]) -> bool:
     return True
 
 
-def add_scheduler(name: str, function: Callable[[Any, int], Tensor]) -> bool:
+def add_scheduler(name: str, function: Callable[[ModelSampling, int], Tensor]) -> bool:
     """Put `function(model_sampling, steps)` into every scheduler list as `name`. False if another pack has the name."""
     import comfy.samplers as samplers
 
@@ -168,7 +168,7 @@ def check_interrupt() -> None:
         check()
 
 
-def progress_bar(total: int, node: str) -> Callable[[int, Any], None]:
+def progress_bar(total: int, node: str) -> Callable[[int, object], None]:
     """update(done, preview or None); raises on interrupt."""
     import comfy.utils
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ __all__ = [
     "running",
     "scale_name",
     "space_of",
+    "streams_of",
     "words_of_guider",
 ]
 
@@ -41,12 +43,13 @@ _WRAPPERS = ("predict_noise", "calc_cond_batch", "diffusion_model")
 _MOST = 400
 
 
-def model_sampling_of(patcher: Patcher | None) -> Any:
+def model_sampling_of(patcher: Patcher | None) -> ModelSampling | None:
     """The model's `model_sampling`, patches (shift, ZSNR, ...) included; None if there is none."""
     get = getattr(patcher, "get_model_object", None)
     if callable(get):
         try:
-            return get("model_sampling")
+            found: ModelSampling | None = get("model_sampling")
+            return found
         except Exception as error:
             LOG.debug("get_model_object: %s", error)
     return getattr(getattr(patcher, "model", None), "model_sampling", None)
@@ -110,6 +113,18 @@ def running(model: Any) -> Running:
     return Running(guider, patcher, sampling, _scale(guider))
 
 
+def streams_of(patcher: Patcher | None, x: Tensor) -> list[tuple[int, ...]]:
+    """Shapes [C, ...] of the latents that the host has packed into x [B, 1, N] (video with sound, say); one for a plain latent.
+
+    Releases from 0.30 on say it. Before, a single row of numbers is taken for a pack of unknown ones: () stands for each.
+    """
+    told = getattr(getattr(patcher, "model", None), "latent_shapes", None)
+    shapes = [tuple(shape[1:]) for shape in told] if isinstance(told, (list, tuple)) else []
+    if shapes and sum(map(math.prod, shapes)) == x[:1].numel():
+        return shapes
+    return [(), ()] if x.ndim == 3 and x.shape[1] == 1 else [tuple(x.shape[1:])]
+
+
 def scale_name(guider: Guider | None) -> str:
     """The guider's attribute that holds its guidance scale: of a dual guider that of the outer one; its `cfg` is not set."""
     return "cfg1" if hasattr(guider, "cfg1") else "cfg"
@@ -149,7 +164,7 @@ def changes_of(patcher: Patcher | None) -> list[str]:
     """The MODEL's patches that change what is denoised (not LoRAs: weights are the identity's), each once, in their order."""
     options: Options = getattr(patcher, "model_options", None) or {}
     parts = [part for key in _FUNCTIONS for part in _listed(options.get(key))]
-    wrappers: Mapping[str, Any] = getattr(patcher, "wrappers", None) or {}
+    wrappers: Options = getattr(patcher, "wrappers", None) or {}
     parts += [part for kind in _WRAPPERS for group in (wrappers.get(kind) or {}).values() for part in _listed(group)]
     transformer: Options = options.get("transformer_options") or {}
     for key in ("patches", "patches_replace"):
@@ -158,11 +173,11 @@ def changes_of(patcher: Patcher | None) -> list[str]:
     return list(dict.fromkeys(map(_title, parts)))
 
 
-def _listed(value: object) -> list[Any]:
+def _listed(value: object) -> list[object]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _title(part: Any) -> str:
+def _title(part: object) -> str:
     """The node that a patch comes from, as its function's name shows, and the numbers that it was made with."""
     while isinstance(part, functools.partial):
         part = part.func
@@ -172,7 +187,7 @@ def _title(part: Any) -> str:
     return _name(name, dict(_captured(part)))
 
 
-def _captured(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+def _captured(function: object) -> Iterator[tuple[str, object]]:
     names = getattr(getattr(function, "__code__", None), "co_freevars", ())
     for name, cell in zip(names, getattr(function, "__closure__", None) or ()):
         try:
@@ -181,12 +196,12 @@ def _captured(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
             continue
 
 
-def _numbers(values: Mapping[str, Any], leave: str) -> dict[str, object]:
+def _numbers(values: Mapping[str, object], leave: str) -> dict[str, object]:
     unset = "cfg" if leave == "cfg1" else ""
     return {k: v for k, v in values.items() if k not in (leave, unset) and not k.startswith("_")}
 
 
-def _name(name: str, values: Mapping[str, Any]) -> str:
+def _name(name: str, values: Mapping[str, object]) -> str:
     said = [f"{k}={v:g}" for k, v in sorted(values.items()) if isinstance(v, (bool, int, float))]
     words = " ".join([name.removeprefix("Guider_"), *said])
     return "".join(c if c.isprintable() else "?" for c in words)

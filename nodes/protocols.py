@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..sampler import StepInfo
 
-__all__ = ["VAE", "Callback", "Conditioning", "Guider", "Latent", "Model", "ModelSampling", "Options", "Patcher"]
+__all__ = ["VAE", "Callback", "Clip", "Conditioning", "Guider", "Latent", "Model", "ModelSampling", "Options", "Patcher"]
 
 Options = Mapping[str, Any]
 """`model_options`: the host and every pack keep what they like in it."""
@@ -38,7 +38,7 @@ class Patcher(Protocol):
     """A MODEL in the graph: the model, and what is patched on it."""
 
     model: Model
-    model_options: dict[str, Any]
+    model_options: dict[str, object]
     load_device: torch.device
 
     def clone(self) -> Patcher:
@@ -54,20 +54,32 @@ class Guider(Protocol):
     """A GUIDER in the graph: it combines the model's predictions, and samples."""
 
     model_patcher: Patcher
-    conds: dict[str, Any]
-    original_conds: dict[str, Any]
+    conds: dict[str, object]
+    original_conds: dict[str, object]
     rows: list[int]  # ours: which prompt each sample has, on a copy of the host's guider
 
     def inner_set_conds(self, conds: dict[str, Conditioning]) -> None:
         """Add conditionings by name."""
         ...
 
-    def predict_noise(self, x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def predict_noise(self, x: Tensor, timestep: Tensor, *args: object, **kwargs: object) -> Tensor:
         """The denoised of x."""
         ...
 
-    def sample(self, noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor, **kwargs: Any) -> Tensor:
+    def sample(self, noise: Tensor, latent: Tensor, sampler: object, sigmas: Tensor, **kwargs: object) -> Tensor:
         """Run a sampler."""
+        ...
+
+
+class Clip(Protocol):
+    """A CLIP in the graph: prompts to conditionings. Releases since 0.3 also have `encode_from_tokens_scheduled`."""
+
+    def tokenize(self, text: str) -> object:
+        """Tokens of one prompt."""
+        ...
+
+    def encode_from_tokens(self, tokens: object, return_pooled: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Conditioning and pooled output."""
         ...
 
 

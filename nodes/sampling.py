@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,13 +27,13 @@ _SAID: set[str] = set()
 
 
 def sample_host(
-    model: Any,
+    model: Callable[..., Tensor],
     x: Tensor,
     sigmas: Tensor,
-    extra_args: dict[str, Any] | None = None,
+    extra_args: Options | None = None,
     callback: Callback | None = None,
     disable: bool | None = None,
-    dpm_solver_v3_options: dict[str, Any] | None = None,
+    dpm_solver_v3_options: Options | None = None,
     **ignored: object,
 ) -> Tensor:
     """What the host calls for "dpm_solver_v3": finds the statistics, then samples.
@@ -110,7 +110,7 @@ def _statistics(run: Running, x: Tensor, model_options: Options, same_architectu
     return found
 
 
-def choice(values: list[str], tooltip: str, default: str = AUTO) -> tuple[list[str], dict[str, Any]]:
+def choice(values: list[str], tooltip: str, default: str = AUTO) -> tuple[list[str], dict[str, object]]:
     """A dropdown, as INPUT_TYPES says it."""
     return values, {"default": default, "tooltip": tooltip}
 
@@ -157,15 +157,15 @@ class SamplerNode:
             }
         }
 
-    def build(self, same_architecture: bool = False, **chosen: str) -> tuple[Any]:
+    def build(self, same_architecture: bool = False, **chosen: str) -> tuple[object]:
         """The SAMPLER."""
         import comfy.samplers
 
-        options: dict[str, Any] = {k: v for k, v in chosen.items() if v != AUTO}
+        options: dict[str, object] = {k: v for k, v in chosen.items() if v != AUTO}
         if "order" in options:
-            options["order"] = int(options["order"])
+            options["order"] = int(chosen["order"])
         if "strength" in options:
-            options["strength"] = float(options["strength"])
+            options["strength"] = float(chosen["strength"])
         if "lower_order_final" in options:
             options["lower_order_final"] = options["lower_order_final"] == "yes"
         options["same_architecture"] = bool(same_architecture)
@@ -177,7 +177,9 @@ def fitted_schedule(model_sampling: ModelSampling, steps: int) -> Tensor:
     return steps_for(model_sampling, steps, 1.0, asked())
 
 
-def steps_for(model_sampling: ModelSampling, steps: int, denoise: float, facts: Asked, guider: Guider | None = None) -> Tensor:
+def steps_for(
+    model_sampling: ModelSampling | None, steps: int, denoise: float, facts: Asked, guider: Guider | None = None
+) -> Tensor:
     """The model's fitted steps, or unfitted ones with the reason on the node, in float32.
 
     Args:
@@ -194,7 +196,7 @@ def steps_for(model_sampling: ModelSampling, steps: int, denoise: float, facts: 
 
 
 def chosen_steps(
-    model_sampling: ModelSampling, steps: int, denoise: float, facts: Asked, guider: Guider | None = None
+    model_sampling: ModelSampling | None, steps: int, denoise: float, facts: Asked, guider: Guider | None = None
 ) -> Steps:
     """As `steps_for`, not told to anybody."""
     table = level_table(model_sampling)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from ..ems_tools.judge.calibrate import CalibrationPlan
 from ..sampler import SamplingError, Space
 from . import host
 from .model import level_table, model_sampling_of, scale_name
-from .protocols import Conditioning, Guider, ModelSampling, Patcher
+from .protocols import Conditioning, Guider, ModelSampling, Options, Patcher
 
 __all__ = ["Request", "measure", "prompted"]
 
@@ -108,7 +107,7 @@ def prompted(guider: Guider, prompts: list[Conditioning]) -> Guider:
     own.inner_set_conds({"positive": prompts[0], **named})
     plain = own.predict_noise
 
-    def predict_noise(x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def predict_noise(x: Tensor, timestep: Tensor, *args: object, **kwargs: object) -> Tensor:
         rows = own.rows if len(own.rows) == len(x) else [0] * len(x)
         out = None
         for prompt in sorted(set(rows)):
@@ -151,6 +150,7 @@ class _Denoiser:
 
     def __call__(self, x: Tensor, level: Tensor) -> Tensor:
         s = self.session
+        assert s.model is not None  # while the host's session runs
         setattr(s.guider, scale_name(s.guider), self.scale)
         s.guider.rows = [k % s.prompts for k in self.samples] if self.samples else []
         s.denoised = s.model(x, level.to(x).expand(len(x)), **s.extra_args)
@@ -163,8 +163,8 @@ class _Session:
 
     guider: Guider
     prompts: int
-    model: Any = None
-    extra_args: dict[str, Any] = field(default_factory=dict)
+    model: Callable[..., Tensor] | None = None
+    extra_args: dict[str, object] = field(default_factory=dict)
     denoised: Tensor | None = None
 
     def run(self, noise: Tensor, levels: Tensor, seed: int, work: Callable[[torch.device], EMSFile]) -> EMSFile:
@@ -173,7 +173,9 @@ class _Session:
 
         result: list[EMSFile] = []
 
-        def estimator(model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, *_: object, **__: object) -> Tensor:
+        def estimator(
+            model: Callable[..., Tensor], x: Tensor, sigmas: Tensor, extra_args: Options | None = None, *_: object, **__: object
+        ) -> Tensor:
             self.model, self.extra_args = model, dict(extra_args or {})
             try:
                 result.append(work(x.device))
@@ -217,7 +219,7 @@ def _host_schedules(given: tuple[str, ...], sampling: ModelSampling | None, spac
     return {n: partial(_levels_of, comfy.samplers.calculate_sigmas, sampling, n) for n in names}
 
 
-def _levels_of(calculate: Callable[..., Tensor], sampling: Any, name: str, steps: int) -> Tensor:
+def _levels_of(calculate: Callable[..., Tensor], sampling: object, name: str, steps: int) -> Tensor:
     return calculate(sampling, name, steps).to("cpu", torch.float64)
 
 
@@ -241,7 +243,7 @@ class _Watch:
         self.bar(self.watch.done, preview)
 
 
-def _previewer(patcher: Patcher) -> Callable[[Tensor | None], Any]:
+def _previewer(patcher: Patcher) -> Callable[[Tensor | None], object]:
     """Denoised -> the host's preview, or None where it makes none."""
     try:
         import latent_preview
@@ -251,7 +253,7 @@ def _previewer(patcher: Patcher) -> Callable[[Tensor | None], Any]:
         host.LOG.debug("no previews: %s", error)
         found = None
 
-    def preview(denoised: Tensor | None) -> Any:
+    def preview(denoised: Tensor | None) -> object:
         if found is None or denoised is None:
             return None
         try:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import host
 from .find import Handle, channels_of, identity_of, library
-from .graph import Place
+from .graph import Place, Prompt
+from .protocols import Patcher
 
 if TYPE_CHECKING:
     from ..ems_tools.share.identity import ModelIdentity
@@ -46,11 +46,11 @@ class FindNode:
 
     def find(
         self,
-        model: Any,
+        model: Patcher,
         online: bool = False,
         repository: str = "",
         unique_id: object = None,
-        prompt: Mapping[str, Any] | None = None,
+        prompt: Prompt | None = None,
     ) -> dict[str, object]:
         """EMS and how it was found. Raises HostError or EMSError, whose message says what to do."""
         identity = identity_of(model, Place(prompt or {}, str(unique_id)))

@@ -7,14 +7,14 @@ name of the copy that lies beside it, so that the folder can be moved, shared an
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ..ems_tools.file.contents import EMSFile
 from ..ems_tools.file.layout import SUFFIX
 from ..ems_tools.file.reader import EMSFileError
+from .protocols import Config, Configured, Scheduler
 
 __all__ = ["NAME", "absolute", "find", "saved"]
 
@@ -27,14 +27,14 @@ def absolute(path: str | os.PathLike[str] | None) -> str | None:
 
 
 @contextmanager
-def saved(scheduler: Any, folder: str | os.PathLike[str], file: EMSFile | None) -> Iterator[None]:
+def saved(scheduler: Scheduler, folder: str | os.PathLike[str], file: EMSFile | None) -> Iterator[None]:
     """Write `file` into `folder`; within the context the scheduler's configuration names that copy. Raises OSError."""
     if file is None:
         yield
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
     file.save(Path(folder) / NAME)
-    before = scheduler.config.ems
+    before = scheduler.config["ems"]
     scheduler.register_to_config(ems=NAME)
     try:
         yield
@@ -42,7 +42,7 @@ def saved(scheduler: Any, folder: str | os.PathLike[str], file: EMSFile | None) 
         scheduler.register_to_config(ems=before)
 
 
-def find(cls: Any, place: str | os.PathLike[str], subfolder: str | None, options: Mapping[str, Any]) -> str | None:
+def find(cls: Configured, place: str | os.PathLike[str], subfolder: str | None, options: Config) -> str | None:
     """The path of the statistics file that the configuration in `place` (a folder, or a repository of the Hub) names.
 
     Raises:

@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -48,7 +48,7 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
     group.add_argument("--call", type=_arguments, metavar="JSON", help="""more arguments of its call: '{"num_frames": 17}'""")
 
 
-def _arguments(text: str) -> dict[str, Any]:
+def _arguments(text: str) -> dict[str, object]:
     value = json.loads(text)  # a ValueError, which argparse reports
     if not isinstance(value, dict):
         raise ValueError

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +20,9 @@ from ..ems_tools.estimate.run import EstimateError
 from ..ems_tools.file.storage import write_atomic
 from ..ems_tools.show.draw import png_of, svg_of
 from ..ems_tools.show.panels import Curve, Panel, style_of
-from ..sampler import Space, sample_dpm_solver_v3, uniform_lambda, uniform_time
+from ..sampler import SolverOptions, Space, sample_dpm_solver_v3, uniform_lambda, uniform_time
 from .noise import EDMNoise
+from .protocols import Scheduler
 from .replay import PipelineDenoiser, Replay
 from .scheduler import DPMSolverV3Scheduler
 
@@ -46,7 +46,7 @@ class Comparison:
     errors: dict[str, tuple[float, ...]]
 
 
-def entrants(replay: Replay, file: Path | None, guidance: float) -> dict[str, Any]:
+def entrants(replay: Replay, file: Path | None, guidance: float) -> dict[str, Scheduler]:
     """Schedulers by name: the pipeline's own first, then diffusers' common ones, then ours without and with statistics."""
     import diffusers
 
@@ -54,8 +54,8 @@ def entrants(replay: Replay, file: Path | None, guidance: float) -> dict[str, An
     config = dict(pipe.scheduler.config)
     flow = replay.noise.space is Space.FLOW
     own = type(pipe.scheduler).__name__
-    found: dict[str, Any] = {f"{own} (the pipeline's)": pipe.scheduler}
-    extra: dict[str, Any] = {}
+    found: dict[str, Scheduler] = {f"{own} (the pipeline's)": pipe.scheduler}
+    extra: dict[str, object] = {}
     if flow:
         extra = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": replay.config["flow_shift"]}
     for name in _FLOW_RIVALS if flow else _RIVALS:
@@ -69,7 +69,7 @@ def entrants(replay: Replay, file: Path | None, guidance: float) -> dict[str, An
 
 def compare(
     replay: Replay,
-    schedulers: dict[str, Any],
+    schedulers: dict[str, Scheduler],
     guidance: float,
     *,
     model: str,
@@ -100,7 +100,7 @@ def compare(
     progress(f"converged latents: {reference_steps} steps")
     truth = torch.cat([_converged(replay, noise[part], part, guidance, reference_steps) for part in parts])
 
-    def run(scheduler: Any, n: int) -> Tensor:
+    def run(scheduler: Scheduler, n: int) -> Tensor:
         start = noise * _start_factor(scheduler, n, replay)
         ends = [replay.run(scheduler, start[part].to(device, replay.dtype), guidance, n, part) for part in parts]
         return torch.cat(ends).float().cpu()
@@ -129,12 +129,12 @@ def _converged(replay: Replay, noise: Tensor, part: list[int], guidance: float, 
     levels = spaced(schedule, steps, to_zero=True)
     start = replay.layout.channels_first(noise).to(device) * levels[0].item()  # x of a flow at t = 1 is the noise
     denoiser = PipelineDenoiser(replay, guidance, tuple(part))
-    options: dict[str, Any] = {"order": 3, "predictor": "true", "corrector": "none", "lower_order_final": False}
+    options: SolverOptions = {"order": 3, "predictor": "true", "corrector": "none", "lower_order_final": False}
     final = sample_dpm_solver_v3(denoiser, start, levels, disable=True, space=noise_model.space, **options)
     return replay.layout.as_given(final).float().cpu()
 
 
-def _start_factor(scheduler: Any, n: int, replay: Replay) -> float:
+def _start_factor(scheduler: Scheduler, n: int, replay: Replay) -> float:
     """What unit noise is multiplied with, so that y = sigma n at the scheduler's first level.
 
     Some begin at y = sqrt(1 + sigma^2) n, which is the data's own variance added: a little more noise than in y = sigma n.

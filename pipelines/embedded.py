@@ -7,7 +7,6 @@ image = pipe(class_labels=[3], guidance_scale=4.0, num_inference_steps=8).images
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, ImagePipelineOutput
@@ -38,7 +37,7 @@ class EmbeddedModel(ModelMixin, ConfigMixin):
 class EmbeddedPipeline(DiffusionPipeline):
     """From class labels to 32x32 pictures, with classifier-free guidance as Stable Diffusion's pipelines have it."""
 
-    def __init__(self, unet: EmbeddedModel, scheduler: Any) -> None:
+    def __init__(self, unet: EmbeddedModel, scheduler: object) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
 
@@ -58,7 +57,7 @@ class EmbeddedPipeline(DiffusionPipeline):
         generator: object = None,
         output_type: str = "pil",
         return_dict: bool = True,
-    ) -> Any:
+    ) -> object:
         """Pictures of these classes (see `ems_tools.embedded.CLASSES`), one each.
 
         Args:
@@ -89,7 +88,7 @@ class EmbeddedPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @staticmethod
-    def _pictures(latents: Tensor, output_type: str) -> Any:
+    def _pictures(latents: Tensor, output_type: str) -> object:
         pictures = (latents.float() / 2 + 0.5).clamp(0, 1).cpu()
         if output_type == "pt":
             return pictures

@@ -14,19 +14,16 @@ The denoised D is linear in the solver's x and the model's output; `factors` giv
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..sampler import EDM, Flow, NoiseSchedule, Space, VPDiscrete
+from .protocols import Config
 
-__all__ = ["Config", "EDMNoise", "FlowNoise", "Noise", "VPNoise", "noise_of"]
-
-Config: TypeAlias = Mapping[str, Any]
-"""A scheduler's configuration: diffusers promises no types for its values."""
+__all__ = ["EDMNoise", "FlowNoise", "Noise", "VPNoise", "noise_of"]
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 

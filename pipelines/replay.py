@@ -13,20 +13,23 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from ..ems_tools.estimate.run import EstimateError
 from .layout import Layout, layout_for
-from .noise import Config, FlowNoise, Noise
+from .noise import FlowNoise, Noise
+from .protocols import Config, Pipeline, Scheduler
 from .scheduler import DPMSolverV3Scheduler
 from .spacing import flow_shift
 
 __all__ = ["PipelineDenoiser", "Replay", "inputs_of"]
 
-Inputs = Callable[[list[int]], Mapping[str, Any]]
+Inputs = Callable[[list[int]], Mapping[str, object]]
+_ENCODE = "encode_prompt"
 _KEPT = 4
 """Encoded batches of prompts that are kept; a trajectory uses one."""
 
@@ -59,12 +62,14 @@ class _OneStep(DPMSolverV3Scheduler):
             self._noise = replace(self._noise, shift=flow_shift(self.config, mu))
         self._settle(torch.tensor([self.level], dtype=torch.float64), 0.0, device, 1.0)
 
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **options: Any) -> Any:
+    def step(self, model_output: Tensor, timestep: object, sample: Tensor, *args: object, **options: object) -> NoReturn:
         """Leave the pipeline."""
         raise _Answer(model_output, sample)
 
 
-def inputs_of(pipe: Any, prompts: Sequence[str], size: int | None = None, extra: Mapping[str, Any] | None = None) -> Inputs:
+def inputs_of(
+    pipe: Pipeline, prompts: Sequence[str], size: int | None = None, extra: Mapping[str, object] | None = None
+) -> Inputs:
     """The arguments of a call for a batch of samples, sample k having the prompt k mod n, or the class k mod n.
 
     Raises EstimateError for a pipeline that takes no latents.
@@ -72,13 +77,13 @@ def inputs_of(pipe: Any, prompts: Sequence[str], size: int | None = None, extra:
     known = inspect.signature(pipe.__call__).parameters
     if "latents" not in known:
         raise EstimateError(f"{type(pipe).__name__} takes no latents, so that it cannot be asked for its denoiser")
-    fixed: dict[str, Any] = {} if size is None else {k: size for k in ("height", "width") if k in known}
+    fixed: dict[str, object] = {} if size is None else {k: size for k in ("height", "width") if k in known}
     fixed |= dict(extra or {})
     unknown = sorted(set(fixed) - set(known))
     if unknown:
         raise EstimateError(f"{type(pipe).__name__} has no argument {', '.join(unknown)}")
 
-    def inputs(samples: list[int]) -> Mapping[str, Any]:
+    def inputs(samples: list[int]) -> Mapping[str, object]:
         if "prompt" in known:
             return {**fixed, "prompt": [prompts[k % len(prompts)] for k in samples]}
         if "class_labels" in known:
@@ -89,7 +94,7 @@ def inputs_of(pipe: Any, prompts: Sequence[str], size: int | None = None, extra:
     return inputs
 
 
-def _classes(pipe: Any) -> int:
+def _classes(pipe: object) -> int:
     config = getattr(getattr(pipe, "transformer", None) or getattr(pipe, "unet", None), "config", {})
     return int(config.get("num_classes") or config.get("num_embeds_ada_norm") or config.get("num_class_embeds") or 1)
 
@@ -103,10 +108,10 @@ class Replay:
         inputs: arguments of its call for a batch of samples, see `inputs_of`; guidance and latents come from here.
     """
 
-    pipe: Any
+    pipe: Pipeline
     inputs: Inputs
     _scheduler: _OneStep = field(init=False)
-    _encoded: OrderedDict[str, Any] = field(init=False, default_factory=OrderedDict)
+    _encoded: OrderedDict[str, object] = field(init=False, default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
         config = {k: v for k, v in self.pipe.scheduler.config.items() if k != "ems"}
@@ -145,7 +150,7 @@ class Replay:
         p, q = self.noise.factors(level, self._scheduler.config.prediction_type)
         return torch.add(p * x, self.layout.channels_first(output).to(x.dtype), alpha=q)
 
-    def run(self, scheduler: Any, latents: Tensor, guidance: float, steps: int, samples: list[int]) -> Tensor:
+    def run(self, scheduler: Scheduler, latents: Tensor, guidance: float, steps: int, samples: list[int]) -> Tensor:
         """The pipeline's own final latents with another scheduler, from these native latents [B, ...]."""
         with self._in_place(scheduler):
             final: Tensor = self.pipe(**self._arguments(samples, latents, guidance, steps), return_dict=False)[0]
@@ -160,29 +165,29 @@ class Replay:
                 return answer
         raise EstimateError(f"{type(self.pipe).__name__} ended without a step of its scheduler: it cannot be measured")
 
-    def _arguments(self, samples: list[int], latents: Tensor | None, guidance: float, steps: int) -> dict[str, Any]:
+    def _arguments(self, samples: list[int], latents: Tensor | None, guidance: float, steps: int) -> dict[str, object]:
         scale = {self._scale: guidance} if self._scale else {}
         given = {"num_inference_steps": steps, "output_type": "latent", "latents": latents}
         return {**self.inputs(samples), **given, **scale}
 
     @contextmanager
-    def _in_place(self, other: Any) -> Iterator[None]:
+    def _in_place(self, other: Scheduler) -> Iterator[None]:
         """The pipeline with another scheduler, without a progress bar, and with prompts encoded once."""
         pipe, scheduler, bar = self.pipe, self.pipe.scheduler, getattr(self.pipe, "_progress_bar_config", {})
         pipe.scheduler = other
         pipe.set_progress_bar_config(**{**bar, "disable": True})
-        if hasattr(type(pipe), "encode_prompt"):
-            pipe.encode_prompt = self._encode
+        if hasattr(type(pipe), _ENCODE):
+            vars(pipe)[_ENCODE] = self._encode
         try:
             yield
         finally:
             pipe.scheduler = scheduler
             pipe.set_progress_bar_config(**bar)
-            pipe.__dict__.pop("encode_prompt", None)
+            vars(pipe).pop(_ENCODE, None)
 
-    def _encode(self, *args: Any, **options: Any) -> Any:
+    def _encode(self, *args: object, **options: object) -> object:
         """`encode_prompt`, unless it was asked the same before."""
-        encode = type(self.pipe).encode_prompt.__get__(self.pipe)
+        encode: Callable[..., object] = partial(getattr(type(self.pipe), _ENCODE), self.pipe)
         given = [*args, *options.values()]
         if any(isinstance(v, Tensor) for v in given):
             return encode(*args, **options)

@@ -8,9 +8,10 @@ A pipeline saved with this scheduler names this module: its path, and the class'
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -21,7 +22,7 @@ from torch import Tensor
 from ..ems_tools.file.contents import EMSFile
 from ..ems_tools.file.reader import load_ems_file
 from ..ems_tools.hosting.runs import Run, choose_statistics, choose_steps, unfitted_steps
-from ..sampler import AUTO, EMS
+from ..sampler import AUTO, EMS, SolverOptions
 from . import beside
 from .layout import layout_for
 from .noise import EDMNoise, FlowNoise, VPNoise, noise_of
@@ -164,7 +165,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
             kwargs |= {} if found is None else {"ems": found}
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
-    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: object) -> None:
         """Write the configuration, and the statistics file beside it (see `beside`). Raises OSError."""
         with beside.saved(self, save_directory, self._file):
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
@@ -274,7 +275,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         """Begin the run at this step (image to image, a refiner)."""
         self._begin_index = begin_index
 
-    def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
+    def index_for_timestep(self, timestep: float | Tensor | None, schedule_timesteps: Tensor | None = None) -> int:
         """The step at `timestep`; of several equal ones the second, so that none is left out; of none the last."""
         steps = self.timesteps if schedule_timesteps is None else schedule_timesteps
         found = (steps == torch.as_tensor(timestep, device=steps.device)).nonzero().flatten().tolist()
@@ -289,7 +290,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
             return self._start
         return (self._levels.max().item() ** 2 + 1) ** 0.5 if isinstance(self._noise, EDMNoise) else 1.0
 
-    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """The model's input for these latents: the same, but for EDM models."""
         if not isinstance(self._noise, EDMNoise):
             return sample
@@ -298,7 +299,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
     def step(
         self,
         model_output: Tensor,
-        timestep: Any,
+        timestep: float | Tensor,
         sample: Tensor,
         generator: object = None,
         return_dict: bool = True,
@@ -332,7 +333,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         self._step_index = i + 1
         return DPMSolverV3SchedulerOutput(before, denoised) if return_dict else (before, denoised)
 
-    def _index(self, timestep: Any) -> int:
+    def _index(self, timestep: float | Tensor | None) -> int:
         if self._step_index is None:
             self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
         return self._step_index
@@ -346,7 +347,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
             found = choose_statistics(self._file, str(config.ems), "given", run, layout.channels_first(sample).shape)
             (logger.warning if found.warn else logger.info)(found.message)
             ems = found.ems
-        chosen = {name: config[ours] for name, ours in _OPTIONS.items()}
+        chosen = cast("SolverOptions", {name: config[ours] for name, ours in _OPTIONS.items()})
         limit = (config.dynamic_thresholding_ratio, config.sample_max_value) if config.thresholding else None
         return Stepping(self._levels[first:], self._noise, config.prediction_type, layout, ems, chosen, run.guidance, limit)
 
@@ -359,7 +360,7 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         parts = parts.to(original_samples).reshape(-1, 2, *(1,) * (original_samples.ndim - 1))
         return parts[:, 0] * original_samples + parts[:, 1] * noise
 
-    def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
+    def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:
         """`add_noise` by the name and order that flow-matching pipelines use."""
         return self.add_noise(sample, noise, torch.as_tensor(timestep).reshape(-1))
 

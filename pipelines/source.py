@@ -20,6 +20,7 @@ from ..ems_tools.hosting.jobs import request_facts
 from ..ems_tools.share.identity import ModelIdentity
 from ..ems_tools.share.index import Hashes
 from .embedded import EmbeddedPipeline
+from .protocols import Pipeline
 from .replay import PipelineDenoiser, Replay, inputs_of
 from .spacing import end_level, spaced_levels
 
@@ -65,11 +66,11 @@ class PipelineRequest:
     size: int | None = None
     offload: str = ""
     checkpoint: Path | None = None
-    extra: Mapping[str, Any] | None = None
+    extra: Mapping[str, object] | None = None
     name: str = ""
 
 
-def load_pipeline(request: PipelineRequest) -> Any:
+def load_pipeline(request: PipelineRequest) -> Pipeline:
     """The pipeline, on its device. Raises EstimateError that says what cannot be loaded, and why."""
     place = request.place
     try:
@@ -97,7 +98,7 @@ def load_pipeline(request: PipelineRequest) -> Any:
     return pipe.to(request.device)  # its dtype is what it was loaded or made with
 
 
-def _made(place: str) -> Any:
+def _made(place: str) -> object:
     """What module:function returns; the current folder is searched first."""
     module, _, function = place.partition(":")
     sys.path.insert(0, str(Path.cwd()))
@@ -107,7 +108,7 @@ def _made(place: str) -> Any:
         sys.path.pop(0)
 
 
-def _single_file(place: str, dtype: torch.dtype) -> Any:
+def _single_file(place: str, dtype: torch.dtype) -> object:
     """A pipeline from one checkpoint file. Which pipeline it is stands in the file's keys; diffusers tells by trying."""
     import diffusers
 
@@ -120,7 +121,7 @@ def _single_file(place: str, dtype: torch.dtype) -> Any:
     raise ValueError("; ".join(problems))
 
 
-def source_for(pipe: Any, request: PipelineRequest, scales: Sequence[float]) -> Source:
+def source_for(pipe: Pipeline, request: PipelineRequest, scales: Sequence[float]) -> Source:
     """What `ems_tools` measures: the pipeline's denoisers at these guidance scales. Raises EstimateError."""
     replay = replay_of(pipe, request)
     models = {float(g): PipelineDenoiser(replay, float(g)) for g in scales}
@@ -128,7 +129,7 @@ def source_for(pipe: Any, request: PipelineRequest, scales: Sequence[float]) -> 
     return Source(models, replay.shape, replay.noise.schedule, facts, host_schedules={"diffusers": own_schedule(replay)})
 
 
-def replay_of(pipe: Any, request: PipelineRequest) -> Replay:
+def replay_of(pipe: Pipeline, request: PipelineRequest) -> Replay:
     """The pipeline, ready to be asked for its denoiser. Raises EstimateError."""
     return Replay(pipe, inputs_of(pipe, request.prompts, request.size, request.extra))
 
@@ -144,7 +145,7 @@ def own_schedule(replay: Replay) -> Callable[[int], Tensor]:
     return levels
 
 
-def identity_of(pipe: Any, request: PipelineRequest) -> ModelIdentity:
+def identity_of(pipe: Pipeline, request: PipelineRequest) -> ModelIdentity:
     """What is known of the model: of the one-file checkpoint where there is one, else of the denoising network's own file.
 
     A repository's folder may hold the checkpoint that it was converted from; if it is the only such file, it is taken.

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .noise import Config, FlowNoise, Noise, VPNoise
+from .noise import FlowNoise, Noise, VPNoise
+from .protocols import Config
 
 __all__ = ["SHAPES", "end_level", "flow_shift", "given_sigmas", "given_timesteps", "spaced_levels"]
 

@@ -7,12 +7,10 @@ nothing if the pipeline gives them back as they were.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..sampler import EMS, Run, plan_for
+from ..sampler import EMS, Run, SolverOptions, plan_for
 from .layout import Layout
 from .noise import Noise
 
@@ -40,7 +38,7 @@ class Stepping:
         prediction: str,
         layout: Layout,
         ems: EMS | None,
-        chosen: dict[str, Any],
+        chosen: SolverOptions,
         guidance: float | None,
         threshold: tuple[float, float] | None,
     ) -> None:

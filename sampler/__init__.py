@@ -4,6 +4,7 @@ from dpm_solver_v3.sampler import sample_dpm_solver_v3
 x0 = sample_dpm_solver_v3(denoiser, noise * sigmas[0], sigmas)
 """
 
+from .choice import plan_for, settings_for, takes_typical_steps
 from .ems import EMS, EMSError
 from .fitted import FittedSteps
 from .plan import Plan
@@ -21,8 +22,8 @@ from .schedules import (
     uniform_lambda,
     uniform_time,
 )
-from .settings import AUTO, DEFAULTS, DEFAULTS_STRONG_GUIDANCE, Recommendation, RecommendationEntry, Settings
-from .solver import Run, SamplingError, StepInfo, plan_for, sample_dpm_solver_v3, settings_for, takes_typical_steps
+from .settings import AUTO, DEFAULTS, DEFAULTS_STRONG_GUIDANCE, Recommendation, RecommendationEntry, Settings, SolverOptions
+from .solver import Run, SamplingError, StepInfo, sample_dpm_solver_v3
 from .space import Space
 from .wrapper import LambdaDenoiser
 
@@ -44,6 +45,7 @@ __all__ = [
     "Run",
     "SamplingError",
     "Settings",
+    "SolverOptions",
     "Space",
     "StepInfo",
     "VPContinuous",

@@ -18,6 +18,9 @@ from .settings import Recommendation
 
 __all__ = ["EMS", "EMSError"]
 
+_COLUMNS = 1024
+"""Elements that `EMS.growth` looks at together."""
+
 
 class EMSError(ValueError):
     """Statistics that cannot be used; the message says what is wrong and what to do."""
@@ -87,8 +90,10 @@ class EMS:
         """A digest of lambdas, l, s and b: equal for equal statistics, whichever object holds them."""
         found: bytes | None = self.__dict__.get("_content")
         if found is None:
-            parts = (self.lambdas, self.l, self.s, self.b)
-            found = hashlib.sha1(b"".join(v.numpy().tobytes() for v in parts), usedforsecurity=False).digest()
+            digest = hashlib.sha1(usedforsecurity=False)
+            for part in (self.lambdas, self.l, self.s, self.b):
+                digest.update(part.numpy().data)  # no copy: statistics per element are tens of megabytes
+            found = digest.digest()
             object.__setattr__(self, "_content", found)
         return found
 
@@ -100,11 +105,10 @@ class EMS:
         """
         grid = self.lambdas.to(torch.float64)
         ends = lambdas.to(torch.float64).clamp(grid[0], grid[-1])  # s = 0 outside
+        if len(ends) < 2:
+            return 0.0
         points = torch.cat([grid, ends]).sort().values
-        s = self.at(points)[1].flatten(1)
-        total = torch.cat([torch.zeros_like(s[:1]), torch.cumulative_trapezoid(s, points, dim=0)])
-        at_ends = total[torch.searchsorted(points, ends)]
-        return float(at_ends.diff(dim=0).abs().max()) if len(ends) > 1 else 0.0
+        return max(_growth(grid, s, points, ends) for s in self.s.flatten(1).split(_COLUMNS, dim=1))
 
     def check_fits(self, shape: torch.Size | tuple[int, ...]) -> None:
         """Raise EMSError unless the statistics apply to latents of `shape` [B, C, ...]."""
@@ -122,13 +126,26 @@ class EMS:
         """l, s, b interpolated at `lam` [M], each [M, C, ...] in float64; outside the grid as the class says."""
         grid = self.lambdas.to(torch.float64)
         lam = lam.to(torch.float64)
-        index = torch.searchsorted(grid, lam, right=True).clamp(1, len(grid) - 1)
-        weight = ((lam - grid[index - 1]) / (grid[index] - grid[index - 1])).clamp(0, 1)
+        index, weight = _places(grid, lam)
         inside = ((lam >= grid[0]) & (lam <= grid[-1])).to(torch.float64)
         column = (-1,) + (1,) * (self.l.ndim - 1)
         weight, inside = weight.reshape(column), inside.reshape(column)
         l, s, b = (torch.lerp(v[index - 1].double(), v[index].double(), weight) for v in (self.l, self.s, self.b))
         return l, s * inside, b * inside
+
+
+def _places(grid: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+    """For every lambda the grid point after it, and where it lies between the one before and that, from 0 to 1."""
+    index = torch.searchsorted(grid, lam, right=True).clamp(1, len(grid) - 1)
+    return index, ((lam - grid[index - 1]) / (grid[index] - grid[index - 1])).clamp(0, 1)
+
+
+def _growth(grid: Tensor, values: Tensor, points: Tensor, ends: Tensor) -> float:
+    """`EMS.growth` of the columns `values` [N+1, K] of s, on `points`: the grid and the `ends`, sorted."""
+    index, weight = _places(grid, points)
+    s = torch.lerp(values[index - 1].double(), values[index].double(), weight[:, None])
+    total = torch.cat([torch.zeros_like(s[:1]), torch.cumulative_trapezoid(s, points, dim=0)])
+    return float(total[torch.searchsorted(points, ends)].diff(dim=0).abs().max())
 
 
 def _validate(ems: EMS) -> None:

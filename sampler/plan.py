@@ -7,7 +7,7 @@ and with which coefficients. Everything is in float64 and depends on the schedul
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -71,20 +71,19 @@ class Plan:
     steps: tuple[StepPlan, ...]
     start: float = 1.0
 
-    @property
-    def keep(self) -> int:
-        """How many evaluations the updates look back to."""
-        updates = ((i, u) for i, step in enumerate(self.steps) for u in (step.corrector, step.predictor))
-        return max((i - node for i, u in updates if u is not None for node in u.nodes), default=0)
+    def updates(self) -> Iterator[Update]:
+        """The steps as one update each, from the x where the model was called: corrections are part of it."""
+        taken: Update | None = None
+        for step in self.steps:
+            if step.corrector is None or taken is None or not step.predictor.decay.any():
+                yield step.predictor  # without decay, as to sigma = 0, nothing is left of a correction
+            else:
+                yield step.predictor.after_redoing(taken, step.corrector)
+            taken = step.predictor
 
     def is_sane(self, space: Space) -> bool:
         """Whether no update of a falling schedule multiplies y or m by more than any step can need."""
-        if len(self.levels) < 2 or self.levels[-1] > self.levels[0]:
-            return True
-        alphas = _Nodes.of(self.levels, space).alphas
-        updates = [(i, step.predictor) for i, step in enumerate(self.steps)]
-        updates += [(i - 1, step.corrector) for i, step in enumerate(self.steps) if step.corrector is not None]
-        return 1 / MAX_DECAY <= self.start <= MAX_DECAY and all(_is_sane(u, alphas[i], alphas[i + 1]) for i, u in updates)
+        return _is_sane_plan(self, space)
 
 
 @dataclass(frozen=True)
@@ -246,6 +245,16 @@ def _is_short(nodes: _Nodes, i: int) -> bool:
     """Whether the step from node i is so much shorter than the one that led there that i is not to be corrected."""
     before, after = (abs(nodes.lambdas[k + 1] - nodes.lambdas[k]) for k in (i - 1, i))
     return after < SHORT_STEP * before
+
+
+@lru_cache(maxsize=8)
+def _is_sane_plan(plan: Plan, space: Space) -> bool:
+    if len(plan.levels) < 2 or plan.levels[-1] > plan.levels[0]:
+        return True
+    alphas = _Nodes.of(plan.levels, space).alphas
+    updates = [(i, step.predictor) for i, step in enumerate(plan.steps)]
+    updates += [(i - 1, step.corrector) for i, step in enumerate(plan.steps) if step.corrector is not None]
+    return 1 / MAX_DECAY <= plan.start <= MAX_DECAY and all(_is_sane(u, alphas[i], alphas[i + 1]) for i, u in updates)
 
 
 def _is_sane(update: Update, alpha_s: float, alpha_t: float) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 from .fitted import FittedSteps
 from .trajectories import Trajectories
@@ -19,6 +19,7 @@ __all__ = [
     "Recommendation",
     "RecommendationEntry",
     "Settings",
+    "SolverOptions",
     "defaults_for",
     "resolve_settings",
 ]
@@ -68,6 +69,17 @@ class Settings:
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)} (or auto), not {value!r}")
+
+
+class SolverOptions(TypedDict, total=False):
+    """What a user sets: fields of `Settings`, each of which may be "auto"."""
+
+    order: int | str
+    predictor: Predictor | str
+    corrector: Corrector | str
+    corrector_below: float | str
+    lower_order_final: bool | str
+    strength: float | str
 
 
 OPTIONS = tuple(field.name for field in fields(Settings))
@@ -162,7 +174,7 @@ def along(values: Sequence[float], u: float) -> float:
     return values[i] + (values[j] - values[i]) * (position - i)
 
 
-def resolve_settings(defaults: Settings, recommended: Settings | None, chosen: dict[str, Any]) -> Settings:
+def resolve_settings(defaults: Settings, recommended: Settings | None, chosen: Mapping[str, object]) -> Settings:
     """Settings from the user's choices; those left at "auto" follow the recommendation, else the defaults."""
     base = recommended or defaults
     values = {name: getattr(base, name) if value == AUTO else value for name, value in chosen.items()}

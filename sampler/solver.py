@@ -1,42 +1,34 @@
 """DPM-Solver-v3 as a k-diffusion sampler function.
 
 The loop is algorithm 2 of the paper (arXiv 2310.13268) in sigma space. The update and its formula are in `coefficients`; which
-nodes each one uses is worked out in `plan`; what the host's x and sigma mean is in `space`.
+nodes each one uses is worked out in `plan`, which of the plans a run takes in `choice`; what the host's x and sigma mean is in
+`space`.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from .coefficients import Update
+from .choice import plan_for
 from .ems import EMS
-from .fitted import FittedSteps
-from .plan import Plan, check_levels, fitted_plan, make_plan, typical_plan
-from .settings import AUTO, OPTIONS, Corrector, Predictor, Settings, defaults_for, resolve_settings
+from .plan import Plan
+from .settings import AUTO, Corrector, Predictor, SolverOptions
 from .space import Space
-from .trajectories import Trajectories
-from .typical import MOST_STEPS
 
-__all__ = ["Run", "SamplingError", "StepInfo", "plan_for", "sample_dpm_solver_v3", "settings_for", "takes_typical_steps"]
+__all__ = ["Run", "SamplingError", "StepInfo", "sample_dpm_solver_v3"]
 
-_NO_EMS = EMS.degenerate()
 _GREW = (
     "the latent grew beyond all bounds before {place}: the statistics (EMS) do not suit this model or this schedule. Sample "
     "with strength 0, or compute EMS for this model; if it happens at strength 0 too, lower the guidance scale."
 )
-_NOT_SANE = (
-    "would multiply the latent beyond what any step needs on this schedule, so they are another model's or damaged: sampling "
-    "without them. Compute EMS for this model, or remove the file"
-)
-GROWTH_LIMIT = 2.0
-"""Of `EMS.growth` on unmeasured schedules. The embedded model's stay below 1 from 4 steps on (tests/test_file.py)."""
 
 
 class SamplingError(RuntimeError):
@@ -62,7 +54,7 @@ def sample_dpm_solver_v3(
     model: Callable[..., Tensor],
     x: Tensor,
     sigmas: Tensor,
-    extra_args: Mapping[str, Any] | None = None,
+    extra_args: Mapping[str, object] | None = None,
     callback: Callable[[StepInfo], None] | None = None,
     disable: bool | None = None,
     *,
@@ -106,7 +98,7 @@ def sample_dpm_solver_v3(
         EMSError: statistics that do not fit x.
         SamplingError: the model returned values that are not finite.
     """
-    chosen: dict[str, Any] = {
+    chosen: SolverOptions = {
         "order": order,
         "predictor": predictor,
         "corrector": corrector,
@@ -126,139 +118,30 @@ def sample_dpm_solver_v3(
         if ems is None:
             raise
         warnings.warn(f"{error} Sampling again without them.", RuntimeWarning, stacklevel=2)
-        return _solve(plan_for(sigmas, space=space, guidance=guidance, **{**chosen, "strength": AUTO}), *arguments)
+        chosen["strength"] = AUTO
+        return _solve(plan_for(sigmas, space=space, guidance=guidance, **chosen), *arguments)
 
 
 def _solve(
     plan: Plan,
     model: Callable[..., Tensor],
     x: Tensor,
-    extra_args: Mapping[str, Any],
+    extra_args: Mapping[str, object],
     callback: Callable[[StepInfo], None] | None,
     disable: bool | None,
 ) -> Tensor:
     """The loop: x at the plan's last level."""
-    run = Run(plan, x)
+    run, ones = Run(plan, x), x.new_ones(len(x))
     del x
     for i in _progress(len(plan.steps), disable):
         x, level = run.x, run.level
-        denoised = model(x, level * x.new_ones(len(x)), **extra_args)
+        denoised = model(x, level * ones, **extra_args)
         run.observe(denoised)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": level, "sigma_hat": level, "denoised": denoised})
         del x, denoised  # so that the step itself has their memory
         run.advance()
     return run.x
-
-
-def plan_for(
-    sigmas: Tensor,
-    *,
-    ems: EMS | None = None,
-    space: Space | str = Space.SIGMA,
-    guidance: float | None = None,
-    **options: Any,
-) -> Plan:
-    """What `sample_dpm_solver_v3` does with these arguments; a plan without steps for fewer than two sigmas.
-
-    Args:
-        sigmas, ems, space, guidance: as there.
-        options: those of `Settings`; what is left out is "auto".
-
-    Raises:
-        ValueError: sigmas or an option that cannot be used.
-    """
-    space = Space.of(space)
-    levels = _levels(sigmas, space)
-    chosen = {**dict.fromkeys(OPTIONS, AUTO), **options}
-    settings = settings_for(levels, space, ems, chosen, guidance)
-    if len(levels) < 2:
-        return Plan(tuple(levels.tolist()), ())
-    host = tuple(levels.tolist())
-    fitted = _fitted_for(levels, space, ems, chosen)
-    if fitted is not None:
-        plan = fitted_plan(host, space, fitted)
-        if plan.is_sane(space):
-            return plan
-        warnings.warn(f"the fitted coefficients {_NOT_SANE}", RuntimeWarning, stacklevel=2)
-    if takes_typical_steps(levels, space, ems, chosen):
-        own = _own_trajectories(ems)
-        plan = typical_plan(host, space, guidance, own)
-        if own is None or plan.is_sane(space):
-            return plan
-        warnings.warn(f"the steps that follow from the file's trajectories {_NOT_SANE}", RuntimeWarning, stacklevel=2)
-        return typical_plan(host, space, guidance)
-    if ems is not None and settings.strength:
-        plan = make_plan(host, space, ems, settings)
-        if plan.is_sane(space):
-            return plan
-        warnings.warn(f"the statistics (EMS) {_NOT_SANE}", RuntimeWarning, stacklevel=2)
-    return make_plan(host, space, _NO_EMS, settings)
-
-
-def settings_for(
-    levels: Tensor, space: Space, ems: EMS | None, chosen: dict[str, Any], guidance: float | None = None
-) -> Settings:
-    """The settings that sampling would use: user's choices, else the recommendation, else the defaults.
-
-    A recommendation holds on the very schedule that it was measured on. On any other one, statistics that were measured
-    somewhere have strength 0 at "auto" and are as good as absent, so that a file never makes a picture worse: used unmeasured,
-    they gained up to four times on some schedules and lost up to three times on others. Statistics without any recommendation
-    are used at full strength unless `EMS.growth` is above GROWTH_LIMIT.
-    """
-    rises = len(levels) > 1 and bool(levels[-1] > levels[0])
-    if rises and chosen.get("corrector") == AUTO:
-        chosen = {**chosen, "corrector": "none"}  # a corrector's feedback grows as the noise does: it diverges
-    defaults = defaults_for(guidance)
-    if ems is None:
-        return resolve_settings(defaults, None, chosen)
-    lambdas = space.lambda_of(levels)
-    unused = rises or _left_out(ems, lambdas)
-    if ems.recommendation is not None and not unused:
-        return resolve_settings(defaults, ems.recommendation.best_for(lambdas[lambdas.isfinite()].tolist()), chosen)
-    return resolve_settings(replace(defaults, strength=0.0) if unused else defaults, None, chosen)
-
-
-def takes_typical_steps(levels: Tensor, space: Space, ems: EMS | None, chosen: Mapping[str, Any]) -> bool:
-    """Whether sampling takes the steps of `typical`, chosen on the model's own trajectories where the file holds them.
-
-    It does with all options at "auto", on falling levels, with at most `MOST_STEPS` steps, where no statistics are used.
-    `settings_for` then only says what options would start from of which the user sets one.
-    """
-    falls = len(levels) > 1 and bool(levels[0] > levels[-1])
-    if not falls or len(levels) > MOST_STEPS + 1 or any(chosen.get(name, AUTO) != AUTO for name in OPTIONS):
-        return False
-    return ems is None or _own_trajectories(ems) is not None or _left_out(ems, space.lambda_of(levels))
-
-
-def _own_trajectories(ems: EMS | None) -> Trajectories | None:
-    """Those of the model itself, where the file holds them."""
-    return None if ems is None or ems.recommendation is None else ems.recommendation.trajectories
-
-
-def _left_out(ems: EMS, lambdas: Tensor) -> bool:
-    """Whether statistics stay unused at "auto" on this schedule: measured elsewhere only, or unmeasured and too large."""
-    finite, advice = lambdas[lambdas.isfinite()], ems.recommendation
-    if advice is not None:
-        return not advice.covers(finite.tolist())
-    return ems.growth(finite) > GROWTH_LIMIT
-
-
-def _fitted_for(levels: Tensor, space: Space, ems: EMS | None, chosen: dict[str, Any]) -> FittedSteps | None:
-    """Coefficients fitted on this very schedule, unless the user chose an option."""
-    if ems is None or ems.recommendation is None or any(value != AUTO for value in chosen.values()):
-        return None
-    return ems.recommendation.fitted_for(space.lambda_of(levels).tolist())
-
-
-def _levels(sigmas: Tensor, space: Space) -> Tensor:
-    """The schedule [n + 1] in float64 on the CPU, repeated values merged. Raises ValueError."""
-    if not isinstance(sigmas, Tensor) or sigmas.ndim != 1:
-        raise ValueError(f"sigmas must be a tensor [n + 1], not {getattr(sigmas, 'shape', type(sigmas).__name__)}")
-    levels = torch.unique_consecutive(sigmas.detach().to("cpu", torch.float64))
-    if len(levels) > 1:
-        check_levels(levels, space)
-    return levels
 
 
 class Run:
@@ -282,10 +165,10 @@ class Run:
         self._host_dtype = x.dtype
         dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
         self._x = x.to(dtype) if plan.start == 1 else x.to(dtype) * plan.start
-        self._before = self._x
-        self._levels = torch.tensor(plan.levels, dtype=torch.float64).to(x.device, dtype)
+        self._levels = torch.tensor(plan.levels, dtype=torch.float64).to(x.device, dtype).unbind()
         self._steps = _ready(plan, x.device, dtype, x.ndim)
         self._history: dict[int, Tensor] = {}  # node -> m
+        self._free: list[Tensor] = []  # memory of nodes that no later step looks back to: new pages would cost as much as a sum
 
     @property
     def done(self) -> bool:
@@ -313,64 +196,65 @@ class Run:
                 f"the model returned a tensor of shape {tuple(denoised.shape)} for a latent of shape {tuple(self._x.shape)}: "
                 f"it must return the denoised latent, in the latent's own shape"
             )
-        if not denoised.sum(dtype=torch.float32).isfinite():
+        if not _sum_is_finite(denoised):
             _check_finite(self._x, denoised, self.i, self.plan)
-        m = self._steps[self.i].m(self._x, denoised.to(self._x.dtype))
-        # A model may write its next output over this one, from whichever call on (CUDA graphs do so once they are recorded).
-        self._history[self.i] = m.clone() if m.data_ptr() == denoised.data_ptr() else m
+        # A copy: a model may write its next output over this one, from whichever call on (CUDA graphs do so once recorded).
+        m = self._free.pop() if self._free else torch.empty_like(self._x)
+        self._steps[self.i].write_m(m, self._x, denoised)
+        self._history[self.i] = m
 
     def advance(self) -> None:
-        """Correct the step that led here, then go on to the next level."""
+        """Correct the step that led here and go on to the next level, in one update."""
         step = self._steps[self.i]
-        if step.corrector is not None:
-            self._x = self._before
-            self._x = step.corrector(self._x, self._history)
-        self._before = self._x
-        self._x = step.predictor(self._x, self._history)
+        self._x = step(self._x, self._history)
         self.i += 1
-        for node in [node for node in self._history if node < self.i - self.plan.keep]:
-            del self._history[node]
-        if self.done and not self._x.sum(dtype=torch.float32).isfinite() and not self._x.isfinite().all():
+        for node in step.forgotten:
+            self._free.append(self._history.pop(node))
+        if self.done and not _sum_is_finite(self._x) and not self._x.isfinite().all():
             raise DivergedError(_GREW.format(place="the end"))
 
 
-@dataclass(frozen=True)
-class _Combination:
-    """An `Update` ready for latents: coefficients as numbers, or as tensors that multiply [B, C, ...]."""
+_Factor = Tensor | float
+"""A number, or a tensor that multiplies [B, C, ...]."""
 
-    decay: Tensor | float
-    offset: Tensor | float
-    weights: tuple[Tensor | float, ...]
-    nodes: tuple[int, ...]
+
+@dataclass(frozen=True)
+class _Step:
+    """A step ready for latents: m_i = D_i - slope x_i, then x_t = decay x + offset + sum_j weights[j] m[nodes[j]].
+
+    `forgotten` names the nodes that no later step looks back to.
+    """
+
+    slope: _Factor
+    decay: _Factor
+    offset: _Factor
+    weights: tuple[tuple[int, _Factor], ...]
+    forgotten: tuple[int, ...]
+
+    def write_m(self, m: Tensor, x: Tensor, denoised: Tensor) -> None:
+        """M = D - slope x = D - (1 - l) y (paper, eq. 7)."""
+        if isinstance(self.slope, Tensor):
+            torch.addcmul(denoised.to(x.dtype), x, self.slope.to(x), value=-1, out=m)
+        elif self.slope == 0:
+            m.copy_(denoised)
+        else:
+            torch.sub(denoised.to(x.dtype), x, alpha=self.slope, out=m)
 
     def __call__(self, x: Tensor, m: Mapping[int, Tensor]) -> Tensor:
-        """Decay x + offset + sum_j weights[j] m[nodes[j]]."""
-        if isinstance(self.decay, float) and self.decay == 0 and self.weights == (1.0,):
-            return m[self.nodes[0]]  # the step to sigma = 0
+        """The x of the next level."""
+        if isinstance(self.decay, float) and self.decay == 0 and [w for _, w in self.weights] == [1.0]:
+            return m[self.weights[0][0]].clone()  # the step to sigma = 0
         out = x * (self.decay.to(x) if isinstance(self.decay, Tensor) else self.decay)
         if isinstance(self.offset, Tensor):
             out += self.offset.to(x)  # addcmul with two broadcast factors would be four times slower on a CPU
         elif self.offset != 0:
             out += self.offset
-        for node, weight in zip(self.nodes, self.weights, strict=True):
+        for node, weight in self.weights:
             if isinstance(weight, Tensor):
                 out.addcmul_(m[node], weight.to(x))
             else:
                 out.add_(m[node], alpha=weight)
         return out
-
-
-@dataclass(frozen=True)
-class _Step:
-    slope: Tensor | float
-    corrector: _Combination | None
-    predictor: _Combination
-
-    def m(self, x: Tensor, denoised: Tensor) -> Tensor:
-        """D - slope x = D - (1 - l) y (paper, eq. 7)."""
-        if isinstance(self.slope, Tensor):
-            return torch.addcmul(denoised, x, self.slope.to(x), value=-1)
-        return denoised if self.slope == 0 else torch.sub(denoised, x, alpha=self.slope)
 
 
 @lru_cache(maxsize=8)
@@ -380,20 +264,30 @@ def _ready(plan: Plan, device: torch.device, dtype: torch.dtype, ndim: int) -> t
     Per-element ones stay where they are until their step, or they would hold the memory of many latents.
     """
 
-    def coefficient(value: Tensor) -> Tensor | float:
+    def coefficient(value: Tensor) -> _Factor:
         if value.numel() == 1:
             return value.item()
         if value.ndim > 1:
             return value
         return value.reshape(-1, *(1,) * (ndim - 2)).to(device, dtype)
 
-    def ready(update: Update) -> _Combination:
-        weights = tuple(map(coefficient, update.weights))
-        return _Combination(coefficient(update.decay), coefficient(update.offset), weights, update.nodes)
-
+    updates = list(plan.updates())
+    last = {node: i for i, update in enumerate(updates) for node in (i, *update.nodes)}  # step that uses a node last
     return tuple(
-        _Step(coefficient(s.slope), None if s.corrector is None else ready(s.corrector), ready(s.predictor)) for s in plan.steps
+        _Step(
+            coefficient(step.slope),
+            coefficient(update.decay),
+            coefficient(update.offset),
+            tuple(zip(update.nodes, map(coefficient, update.weights), strict=True)),
+            tuple(node for node, at in last.items() if at == i),
+        )
+        for i, (step, update) in enumerate(zip(plan.steps, updates, strict=True))
     )
+
+
+def _sum_is_finite(values: Tensor) -> bool:
+    """False if one of the values is not finite; may also be False of finite ones whose sum is too large."""
+    return math.isfinite(values.sum(dtype=torch.float32).item())
 
 
 def _check_finite(x: Tensor, denoised: Tensor, i: int, plan: Plan) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ class LambdaDenoiser:
     """
 
     def __init__(
-        self, model: Callable[..., Tensor], space: Space | str = Space.SIGMA, extra_args: dict[str, Any] | None = None
+        self, model: Callable[..., Tensor], space: Space | str = Space.SIGMA, extra_args: dict[str, object] | None = None
     ) -> None:
         self.model, self.space, self.extra_args = model, Space.of(space), dict(extra_args or {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 from pathlib import Path
@@ -94,3 +95,32 @@ def test_readme_fits_one_screen_and_opens_with_a_picture() -> None:
     data = (ROOT / picture[1]).read_bytes()
     width, height = struct.unpack(">II", data[16:24])
     assert width >= 800 and height <= width
+
+
+NODES = sorted(p.name for p in (ROOT / "web" / "docs").iterdir())
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("node", NODES)
+def test_help_names_everything_as_the_node_shows_it(node: str, language: str) -> None:
+    """Title and inputs as the front end shows them in that language; what is bold is one of these or another node."""
+    texts = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    page = (ROOT / "web" / "docs" / node / f"{language}.md").read_text(encoding="utf-8")
+    shown = {entry["name"] for entry in texts[node].get("inputs", {}).values()}
+    titles = {entry["display_name"] for entry in texts.values()}
+    bold = set(re.findall(r"\*\*(.+?)\*\*", page))
+    assert page.startswith(f"# {texts[node]['display_name']}\n")
+    assert shown - bold == set() and bold - shown - titles == set()
+
+
+def test_chinese_texts_name_nodes_in_chinese() -> None:
+    english = {name: entry["display_name"] for name, entry in _locale("en").items()}
+    chinese = {name: entry["display_name"] for name, entry in _locale("zh").items()}
+    renamed = [english[name] for name in english if chinese[name] != english[name] and "DPM" not in english[name]]
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "web" / "docs").glob("*/zh.md")]
+    told = "".join([*pages, json.dumps(_locale("zh"), ensure_ascii=False)])
+    assert len(renamed) > 5 and [title for title in renamed if title in told] == []
+
+
+def _locale(language: str) -> dict[str, dict[str, str]]:
+    return dict(json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8")))

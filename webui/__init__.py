@@ -6,16 +6,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 from . import host
 
 __all__ = ["register"]
 
 
+_Found = TypeVar("_Found")
+
+
 def register() -> type | None:
     """Add everything to the host; return the Script class that the host finds in the entry's namespace, if there is one."""
-    steps: dict[str, Callable[[], Any]] = {
+    steps: dict[str, Callable[[], object]] = {
         "the sampler": _sampler,
         "the schedule type": _schedule,
         "the settings": _settings,
@@ -24,11 +27,10 @@ def register() -> type | None:
     }
     for what, step in steps.items():
         _attempt(what, step)
-    found: type | None = _attempt("the accordion", _script)
-    return found
+    return _attempt("the accordion", _script)
 
 
-def _attempt(what: str, step: Callable[[], Any]) -> Any:
+def _attempt(what: str, step: Callable[[], _Found]) -> _Found | None:
     try:
         return step()
     except Exception as error:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..sampler import AUTO, Settings
+from ..sampler import AUTO, DEFAULTS, Settings, SolverOptions
+from ..sampler.settings import resolve_settings
 from . import host
 from .find import AUTOMATIC, NONE, named, title_of, titles
 from .objects import Processing
@@ -19,7 +20,6 @@ __all__ = [
     "CORRECTORS",
     "ORDERS",
     "Choice",
-    "SolverOptions",
     "add_settings",
     "chosen",
     "record",
@@ -40,10 +40,6 @@ _ABOUT = {
     "steps; pseudo: the paper's; true: of the predictor's order; raised: one order more.",
     "strength": "How much of the EMS to use: 1 all, 0 none (data prediction).",
 }
-
-
-SolverOptions = dict[str, Any]
-"""Keyword arguments of the sampler: order, corrector, strength."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ class Choice:
         try:
             values["order"] = self.order if self.order == AUTO else int(self.order)
             values["strength"] = self.strength if self.strength == AUTO else float(self.strength)
-            Settings(**{k: v for k, v in values.items() if v != AUTO})
+            resolve_settings(DEFAULTS, None, values)
         except ValueError as error:
             raise host.HostError(f"DPM-Solver-v3 cannot use these options: {error}") from error
         return values
@@ -121,7 +117,7 @@ def add_settings() -> None:
 
     for name, values in (("order", ORDERS), ("corrector", CORRECTORS), ("strength", _STRENGTHS)):
         label = f"Default {name}"
-        choices = partial(dict[str, Any], choices=list(values))
+        choices = partial(dict[str, object], choices=list(values))
         host.add_option(f"dpm_solver_v3_{name}", AUTO, label, gr.Radio, choices, _ABOUT[name])
     about = "if there is none for the checkpoint itself. Better than nothing, or worse: compare with an X/Y/Z plot."
     label = "Use same-architecture EMS"
@@ -141,17 +137,17 @@ def script_class() -> type:
             """By which the host's API knows it."""
             return "DPM-Solver-v3"
 
-        def show(self, is_img2img: bool) -> Any:
+        def show(self, is_img2img: bool) -> object:
             """On both tabs, always."""
             return scripts.AlwaysVisible
 
-        def ui(self, is_img2img: bool) -> list[Any]:
+        def ui(self, is_img2img: bool) -> list[object]:
             """The four values that the API takes too: EMS, order, corrector, strength."""
 
             def identify(name: str) -> dict[str, str]:
                 return {"elem_id": f"dpm_solver_v3_{'img2img' if is_img2img else 'txt2img'}_{name}"}
 
-            def menu(label: str, choices: list[str], name: str) -> Any:
+            def menu(label: str, choices: list[str], name: str) -> object:
                 return gr.Dropdown(choices, value=choices[0], label=label, allow_custom_value=True, **identify(name))
 
             with gr.Accordion("DPM-Solver-v3", open=False, **identify("accordion")):
@@ -167,7 +163,7 @@ def script_class() -> type:
             self.paste_field_names = [f"{_RECORD} {name}" for name in (*found, _CHOICE)]
             return list(found.values())
 
-        def before_process(self, p: Any, *values: Any) -> None:
+        def before_process(self, p: object, *values: object) -> None:
             """Where the sampler finds them."""
             setattr(p, CHOSEN, dict(zip(("ems", "order", "corrector", "strength"), values)))
 

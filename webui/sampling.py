@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..ems_tools.hosting import choose_steps, sample_on_trial, unfitted_steps
-from ..sampler import AUTO, LevelTable, Space, StepInfo, settings_for, takes_typical_steps
+from ..sampler import AUTO, LevelTable, SolverOptions, Space, StepInfo, settings_for, takes_typical_steps
 from . import host, model
 from .find import NONE, Found, facts_of, find, find_entry, trust
 from .objects import Denoiser, StepTold, Wrap
-from .options import Choice, SolverOptions, chosen, record
+from .options import Choice, chosen, record
 
 __all__ = ["ALIASES", "FITTED_LABEL", "FITTED_NAME", "MEASURE", "NAME", "fitted_schedule", "sample_host"]
 

@@ -19,8 +19,19 @@ from ..ems_tools.estimate.points import DivergedError
 from ..ems_tools.estimate.run import EstimateError, Progress
 from ..ems_tools.estimate.source import Source
 from ..ems_tools.file import EMSFile
-from ..ems_tools.hosting import GUIDER, PROMPTS, Watch, evaluations_of_effort, in_words, place_for, request_facts, scales_of
+from ..ems_tools.hosting import (
+    GUIDER,
+    PROMPTS,
+    Watch,
+    evaluations_of_effort,
+    in_words,
+    one_line,
+    place_for,
+    request_facts,
+    scales_of,
+)
 from ..ems_tools.share.identity import ModelIdentity, one_line_of
+from ..ems_tools.show.describe import gain_of
 from ..sampler import SamplingError
 from . import host, model, passes
 from .find import trust
@@ -152,7 +163,7 @@ class Work:
     def _ending(self) -> str:
         if self.file is not None:
             self.share = 1.0
-            return f"Done: {self.path}"
+            return one_line(f"Done: {self.path}", gain_of(self.file))
         if self.stopped:
             partial = self.path and self.path.with_name(self.path.name + ".partial")
             kept = f"What was measured is kept in {partial}" if partial and partial.exists() else "Nothing was measured yet"

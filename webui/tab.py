@@ -31,11 +31,11 @@ _ABOUT = (
     "Measures the loaded checkpoint once (its empirical model statistics, EMS) and fits steps to it. The sampler DPM-Solver-v3 "
     "then finds the file by the checkpoint. Pictures wait while it runs; this page may be closed and opened again."
 )
-_Updates = tuple[Any, ...]
+_Updates = tuple[object, ...]
 """Values for status, Compute, Interrupt, the table of files, the menu of files, the details of a file, and the beat."""
 
 
-def make_tab() -> list[tuple[Any, str, str]]:
+def make_tab() -> list[tuple[object, str, str]]:
     """What the host's `on_ui_tabs` wants: (gradio Blocks, title, element id)."""
     import gradio as gr
 
@@ -76,7 +76,7 @@ _PRICED = (5, 6, 7)
 """Places in `_inputs` of what a computation costs: CFG scales, effort, step counts."""
 
 
-def _without_limit(event: Callable[..., Any]) -> dict[str, Any]:
+def _without_limit(event: Callable[..., object]) -> dict[str, object]:
     """Gradio 4 runs a handler once at a time unless told otherwise; each page watches by itself."""
     return {"concurrency_limit": None} if "concurrency_limit" in reflection.signature(event).parameters else {}
 
@@ -188,7 +188,7 @@ def _updates(status: str, work: Work | None, files: bool = False, show: bool = F
     return (status, *buttons, table, menu, shown, same if beat is None else beat.text)
 
 
-def _interrupt() -> tuple[str, Any]:
+def _interrupt() -> tuple[str, object]:
     import gradio as gr
 
     work = current()

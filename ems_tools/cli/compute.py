@@ -176,7 +176,7 @@ def _verdict(file: EMSFile) -> int:
 def _fit_verdict(file: EMSFile) -> int:
     for row in file.meta.fitted:
         value, low, high = row.ratio
-        kept = "" if row.coefficients else "; the fixed schedule is kept"
+        kept = "" if row.coefficients and value != 1 else "; its steps are used"
         print(
             f"  guidance {row.guidance:g}, fitted, {row.steps} steps: error {value:.2f} [{low:.2f}, {high:.2f}] of "
             f"{row.fixed_schedule}'s, on {row.noises} noises of no other use{kept}"

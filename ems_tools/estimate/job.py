@@ -94,7 +94,7 @@ class Job:
         if not self.guidance or any(b <= a for a, b in zip(self.guidance, self.guidance[1:], strict=False)):
             raise EstimateError("guidance scales must be given in increasing order")
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Everything that must agree for two runs to be the same job, JSON-serialisable."""
         return {k: v for k, v in json.loads(json.dumps(asdict(self))).items() if k != "samples"}
 
@@ -128,7 +128,7 @@ def snapped_grid(grid: tuple[float, ...], levels: Tensor, space: Space = Space.S
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a job stands. `evaluations_left` counts denoiser evaluations; times are in seconds."""
+    """Where one stage of a job stands, in denoiser evaluations (`earlier` ones were made before this run) and seconds."""
 
     stage: str
     done: int
@@ -136,21 +136,31 @@ class Progress:
     seconds: float
     seconds_left: float
     note: str = ""
+    earlier: int = 0
 
 
 class Meter:
-    """Counts the denoiser evaluations of one stage and reports them with the time left."""
+    """Counts the denoiser evaluations of one stage and reports them with the time left.
 
-    def __init__(self, progress: Callable[[Progress], None], stage: str, total: int, note: str) -> None:
+    The count stands in the job's state too, so whenever that is saved it says what the saved results have cost: a job that
+    goes on counts on from there, and a stage that was finished before is reported as finished.
+    """
+
+    def __init__(self, progress: Callable[[Progress], None], stage: str, total: int, note: str, state: JobState) -> None:
         self.progress, self.stage, self.total, self.note = progress, stage, total, note
-        self.done, self.began = 0, time.monotonic()
+        self._counts: dict[str, int] = state.facts.setdefault("counts", {})
+        self.done = self.before = self._counts.get(note, 0)
+        self.began = time.monotonic()
+        if self.done:
+            self.tick(0)
 
     def tick(self, evaluations: int) -> None:
         """So many more are done."""
         self.done += evaluations
-        seconds = time.monotonic() - self.began
-        left = seconds / self.done * max(self.total - self.done, 0)
-        self.progress(Progress(self.stage, self.done, self.total, seconds, left, self.note))
+        self._counts[self.note] = self.done
+        seconds, new = time.monotonic() - self.began, self.done - self.before
+        left = seconds / new * max(self.total - self.done, 0) if new else math.inf
+        self.progress(Progress(self.stage, self.done, self.total, seconds, left, self.note, self.before))
 
 
 @dataclass
@@ -188,8 +198,11 @@ class JobState:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _STATE_FORMAT:
                     raise ValueError("not an unfinished job")
-                return cls(path, {k: file.get_tensor(k) for k in file.keys()}, json.loads(metadata["facts"]))
-        except (SafetensorError, ValueError, KeyError, OSError) as error:
+                facts = json.loads(metadata["facts"])
+                if not isinstance(facts, dict) or not isinstance(facts.get("job", {}), dict):
+                    raise ValueError("what it says of the job is no table")
+                return cls(path, {k: file.get_tensor(k) for k in file.keys()}, facts)
+        except (SafetensorError, ValueError, KeyError, OSError, RecursionError) as error:
             raise EstimateError(f"{path} cannot be resumed ({error}): delete it to start again") from error
 
     def save(self) -> None:

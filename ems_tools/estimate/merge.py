@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from os import PathLike
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..file.contents import EMSFile
 from ..file.reader import EMSFileError
+from ..file.rows import Scalar
 from .moments import MOMENTS, MergeError, Moments
 from .run import EstimateError
 
@@ -66,12 +66,12 @@ def moments_problem(file: EMSFile, sums: Tensor, count: Tensor) -> str:
     return "" if float(sums.abs().max()) < 1e30 else "the moments are larger than moments can be"
 
 
-def _seeds(file: EMSFile) -> list[Any]:
+def _seeds(file: EMSFile) -> list[Scalar]:
     found = file.meta.estimate.get("seeds", ())
     return list(found) if isinstance(found, tuple) else [found]
 
 
-def _with_moments(file: EMSFile, moments: list[Moments], seeds: tuple[Any, ...]) -> EMSFile:
+def _with_moments(file: EMSFile, moments: list[Moments], seeds: tuple[Scalar, ...]) -> EMSFile:
     statistics = [m.statistics() for m in moments]
     stacked = {name: torch.stack([getattr(st, name) for st in statistics]) for name in "lsb"}
     errors = {name: torch.stack([getattr(st, f"{name}_se") for st in statistics]) for name in "lsb"}

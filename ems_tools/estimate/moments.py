@@ -14,6 +14,7 @@ group k mod G): the spread between groups gives standard errors (jackknife), for
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -146,8 +147,17 @@ def smoothed_slope(lambdas: Tensor, values: Tensor, half_width: float = SMOOTHIN
     The weights are a parabola over the window (Epanechnikov), so that a noisy value at its edge counts little. Of a window with
     more than 64 points about 64 are used: time and memory grow with N, however dense a stranger's grid is.
     """
-    n = len(lambdas)
     slope = torch.zeros_like(values, dtype=torch.float64)
+    for i, (inside, weights) in enumerate(_slope_weights(tuple(lambdas.tolist()), half_width)):
+        slope[i] = torch.tensordot(weights, values[inside].double(), dims=1)
+    return slope
+
+
+@lru_cache(maxsize=2)
+def _slope_weights(grid: tuple[float, ...], half_width: float) -> list[tuple[slice, Tensor]]:
+    """For every point, which values the slope there is made of, and their factors; the same for all guidance scales."""
+    n, lambdas = len(grid), torch.tensor(grid, dtype=torch.float64)
+    found = []
     for i in range(n):
         near = lambdas[max(i - 7, 0) : i + 8] - lambdas[i]
         width = max(half_width, near.abs().sort().values[min(6, n - 1)].item() * 1.01)
@@ -159,5 +169,5 @@ def smoothed_slope(lambdas: Tensor, values: Tensor, half_width: float = SMOOTHIN
         root = (1 - u**2).clamp(min=1e-3).sqrt()
         design = u[:, None] ** torch.arange(min(4, len(u)), dtype=torch.float64)
         weights = torch.linalg.lstsq(root[:, None] * design, torch.diag(root)).solution[1] / width
-        slope[i] = torch.tensordot(weights, values[inside].double(), dims=1)
-    return slope
+        found.append((inside, weights))
+    return found

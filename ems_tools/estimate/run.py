@@ -153,7 +153,7 @@ class _Counter:
         seconds = time.monotonic() - self.began
         new = self.done - self.skipped
         left = seconds / new * (self.total - self.done) if new > 0 else math.inf
-        self.progress(Progress("estimate", self.done, self.total, seconds, max(left, 0.0), self.note))
+        self.progress(Progress("estimate", self.done, self.total, seconds, max(left, 0.0), self.note, self.skipped))
 
 
 def forward_mode_works(model: Model, job: Job, device: torch.device | str, dtype: torch.dtype) -> bool:

@@ -30,6 +30,8 @@ STATISTICS = ("l", "s", "b")
 MAX_VALUES = {"l": 100.0, "s": 100.0, "b": 1e4}
 """A model's l is about 0 to 1 and grows with the guidance scale; |s| is estimated up to 10 (`estimate.moments.S_LIMIT`)."""
 MAX_ERROR, MAX_SCALES, MAX_POINTS, LEAST_GAP = 1e4, 64, 4001, 1e-6
+MAX_ELEMENTS = 2**20
+"""Of a latent. On a grid of 21 points more would be larger than a file may be; the coefficients of the steps grow with it."""
 PER_CHANNEL_BYTES = 64 * 1024
 """What a per-channel file without moments is meant to stay below."""
 FITTED_REACH = 0.4, 1.5
@@ -293,6 +295,8 @@ def _check_tensors(file: EMSFile) -> None:
     shape, expected = tuple(file.l.shape), (len(file.guidance), len(file.lambdas))
     if file.l.ndim < 3 or shape[:2] != expected or file.l.ndim > 8:
         raise EMSError(f"tensor 'l' has shape {shape}, but must have [{expected[0]}, {expected[1]}, C, ...]")
+    if math.prod(shape[2:]) > MAX_ELEMENTS:
+        raise EMSError(f"tensor 'l' is for latents of {math.prod(shape[2:])} elements; at most {MAX_ELEMENTS} are allowed")
     for name in STATISTICS:
         value = cast(Tensor, getattr(file, name))
         if tuple(value.shape) != shape or value.dtype != file.l.dtype or value.dtype is torch.float16:

@@ -149,7 +149,7 @@ def raw_bytes(tensor: Tensor) -> bytes:
 
 def header(metadata: Mapping[str, str], kinds: Mapping[str, _Kind]) -> bytes:
     """The one spelling of a header: keys in a fixed order, no spaces but those that fill up to 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     for name in order(kinds):
         dtype, shape = kinds[name]
@@ -340,7 +340,7 @@ def fitted_row(values: list[Any]) -> FittedRow:
     return FittedRow(guidance, steps, where, coefficients, numbers(fitted), numbers(fixed), schedule, numbers(ratio), noises)
 
 
-def _parse_json(text: str, what: str) -> Any:
+def _parse_json(text: str, what: str) -> object:
     try:
         return json.loads(text, parse_constant=_no_constant, parse_int=_short_int, object_pairs_hook=_no_repeats)
     except RecursionError:
@@ -359,7 +359,7 @@ def _short_int(digits: str) -> int:
     return int(digits)
 
 
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a name comes twice")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
-from typing import Any
 
 from ...sampler import FittedSteps
 from ..estimate.job import JobState
@@ -44,13 +43,13 @@ class Bench:
     state: JobState
     name: str
 
-    def kept(self, key: str, value: Callable[[], Any]) -> Any:
+    def kept(self, key: str, value: Callable[[], float]) -> float:
         """The value under `key` in the state, computed and saved if it is not there."""
         table = self.state.facts.setdefault("fit_runs", {}).setdefault(self.name, {})
         if key not in table:
             table[key] = value()
             self.state.save()
-        return table[key]
+        return float(table[key])
 
     def closed_loop(self, lambdas: Sequence[float], noises: int) -> tuple[FittedSteps, float]:
         """`steps.closed_loop` on the first noises; how D answered to errors on the way is kept for `paths`."""
@@ -79,7 +78,7 @@ def best_spacing(bench: Bench, steps: int) -> Spacing:
             return math.inf
         few = min(plan.search, len(bench.samples))
         key = f"spacing {steps} {'/'.join(map(str, astuple(spacing)))}"
-        value: float = bench.kept(key, lambda: bench.closed_loop(lambdas, few)[1])
+        value = bench.kept(key, lambda: bench.closed_loop(lambdas, few)[1])
         tried[lambdas] = (value, spacing)
         return value
 
@@ -129,5 +128,4 @@ def _score(bench: Bench, entrant: Entrant, steps: int, noises: int) -> float:
         end = few_steps(bench.runner, bench.samples[:noises], entrant.steps(steps, bench.snap))
         return min(objective(bench.teacher.part(noises).errors(end).nan_to_num(nan=1e30)), 100.0)
 
-    found: float = bench.kept(f"panel {steps} {noises} {entrant.name}", value)
-    return found
+    return bench.kept(f"panel {steps} {noises} {entrant.name}", value)

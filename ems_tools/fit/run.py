@@ -66,12 +66,12 @@ def fit_steps(
     """
     rows = {r.steps: r for r in rows_of_fit(state) if r.guidance == guidance}
     wanted = sorted(set(plan.steps))
+    name = f"{guidance:g}"
+    known = state.facts.setdefault("fit_known", {}).setdefault(name, _known(state, f"fit.{name}"))
+    total = evaluations_of_fit(plan, len(job.lambdas), 1, min(known, plan.noises))
+    meter = Meter(progress, "fit", total, f"fit at guidance {name}", state)
     if all(n in rows for n in wanted):
         return [rows[n] for n in wanted]
-    name = f"{guidance:g}"
-    known = state.tensors[f"fit.{name}.y"].shape[1] if f"fit.{name}.y" in state.tensors else 0
-    total = evaluations_of_fit(plan, len(job.lambdas), 1, min(known, plan.noises))
-    meter = Meter(progress, "fit", total, f"fit at guidance {name}")
     runner = Runner(job, model, device, dtype, batch, meter.tick)
     judge_on = range(JUDGE_NOISE, JUDGE_NOISE + plan.held_out)
     teacher = kept_trajectories(runner, state, f"fit.{name}", range(plan.noises))
@@ -110,6 +110,11 @@ def paths_of_fit(state: JobState, guidance: float) -> Paths | None:
     parts = [state.tensors.get(f"paths.{guidance:g}.{part}") for part in ("lambdas", "denoised", "response")]
     lambdas, denoised, response = parts
     return None if lambdas is None or denoised is None or response is None else Paths.of_model(lambdas, denoised, response)
+
+
+def _known(state: JobState, name: str) -> int:
+    """Samples whose trajectories the estimate has left behind."""
+    return state.tensors[f"{name}.y"].shape[1] if f"{name}.y" in state.tensors else 0
 
 
 def _nearest(choices: Mapping[int, tuple[Spacing, Entrant]], steps: int) -> tuple[Spacing, Entrant]:

@@ -166,6 +166,7 @@ class Watch:
     plan: CalibrationPlan
     done: int = 0
     _stages: dict[str, int] = field(default_factory=dict)
+    _earlier: dict[str, int] = field(default_factory=dict)
     _marks: list[tuple[float, int]] = field(default_factory=list)
 
     @property
@@ -176,6 +177,7 @@ class Watch:
     def update(self, p: Progress) -> str:
         """Count on to `p`; the state in words."""
         before = 0
+        self._earlier[p.note if p.stage != "estimate" else ""] = p.earlier
         if p.stage != "estimate":
             self._stages[p.note] = p.total
             before = evaluations_of(self.job) + sum(total for note, total in self._stages.items() if note != p.note)
@@ -186,8 +188,8 @@ class Watch:
         return f"{100 * self.done // self.total} % of {self.total:,} evaluations{left}: {p.note}"
 
     def _mark(self, now: float) -> None:
-        """Keep when how many were done, over the last `_WINDOW` seconds."""
-        self._marks.append((now, self.done))
+        """Keep when how many were done in this run, over the last `_WINDOW` seconds."""
+        self._marks.append((now, self.done - sum(self._earlier.values())))
         while len(self._marks) > 2 and self._marks[1][0] < now - _WINDOW:
             del self._marks[0]
 

@@ -10,20 +10,23 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ...sampler import AUTO, EMS, SamplingError, Settings, Space, StepInfo, sample_dpm_solver_v3, settings_for
+from ...sampler import AUTO, EMS, SamplingError, Settings, SolverOptions, Space, StepInfo, sample_dpm_solver_v3, settings_for
 from ..file.contents import EMSFile
 from ..file.layout import fitted_values
 from ..file.storage import write_atomic
 from ..judge.trial import Trial, Verdict
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Origin", "TrustBook", "sample_on_trial"]
 
@@ -60,7 +63,7 @@ class TrustBook:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._files: dict[str, dict[str, Any]] | None = None
+        self._files: dict[str, dict[str, object]] | None = None
         self._lock = threading.Lock()
 
     def computed(self, file: EMSFile) -> None:
@@ -82,7 +85,7 @@ class TrustBook:
         passed = _texts(self._load().get(origin.key, {}).get("passed"))
         self._note(origin.key, {"failed": failure} if failure else {"passed": [*passed, case][-_CASES:]})
 
-    def _note(self, key: str, facts: dict[str, Any]) -> None:
+    def _note(self, key: str, facts: dict[str, object]) -> None:
         with self._lock:
             files = self._load()
             files[key] = {**files.pop(key, {}), **facts}
@@ -96,7 +99,7 @@ class TrustBook:
             except OSError:
                 pass
 
-    def _load(self) -> dict[str, dict[str, Any]]:
+    def _load(self) -> dict[str, dict[str, object]]:
         if self._files is None:
             self._files = {}
             try:
@@ -120,13 +123,14 @@ def sample_on_trial(
     model: Callable[..., Tensor],
     x: Tensor,
     sigmas: Tensor,
-    extra_args: dict[str, Any] | None = None,
+    extra_args: Mapping[str, object] | None = None,
     callback: Callable[[StepInfo], None] | None = None,
     disable: bool | None = None,
     *,
     ems: EMS | None = None,
     space: Space | str = Space.SIGMA,
-    **options: Any,
+    guidance: float | None = None,
+    **options: Unpack[SolverOptions],
 ) -> Tensor:
     """`sample_dpm_solver_v3`, with statistics that are not known to be right watched on their first use.
 
@@ -134,7 +138,7 @@ def sample_on_trial(
         book: what is known of files.
         origin: the file that `ems` is from; None for none, or for one that needs no trial.
         tell: shown to the user.
-        model, x, sigmas, extra_args, callback, disable, ems, space, options: the sampler's.
+        model, x, sigmas, extra_args, callback, disable, ems, space, guidance, options: the sampler's.
 
     Returns:
         x at sigmas[-1]; of a file that fails, the picture that sampling without it gives.
@@ -144,7 +148,8 @@ def sample_on_trial(
     """
 
     def run(model: Callable[..., Tensor], ems: EMS | None) -> Tensor:
-        return sample_dpm_solver_v3(model, x, sigmas, extra_args, callback, disable, ems=ems, space=space, **options)
+        arguments = (model, x, sigmas, extra_args, callback, disable)
+        return sample_dpm_solver_v3(*arguments, ems=ems, space=space, guidance=guidance, **options)
 
     if ems is None or origin is None:
         return run(model, ems)
@@ -156,9 +161,9 @@ def sample_on_trial(
     fitted = ems.recommendation is not None and ems.recommendation.fitted_for(space.lambda_of(levels).tolist()) is not None
     chosen = {name: options.get(name, AUTO) for name in _OPTIONS}
     fitted = fitted and all(value == AUTO for value in chosen.values())
-    if not fitted and settings_for(levels, space, ems, chosen, options.get("guidance")).strength == 0:
+    if not fitted and settings_for(levels, space, ems, chosen, guidance).strength == 0:
         return run(model, ems)  # data prediction, whatever the file says
-    case = f"guidance {options.get('guidance')}, {len(levels) - 1} steps{', fitted' if fitted else ''}"
+    case = f"guidance {guidance}, {len(levels) - 1} steps{', fitted' if fitted else ''}"
     if len(levels) < 3 or book.is_trusted(origin, case):
         return run(model, ems)
     trial = Trial(model, space, fitted, x)

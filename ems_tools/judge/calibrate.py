@@ -95,7 +95,23 @@ class _Bench:
     dtype: torch.dtype
     batch: int
     tick: Callable[[int], None]
+    state: JobState = field(default_factory=JobState)
+    name: str = "evidence"
     ends: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def kept(self, key: str, error: Callable[[], float]) -> float:
+        """The error under `key` in the job's state, found and saved if it is not there."""
+        known: dict[str, float] = self.state.facts.setdefault("evidence_runs", {}).setdefault(self.name, {})
+        if key not in known:
+            known[key] = error()
+            self.state.save()
+        return known[key]
+
+    def forget(self, *, ends: bool = True) -> None:
+        """Take what helps only to go on out of the state: errors of a finished row, and end points if no row is left."""
+        self.state.facts.get("evidence_runs", {}).pop(self.name, None)
+        for key in [key for key in self.state.tensors if ends and key.startswith(f"{self.name}.")]:
+            del self.state.tensors[key]
 
     def solve(self, samples: list[int], levels: Tensor, ems: EMS | None, settings: Settings) -> Tensor:
         """X [B, C, ...] at the end of `levels`."""
@@ -118,7 +134,10 @@ class _Bench:
 
 
 def reference(bench: _Bench, samples: list[int], steps: int) -> None:
-    """Converged solutions from these noises over the job's range: x at its clean end, and D there (the end at sigma 0)."""
+    """Converged solutions from these noises over the job's range: x at its clean end, and D there (the end at sigma 0).
+
+    They stand in the job's state while it needs them: those that it has are not solved again.
+    """
     job = bench.job
     lam = torch.linspace(job.lambdas[0], job.lambdas[-1], steps + 1, dtype=torch.float64)
     levels = job.space.level_of(lam)
@@ -132,9 +151,15 @@ def reference(bench: _Bench, samples: list[int], steps: int) -> None:
         bench.tick(len(part))
         return x, D
 
-    for part, (x, D) in in_batches(samples, bench.batch, run):
-        for k, sample in enumerate(part):
-            bench.ends[sample] = (x[k], D[k])
+    kept, names = bench.state.tensors, (f"{bench.name}.x", f"{bench.name}.D")
+    known = len(kept[names[0]]) if names[0] in kept else 0
+    for _, ends in in_batches(samples[known:], bench.batch, run):
+        for name, values in zip(names, ends, strict=True):
+            values = values.cpu()
+            kept[name] = torch.cat([kept[name], values]) if name in kept else values
+        bench.state.save()
+    for sample, x, D in zip(samples, kept[names[0]], kept[names[1]], strict=True):
+        bench.ends[sample] = (x, D)
 
 
 def endpoint_errors(bench: _Bench, samples: list[int], levels: Tensor, ems: EMS | None, settings: Settings) -> Tensor:
@@ -143,7 +168,7 @@ def endpoint_errors(bench: _Bench, samples: list[int], levels: Tensor, ems: EMS 
     def run(part: list[int]) -> Tensor:
         x = bench.solve(part, levels, ems, settings)
         ends = torch.stack([bench.ends[k][1 if levels[-1] == 0 else 0] for k in part])
-        return (x - ends).double().square().flatten(1).mean(1).cpu()
+        return (x.cpu() - ends).double().square().flatten(1).mean(1)
 
     return torch.cat([errors for _, errors in in_batches(samples, bench.batch, run)])
 
@@ -177,12 +202,14 @@ def calibrate(
     """
     rows = {(r.schedule, r.steps): r for r in rows_of(state) if r.guidance == guidance}
     wanted = [(name, n) for name in plan.schedules for n in plan.steps]
-    if all(key in rows for key in wanted):
-        return [rows[key] for key in wanted]
+    if not wanted:
+        return []
     chosen_on = list(range(HELD_OUT, HELD_OUT + plan.calibration))
     reported_on = list(range(HELD_OUT + plan.calibration, HELD_OUT + plan.calibration + plan.report))
-    meter = Meter(progress, "evidence", evaluations_of_calibration(plan, 1), f"evidence at guidance {guidance:g}")
-    bench = _Bench(job, model, device, dtype, batch, meter.tick)
+    meter = Meter(progress, "evidence", evaluations_of_calibration(plan, 1), f"evidence at guidance {guidance:g}", state)
+    if all(key in rows for key in wanted):
+        return [rows[key] for key in wanted]
+    bench = _Bench(job, model, device, dtype, batch, meter.tick, state, f"evidence.{guidance:g}")
     reference(bench, chosen_on + reported_on, plan.reference_steps)
     for name, steps in wanted:
         if (name, steps) in rows:
@@ -191,7 +218,10 @@ def calibrate(
         row = _row(bench, ems, guidance, name, steps, levels, plan, chosen_on, reported_on)
         rows[name, steps] = row
         state.facts.setdefault("evidence", []).append(row_to_json(row))
+        bench.forget(ends=False)
         state.save()
+    bench.forget()
+    state.save()
     return [rows[key] for key in wanted]
 
 
@@ -206,13 +236,16 @@ def _row(
     chosen_on: list[int],
     reported_on: list[int],
 ) -> Row:
-    def error(samples: list[int], settings: Settings) -> float:
-        try:
-            return _geometric(endpoint_errors(bench, samples, levels, ems if settings.strength else None, settings))
-        except SamplingError:
-            if not settings.strength:
-                raise
-            return UNUSABLE
+    def error(samples: list[int], settings: Settings, of: str = "choice") -> float:
+        def run() -> float:
+            try:
+                return _geometric(endpoint_errors(bench, samples, levels, ems if settings.strength else None, settings))
+            except SamplingError:
+                if not settings.strength:
+                    raise
+                return UNUSABLE
+
+        return bench.kept(f"{name} {steps} {of} {settings}", run)
 
     data = {replace(c, strength=0.0): 0.0 for c in plan.combinations}
     full = {replace(c, strength=1.0): 0.0 for c in plan.combinations}
@@ -237,9 +270,9 @@ def _row(
         data[best_data],
         everything[winner],
         full[at_full],
-        error(reported_on, best_data),
-        error(reported_on, winner),
-        error(reported_on, at_full),
+        error(reported_on, best_data, "without"),
+        error(reported_on, winner, "recommended"),
+        error(reported_on, at_full, "full"),
     )
 
 

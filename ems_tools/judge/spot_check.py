@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -115,11 +115,20 @@ def spot_check(
     file.at(file.guidance[0].item()).check_fits((1, *source.shape))
     if len(file.lambdas) < 5:
         raise EMSError(f"a spot check needs at least 5 points of lambda, the file has {len(file.lambdas)}")
-    options: dict[str, Any] = {"batch": batch, "device": device, "dtype": dtype, "tick": tick}
+    options: _Options = {"batch": batch, "device": device, "dtype": dtype, "tick": tick}
     first = _one_check(file, source, seed, seed, samples, alpha, options)
     if not first.problems:
         return first
     return confirmed(first, _one_check(file, source, seed + 500_009, seed, samples, alpha, options))
+
+
+class _Options(TypedDict):
+    """How the model is run."""
+
+    batch: int
+    device: torch.device | str
+    dtype: torch.dtype
+    tick: Callable[[int], None]
 
 
 def confirmed(first: SpotCheck, second: SpotCheck) -> SpotCheck:
@@ -128,9 +137,7 @@ def confirmed(first: SpotCheck, second: SpotCheck) -> SpotCheck:
     return SpotCheck(tuple(max(pair, key=lambda c: c.p) for pair in pairs), first.evaluations + second.evaluations, first.alpha)
 
 
-def _one_check(
-    file: EMSFile, source: Source, seed: int, case: int, samples: int, alpha: float, options: dict[str, Any]
-) -> SpotCheck:
+def _one_check(file: EMSFile, source: Source, seed: int, case: int, samples: int, alpha: float, options: _Options) -> SpotCheck:
     checks: list[Check] = []
     evaluations = 0
     for guidance in file.guidance.tolist():

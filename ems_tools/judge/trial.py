@@ -14,7 +14,7 @@ the last node towards sigma = 0, and the result is compared with what they find.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -99,7 +99,7 @@ class Trial:
             self._y.append(_some(x) / float(self.space.alpha_of(first)))
             self._denoised.append(_some(denoised))
 
-    def verdict(self, end: Tensor, level: float, extra_args: dict[str, object]) -> Verdict:
+    def verdict(self, end: Tensor, level: float, extra_args: Mapping[str, object]) -> Verdict:
         """Judge the finished run, whose result is `end` [B, C, ...] at host level `level`.
 
         Evaluates at most EXTRA times. Raises what the model raises.
@@ -124,7 +124,7 @@ class Trial:
         last, third = LIMIT * steps ** (2 if steps < 1 else 1.5), LIMIT_CORRECTED * max(steps, 1.0) ** 3
         return Verdict(max(plain[-1] / last, corrected / third, max(plain) / LIMIT_ANYWHERE), 1.0, used)
 
-    def _go_on(self, extra_args: dict[str, object]) -> int:
+    def _go_on(self, extra_args: Mapping[str, object]) -> int:
         """EXTRA steps of data prediction of order 2 from the last node towards sigma = 0."""
         assert self._last is not None
         x, denoised = self._last

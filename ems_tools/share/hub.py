@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from ...sampler import EMSError
 
@@ -27,7 +27,7 @@ class NotThere(HubError):
     """The repository or the file does not exist (or is private)."""
 
 
-def _library() -> Any:
+def _library() -> ModuleType:
     try:
         import huggingface_hub
     except ImportError:
@@ -81,7 +81,7 @@ class Hub:
         library = _library()
         if not self.offline:
             self._check_size(library, name, limit)
-        options: dict[str, Any] = {"revision": self.revision, "cache_dir": self.cache, "endpoint": self.endpoint}
+        options: dict[str, object] = {"revision": self.revision, "cache_dir": self.cache, "endpoint": self.endpoint}
         options["local_files_only"], options["force_download"] = self.offline, anew
         if "tqdm_class" in inspect.signature(library.hf_hub_download).parameters:
             options["tqdm_class"] = _bounded(limit)
@@ -96,7 +96,7 @@ class Hub:
         except Exception as error:  # the library passes on errors of several HTTP libraries
             raise self._explained(library, name, error) from error
 
-    def _check_size(self, library: Any, name: str, limit: int) -> None:
+    def _check_size(self, library: ModuleType, name: str, limit: int) -> None:
         url = library.hf_hub_url(self.repo, name, revision=self.revision, endpoint=self.endpoint)
         try:
             size = library.get_hf_file_metadata(url).size
@@ -135,7 +135,7 @@ class Hub:
     def _place(self, name: str) -> str:
         return f"{self.repo}: {name}" if name else self.repo
 
-    def _explained(self, library: Any, name: str, error: Exception) -> HubError:
+    def _explained(self, library: ModuleType, name: str, error: Exception) -> HubError:
         status = getattr(getattr(error, "response", None), "status_code", None)
         kind = type(error).__name__
         if _is_absent(library, error):
@@ -178,7 +178,7 @@ def within(seconds: float, place: str, work: Callable[[], bytes]) -> bytes:
     return result[0]
 
 
-def _is_absent(library: Any, error: Exception) -> bool:
+def _is_absent(library: ModuleType, error: Exception) -> bool:
     names = ("EntryNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError", "RemoteEntryNotFoundError")
     mine = {c.__name__ for c in type(error).__mro__}
     return bool(mine & set(names)) and "LocalEntryNotFoundError" not in mine
@@ -189,7 +189,7 @@ def _bounded(limit: int) -> type:
     from tqdm import tqdm
 
     class Bounded(tqdm):
-        def __init__(self, *args: Any, **options: Any) -> None:
+        def __init__(self, *args: object, **options: object) -> None:
             options.pop("name", None)
             super().__init__(*args, **{**options, "disable": True})
             self.received = 0.0

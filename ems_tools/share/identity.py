@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -152,7 +152,7 @@ class FingerprintCache:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._entries: dict[str, list[Any]] | None = None
+        self._entries: dict[str, list[object]] | None = None
 
     def fingerprint(self, file: str | os.PathLike[str]) -> str:
         """`content_fingerprint` of the file. Raises OSError."""
@@ -169,7 +169,7 @@ class FingerprintCache:
         self._save(entries)
         return str(entries[name][2])
 
-    def _load(self) -> dict[str, list[Any]]:
+    def _load(self) -> dict[str, list[object]]:
         if self._entries is None:
             self._entries = {}
             try:
@@ -181,7 +181,7 @@ class FingerprintCache:
                 pass
         return self._entries
 
-    def _save(self, entries: Mapping[str, list[Any]]) -> None:
+    def _save(self, entries: Mapping[str, list[object]]) -> None:
         if self.path is None:
             return
         try:

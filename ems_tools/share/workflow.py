@@ -9,7 +9,6 @@ import base64
 import binascii
 import zlib
 from collections.abc import Mapping
-from typing import Any
 
 from ...sampler import EMSError
 from ..file.contents import EMSFile
@@ -30,8 +29,8 @@ class EmbedError(EMSError):
     """A file that cannot travel in a workflow, or what travelled is none."""
 
 
-def pack(name: str, file: EMSFile) -> dict[str, Any]:
-    """What is put into a workflow: the file without what is private (`publish.shareable`).
+def pack(name: str, file: EMSFile) -> dict[str, object]:
+    """What is put into a workflow: the file without what is private (`private.cleaned`).
 
     Raises EmbedError for a file that is too large.
     """
@@ -60,7 +59,7 @@ def unpack(value: object) -> tuple[str, EMSFile]:
     return clean, decode_ems_file(data, f"{clean} (in the workflow)")
 
 
-def with_file(workflow: dict[str, Any], name: str, file: EMSFile) -> None:
+def with_file(workflow: dict[str, object], name: str, file: EMSFile) -> None:
     """Put the file into a workflow, in place; one of that name that is there already is replaced."""
     packed = pack(name, file)
     extra = workflow.get("extra")

@@ -10,12 +10,12 @@ from ...sampler import Settings
 from ..file.contents import EMSFile
 from ..file.rows import RecommendedSetting, advice_by_case
 
-__all__ = ["facts_of", "lines_of"]
+__all__ = ["facts_of", "gain_of", "gains_of", "lines_of"]
 
 
 def lines_of(file: EMSFile) -> list[str]:
-    """A summary for people: sections of facts, ranges of l, s, b, and the evidence."""
-    lines = []
+    """A summary for people: what the file gains, sections of facts, ranges of l, s, b, and the evidence."""
+    lines = gains_of(file)
     facts = facts_of(file)
     for name in ("model", "noise", "grid", "statistics", "estimate", "made"):
         lines += ["", name, *(f"  {key:<18} {_shown(value)}" for key, value in facts[name].items())]
@@ -24,9 +24,38 @@ def lines_of(file: EMSFile) -> list[str]:
     lines += ["", "evidence: error with the recommended settings against the best without EMS"]
     lines += [f"  {line}" for line in _evidence_table(file) or ["none in this file: its statistics have not been tried"]]
     if file.meta.fitted:
-        lines += ["", "fitted schedules: error on noise of no other use, against the best fixed schedule with these statistics"]
+        lines += ["", "fitted schedules: error on noise of no other use, against the best other sampler and schedule"]
         lines += [f"  {line}" for line in _fitted_table(file)]
     return lines
+
+
+def gains_of(file: EMSFile) -> list[str]:
+    """What the fitted steps are worth, for people who only want to know that; empty where none were fitted."""
+    rows = sorted(file.meta.fitted, key=lambda r: (r.guidance, r.steps))
+    if not rows:
+        return []
+    noises = sorted({r.noises for r in rows})
+    lines = [
+        "",
+        "gains: error with the fitted steps over that of the best other sampler and schedule tried on this model,",
+        f"with its 95 % interval, on {' or '.join(map(str, noises))} noises that took no part in the fit; below 1 is better",
+    ]
+    for r in rows:
+        value, low, high = r.ratio
+        other = r.fixed_schedule or "another schedule"
+        lost = (value, low, high) == (1, 1, 1)
+        told = f"no better than {other}, whose steps are used" if lost else f"{value:.2f} ({low:.2f} to {high:.2f}) of {other}"
+        lines.append(f"  cfg {r.guidance:g}, {r.steps} steps: {told}")
+    return lines
+
+
+def gain_of(file: EMSFile) -> str:
+    """The same in half a sentence, for a status line; "" where no steps were fitted."""
+    ratios = sorted(r.ratio[0] for r in file.meta.fitted)
+    if not ratios:
+        return ""
+    span = f"{ratios[0]:.2f}" if len(ratios) == 1 else f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+    return f"error with its fitted steps {span} of the best other sampler's"
 
 
 def _shown(value: object) -> str:
@@ -68,7 +97,7 @@ def _errors_kept(file: EMSFile) -> str:
     return "at every point" if file.errors["l"].shape[1] == file.l.shape[1] else "root mean square over the grid"
 
 
-def _plain(entry: RecommendedSetting) -> dict[str, Any]:
+def _plain(entry: RecommendedSetting) -> dict[str, object]:
     plain = asdict(entry)
     if math.isinf(entry.settings.corrector_below):
         plain["settings"]["corrector_below"] = None
@@ -104,12 +133,12 @@ def _evidence_table(file: EMSFile) -> list[str]:
 
 
 def _fitted_table(file: EMSFile) -> list[str]:
-    lines = [f"{'guidance':>8}  {'steps':>5}  {'fixed':<20} {'error':>9}  {'fitted':>9}  {'ratio':>6}  95 % interval"]
+    lines = [f"{'guidance':>8}  {'steps':>5}  {'best other':<30} {'error':>9}  {'fitted':>9}  {'ratio':>6}  95 % interval"]
     for r in sorted(file.meta.fitted, key=lambda r: (r.guidance, r.steps)):
         value, low, high = r.ratio
-        kept = "" if r.coefficients else "  (the fixed one is kept)"
+        kept = "" if r.coefficients and r.ratio != (1, 1, 1) else "  (the other is kept)"
         errors = f"{r.fixed[0]:9.2e}  {r.fitted[0]:9.2e}  {value:6.3f}  {low:.3f} to {high:.3f}"
-        lines.append(f"{r.guidance:8g}  {r.steps:5}  {r.fixed_schedule:<20.20} {errors}{kept}")
+        lines.append(f"{r.guidance:8g}  {r.steps:5}  {r.fixed_schedule:<30.30} {errors}{kept}")
     return lines
 
 

@@ -126,21 +126,23 @@ def _spread(count: int, most: int) -> list[int]:
 
 
 def summary_of(file: EMSFile) -> list[list[Panel]]:
-    """One panel: the error that is left with this file, over that without it, for each number of steps."""
+    """One panel: the error with this file over the best one without it, and its 95 % interval, for each number of steps."""
     scales = file.guidance.tolist()
     curves = []
     for k, g in enumerate(_spread(len(scales), MAX_SUMMARY)):
         guidance = scales[g]
         fitted = sorted((r for r in file.meta.fitted if r.guidance == guidance), key=lambda r: r.steps)
         if fitted:
-            steps, ratios = tuple(float(r.steps) for r in fitted), tuple(r.ratio[0] for r in fitted)
-            curves.append(Curve(f"CFG {guidance:g}, fitted steps", steps, ratios, colour=COLOURS[k]))
+            steps = tuple(float(r.steps) for r in fitted)
+            # An interval from few noises can be so wide that it would flatten the curves.
+            ratios, low, high = (tuple(min(r.ratio[i], 2 * max(r.ratio[0], 1)) for r in fitted) for i in range(3))
+            curves.append(Curve(f"CFG {guidance:g}, fitted steps", steps, ratios, low, high, colour=COLOURS[k]))
         points = _mean_ratios(r for r in file.meta.evidence if r.guidance == guidance)
         if points:
             name = f"CFG {guidance:g}, other schedulers"
             curves.append(Curve(name, tuple(points), tuple(points.values()), colour=COLOURS[k], dash="dashed"))
     note = "" if curves else "not tried yet: no evidence in this file"
-    return [[Panel("error with this file, 1 = without it", "steps", tuple(curves), 1.0, note, from_zero=bool(curves))]]
+    return [[Panel("error with this file, 1 = the best without it", "steps", tuple(curves), 1.0, note, from_zero=bool(curves))]]
 
 
 def _mean_ratios(rows: Iterable[EvidenceRow]) -> dict[float, float]:

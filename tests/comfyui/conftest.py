@@ -81,13 +81,17 @@ class ComfyServer:
 
     # --- the process
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """This process's, with the packages that this very version asks for (front end, templates, ...) in its `site`."""
+        return {**os.environ, "PYTHONPATH": str(self.tree / "site")}
+
     def start(self) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         command = [sys.executable, "main.py", "--cpu", "--port", str(self.port), *self.options]
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = str(self.tree / "site")  # front end and templates of this very version
+        environment = {**self.environment, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 command, cwd=self.tree, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
@@ -281,7 +285,7 @@ def any_server(request: pytest.FixtureRequest, _servers: Any) -> ComfyServer:
 def _models(server: ComfyServer) -> None:
     """Tiny models for core's loaders, made in a process of its own."""
     script = [sys.executable, str(ROOT / "tests" / "comfyui" / "make_models.py"), str(server.tree), str(server.base / "models")]
-    done = subprocess.run(script, capture_output=True, text=True)
+    done = subprocess.run(script, capture_output=True, text=True, env=server.environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -141,7 +141,35 @@ def search(page: Any, words: str) -> list[str]:
 def test_every_node_is_found_by_search(page: Any) -> None:
     for title in TITLES:
         assert any(title in offered for offered in search(page, title)), title
-    assert "DPM-Solver-v3" in search(page, "dpm")[0]
+    offered = search(page, "dpm")
+    assert offered[0].startswith("DPM-Solver-v3") and "comfyui-dpm-solver-v3" in offered[0]
+    # Nodes whose id begins with what was typed come by the length of that id: LoadEMS before the Scheduler.
+    place = next(k for k, text in enumerate(offered) if text.startswith("DPM-Solver-v3 Scheduler"))
+    assert all(not text.startswith("SamplerDPM") for text in offered[:place])
+
+
+@pytest.mark.parametrize("vue", [False, True])
+def test_the_samplers_message_is_on_the_node(page: Any, plain_server: Any, vue: bool) -> None:
+    """In the classic canvas and in the one of Vue nodes: which steps a KSampler has taken, and what to do for better ones."""
+    wires = {"model": ["1", 0], "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0]}
+    chosen = {"sampler_name": "dpm_solver_v3", "scheduler": "dpm_solver_v3_fitted", "denoise": 1.0}
+    parts = emoji(5, 1) | {
+        "10": ("KSampler", {**wires, "seed": int(vue), "steps": 6, "cfg": 4.0, **chosen}, (340, 0), (340, 320))
+    }
+    parts["11"] = ("Test_PixelVAE", {}, (0, 470), (280, 40))
+    parts["12"] = ("VAEDecode", {"samples": ["10", 0], "vae": ["11", 0]}, (740, 0), (200, 60))
+    parts["13"] = ("PreviewImage", {"images": ["12", 0]}, (740, 120), (300, 300))
+    page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", vue)
+    page.wait_for_timeout(1000)
+    try:
+        load(page, parts)
+        run_and_wait(page, plain_server)
+        shown = page.get_by_text("run Compute EMS once")
+        shot(page, f"message-{'vue' if vue else 'classic'}")
+        assert shown.count() == 1 and shown.is_visible() and "steps" in shown.inner_text()
+    finally:
+        page.evaluate("app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
+        page.wait_for_timeout(1000)
 
 
 def test_an_example_from_the_template_browser_makes_an_image(page: Any, plain_server: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,25 @@ def test_cancelled_and_resumed(any_server: Any, nodes: Any) -> None:
     any_server.run(nodes(*toy(), compute("whole")))
     assert not partial.exists()
     same(ems_file(any_server, "cancelled"), ems_file(any_server, "whole"))
+
+
+def test_what_was_done_before_a_cancel_is_not_done_again(server: Any, nodes: Any) -> None:
+    """Issue 15, row 9: cancelled at 2,024 of 5,740 evaluations, a job went on at 1,448. Now in the midst of the fit, twice."""
+    workflow, before = nodes(*slow(), compute("row nine")), len(server.log())
+    for share in (0.5, 0.8):
+        server.events.clear()
+        prompt = server.queue(workflow)
+        server.wait_for(lambda share=share: any(p["value"] > share * p["max"] for p in server.progress()), "progress")
+        server.interrupt()
+        server.wait(prompt)
+        stopped = server.progress()[-1]
+    server.events.clear()
+    server.run(workflow)
+    mine = [p for p in server.progress() if p["node"] == "compute"]
+    most = 10 * 10 + 2 * 6 * 10  # a cancel costs what is under way: at most a fit for 10 steps and its judgement
+    assert mine[0]["value"] > stopped["value"] - most and mine[-1]["value"] == mine[-1]["max"] == stopped["max"]
+    made = sum(int(n) for n in re.findall(r"evaluated (\d+) rows", server.log()[before:]))
+    assert stopped["max"] <= made <= stopped["max"] + 2 * most
 
 
 def same(a: Path, b: Path) -> None:

@@ -77,7 +77,11 @@ def test_locales_and_help_pages_name_what_the_nodes_have(server: Any, language: 
         inputs = {key for group in ("required", "optional") for key in info[name]["input"].get(group, {})}
         assert set(texts[name].get("inputs", {})) == inputs, name
         assert texts[name]["display_name"]
-        assert (ROOT / "web" / "docs" / name / f"{language}.md").is_file()
+        page = (ROOT / "web" / "docs" / name / f"{language}.md").read_text(encoding="utf-8")
+        for key, given in {**info[name]["input"]["required"], **info[name]["input"].get("optional", {})}.items():
+            if isinstance(given[0], list) and key not in ("ems_name", "scheduler"):  # files, and the host's own
+                words = [choice for choice in given[0] if not choice.replace(".", "").isdigit()]
+                assert [choice for choice in words if f"`{choice}`" not in page] == [], (name, key)
 
 
 def discrete_levels() -> torch.Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dpm_solver_v3.ems_tools.share.workflow import KEY
+from dpm_solver_v3.ems_tools.file.reader import load_ems_file
+from dpm_solver_v3.ems_tools.share.workflow import KEY, unpack
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "travels.ems.safetensors"
@@ -55,7 +56,9 @@ def test_a_file_travels_in_an_image(server: Any, nodes: Any) -> None:
     from PIL import Image
 
     place = Path(server.base) / "models" / "ems" / NAME
-    shutil.copy(ROOT / "stats" / "embedded-emoji.ems.safetensors", place)
+    shipped = load_ems_file(ROOT / "stats" / "embedded-emoji.ems.safetensors")
+    private = {**shipped.meta.model, "prompts": "2: a portrait of my aunt", "file": "/home/somebody/models/secret.safetensors"}
+    replace(shipped, meta=replace(shipped.meta, model=private)).save(place)
     inputs = {"ems": ["load", 0], "name": "kept", "keep_moments": False, "embed_in_workflow": True}
     save = ("save", "DPMSolverV3_SaveEMS", inputs)
     pictures = []
@@ -65,6 +68,8 @@ def test_a_file_travels_in_an_image(server: Any, nodes: Any) -> None:
         pictures.append(Image.open(server.image(entry["outputs"], "image")))
         carried = json.loads(pictures[-1].info["workflow"])
         assert [v["name"] for v in carried["extra"][KEY]] == [NAME] and carried["extra"]["ds"] == {"scale": 1}
+        facts = unpack(carried["extra"][KEY][0])[1].meta.model  # as `ems share` publishes it
+        assert facts["prompts"] == "2" and "file" not in facts and "somebody" not in repr(facts)
     place.unlink()
     elsewhere = run(server, nodes(*parts(1)), carried)
     assert elsewhere["status"]["status_str"] == "success", elsewhere["status"]

@@ -26,16 +26,15 @@ print(json.dumps({"seconds": seconds, "new": new, "nodes": len(module.NODE_CLASS
 """
 
 
-def startup(tree: Path) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tree), str(ROOT)], capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+def startup(server: Any) -> dict[str, Any]:
+    command = [sys.executable, "-c", SCRIPT, str(server.tree), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=server.environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def test_nothing_is_imported_that_comfyui_has_not(any_server: Any) -> None:
     """Of modules that are no part of Python. How long it takes is printed by benchmarks/comfyui.py."""
-    seen = startup(any_server.tree)
+    seen = startup(any_server)
     assert [name for name in seen["new"] if name not in sys.stdlib_module_names] == []
     assert seen["nodes"] >= 9

@@ -17,6 +17,7 @@ from dpm_solver_v3.sampler import (
     Plan,
     Recommendation,
     RecommendationEntry,
+    Run,
     SamplingError,
     Settings,
     Space,
@@ -24,7 +25,8 @@ from dpm_solver_v3.sampler import (
     sample_dpm_solver_v3,
     settings_for,
 )
-from dpm_solver_v3.sampler.solver import GROWTH_LIMIT
+from dpm_solver_v3.sampler.choice import GROWTH_LIMIT
+from dpm_solver_v3.sampler.coefficients import Update
 
 FULL = {"order": 3, "corrector": "raised"}
 
@@ -537,6 +539,58 @@ def test_a_result_that_is_not_finite_is_never_returned(mixture, y_start, monkeyp
     with pytest.warns(RuntimeWarning, match=r"grew beyond all bounds before the end.*Sampling again without"):
         found = run(mixture, y_start, levels(6.0, 0.15), ems=ems)
     torch.testing.assert_close(found, run(mixture, y_start, levels(6.0, 0.15)))
+
+
+def in_two_updates(plan: Plan, model, x: torch.Tensor) -> torch.Tensor:
+    """The paper's algorithm 2 word by word: redo the last step with the new evaluation, then go on from there."""
+
+    def wide(coefficient: torch.Tensor) -> torch.Tensor:
+        return coefficient.reshape(-1, *(1,) * (x.ndim - 2)) if coefficient.ndim == 1 else coefficient
+
+    def applied(update: Update, x: torch.Tensor) -> torch.Tensor:
+        moved = sum((wide(w) * m[node] for w, node in zip(update.weights, update.nodes, strict=True)), wide(update.offset))
+        return wide(update.decay) * x + moved
+
+    before, m = x, {}
+    for i, step in enumerate(plan.steps):
+        denoised = model(x, levels(plan.levels[i]).expand(len(x)))
+        m[i] = denoised - wide(step.slope) * x
+        before = x if step.corrector is None else applied(step.corrector, before)
+        x = applied(step.predictor, before)
+    return x
+
+
+@pytest.mark.parametrize("space", ["sigma", "flow"])
+@pytest.mark.parametrize("options", [{}, {"order": 2, "corrector": "none"}, {"order": 2, "corrector": "pseudo"}, FULL])
+@pytest.mark.parametrize("kind", ["none", "per channel", "per element"])
+def test_correcting_and_going_on_in_one_update_is_both(kind, options, space, form, mixture, y_start, smooth_ems) -> None:
+    statistics = {"none": None, "per channel": smooth_ems, "per element": per_element(smooth_ems, y_start.shape[2:])}
+    schedule = levels(0.9, 0.7, 0.5, 0.3, 0.1, 0.03) * (1 if space == "flow" else 6)
+    model = form("flow", mixture).model if space == "flow" else mixture
+    found = run(model, y_start, schedule, ems=statistics[kind], space=space, **options)
+    plan = plan_for(schedule, ems=statistics[kind], space=space, **options)
+    torch.testing.assert_close(found, in_two_updates(plan, model, y_start), rtol=1e-12, atol=1e-12)
+
+
+def per_element(ems: EMS, spatial: torch.Size) -> EMS:
+    """Statistics of every element that differ from element to element."""
+    share = torch.linspace(0.5, 1.5, spatial.numel(), dtype=torch.float64).reshape(spatial)
+    l, s, b = (v.reshape(*v.shape, *(1,) * len(spatial)) * share for v in (ems.l, ems.s, ems.b))
+    return EMS(ems.lambdas, l, s, b)
+
+
+@pytest.mark.parametrize("options", [{}, {"order": 2, "corrector": "none"}, FULL])
+def test_what_a_host_adds_between_steps_is_not_corrected_away(options, mixture, y_start, sigmas) -> None:
+    """Of a model whose every answer is 0, x falls with sigma; what was added to it falls with it from there on."""
+    plan = plan_for(sigmas(5), **options)
+    found = Run(plan, y_start)
+    while not found.done:
+        if found.i == 3:
+            found.move(torch.ones_like(y_start))
+        found.observe(torch.zeros_like(y_start))
+        found.advance()
+    start, middle, end = (plan.levels[i] for i in (0, 3, -1))
+    torch.testing.assert_close(found.x, y_start * (end / start) + end / middle)
 
 
 def test_a_model_that_returns_another_shape_is_told(mixture, y_start, sigmas) -> None:

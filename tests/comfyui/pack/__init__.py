@@ -262,6 +262,7 @@ class Slow:
 
         def wrapper(apply, arguments):
             time.sleep(seconds)
+            print(f"evaluated {len(arguments['input'])} rows", flush=True)
             return apply(arguments["input"], arguments["timestep"], **arguments["c"])
 
         clone.set_model_unet_function_wrapper(wrapper)

@@ -374,7 +374,7 @@ SHIPPED = Path(__file__).parents[3] / "stats" / "embedded-emoji.ems.safetensors"
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0, 4.0, 7.5])
 def test_the_shipped_statistics_grow_slowly(guidance: float) -> None:
-    """What sampler.solver.GROWTH_LIMIT is set by: below 1 on every schedule of the paper from 4 steps on."""
+    """What sampler.choice.GROWTH_LIMIT is set by: below 1 on every schedule of the paper from 4 steps on."""
     ems = load_ems_file(SHIPPED).at(guidance)
     for make in (uniform_lambda, uniform_time, quadratic_time, karras):
         for steps in (4, 5, 6, 8):
@@ -388,3 +388,11 @@ def test_statistics_for_latents_come_with_what_was_warned_of() -> None:
     assert "guidance 30" in file.for_latents(30.0, (2, 3, 64, 64))[1][0]
     with pytest.raises(EMSError, match="3 channels and the latent has 4"):
         file.for_latents(4.0, (2, 4, 64, 64))
+
+
+def test_a_latent_larger_than_any_is_refused() -> None:
+    """Coefficients per element of 5.9 million elements took 6.9 GB in eight steps; the file had 180 MiB and two points."""
+    l = torch.zeros(1, 2, 4, 512, 513)
+    lambdas = torch.tensor([-2.0, 2.0], dtype=torch.float64)
+    with pytest.raises(EMSError, match="latents of 1050624 elements; at most 1048576"):
+        EMSFile(lambdas, torch.ones(1, dtype=torch.float64), l, l, l, META)

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from dpm_solver_v3.ems_tools.compute import EFFORTS, compute_ems, evaluations, job_for, plan_for
-from dpm_solver_v3.ems_tools.estimate.run import EstimateError
+from dpm_solver_v3.ems_tools.estimate.run import EstimateError, Progress
 from dpm_solver_v3.ems_tools.estimate.source import Source
 from dpm_solver_v3.ems_tools.file import SUFFIX
 from dpm_solver_v3.ems_tools.hosting import (
+    Watch,
     effort_in_words,
     evaluations_of_effort,
     in_words,
@@ -95,3 +96,41 @@ def test_scales_and_durations() -> None:
         with pytest.raises(EstimateError, match="above 0"):
             scales_of(bad)
     assert [in_words(s) for s in (-1, 40, 720, 5400)] == ["0 s", "40 s", "12 min", "1.5 h"]
+
+
+class Cancelled(BaseException):
+    """As ComfyUI's interrupt: no Exception."""
+
+
+@pytest.mark.parametrize("stages", ["fit", "evidence and fit"])
+def test_a_cancelled_job_loses_no_finished_run(tmp_path: Path, stages: str) -> None:
+    """Cancelled again and again, each time after some new evaluations: nothing that was finished is done again, and the
+    progress goes on where it was."""
+    made, stops = [0], 40
+    effort = replace(TINY, schedules=0 if stages == "fit" else 1, steps=(3, 5), strengths=(0.5,))
+
+    def counted(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        made[0] += len(x)
+        return denoiser(x, sigma)
+
+    mine = source(models={1.0: counted, 2.0: counted})
+    job, plan, path = job_for(mine, effort), plan_for(mine, effort), tmp_path / f"cut{SUFFIX}"
+    undisturbed = Watch(job, plan)
+    whole = compute_ems(mine, job, plan, tmp_path / f"whole{SUFFIX}", progress=undisturbed.update)
+    needed, made[0], seen = made[0], 0, [0]
+    for _ in range(stops):
+        watch, begun = Watch(job, plan), made[0]
+
+        def cancel(p: Progress, watch: Watch = watch, begun: int = begun) -> None:
+            watch.update(p)
+            if made[0] - begun > 40:
+                raise Cancelled
+
+        try:
+            assert compute_ems(mine, job, plan, path, batch=2, progress=cancel).meta.fitted == whole.meta.fitted
+            break
+        except Cancelled:
+            assert watch.done > seen[-1]
+            seen.append(watch.done)
+    assert path.exists() and watch.done == undisturbed.done and len(seen) > 3
+    assert made[0] <= needed + 25 * len(seen)  # a cancel costs the run or the batch that it falls into

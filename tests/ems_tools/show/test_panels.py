@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpm_solver_v3.ems_tools.file.reader import load_ems_file
+from dpm_solver_v3.ems_tools.show.describe import gain_of, gains_of, lines_of
 from dpm_solver_v3.ems_tools.show.panels import Curve, Panel, limits_of, statistics_of, style_of, summary_of, ticks_between
 
 SHIPPED = Path(__file__).resolve().parents[3] / "stats" / "embedded-emoji.ems.safetensors"
@@ -40,6 +41,22 @@ def test_summary_shows_the_fitted_steps_of_the_shipped_file():
     fitted = next(c for c in panel.curves if c.name == "CFG 1, fitted steps")
     rows = sorted((r for r in file.meta.fitted if r.guidance == 1), key=lambda r: r.steps)
     assert fitted.x == tuple(r.steps for r in rows) and fitted.y == tuple(r.ratio[0] for r in rows)
+    assert all(low <= y <= high for low, y, high in zip(fitted.low, fitted.y, fitted.high, strict=True))
+    text = gains_of(file)
+    row = rows[0]
+    assert (
+        f"  cfg 1, {row.steps} steps: {row.ratio[0]:.2f} ({row.ratio[1]:.2f} to {row.ratio[2]:.2f}) of {row.fixed_schedule}"
+        in text
+    )
+    assert lines_of(file)[: len(text)] == text  # before everything else
+    assert gain_of(file).startswith(f"error with its fitted steps {min(r.ratio[0] for r in file.meta.fitted):.2f} to ")
+    lost = dataclasses.replace(row, ratio=(1.0, 1.0, 1.0))
+    file = dataclasses.replace(file, meta=dataclasses.replace(file.meta, fitted=(lost,)))
+    assert f"  cfg 1, {row.steps} steps: no better than {row.fixed_schedule}, whose steps are used" in gains_of(file)
+
+
+def test_nothing_is_claimed_where_nothing_was_fitted(make_ems_file):
+    assert gains_of(make_ems_file()) == [] and gain_of(make_ems_file()) == ""
 
 
 def test_summary_without_evidence_says_so(make_ems_file):
