@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dpm_solver_v3.ems_tools.estimate.moments import MergeError, smoothed_slope
+from dpm_solver_v3.ems_tools.estimate.moments import MergeError, Moments, smoothed_slope
 from dpm_solver_v3.ems_tools.estimate.points import DivergedError, difference_weights
 from dpm_solver_v3.ems_tools.estimate.run import (
     EstimateError,
@@ -84,16 +85,21 @@ def exact_statistics(model: Mixture1D, lambdas: np.ndarray) -> tuple[np.ndarray,
         mean_f, mean_r = (p * f).sum(0), (p * f_rate).sum(0)
         s = (p * (f - mean_f) * (f_rate - mean_r)).sum(0) / (p * (f - mean_f) ** 2).sum(0)
         out.append((l.numpy(), s.numpy(), (mean_r - s * mean_f).numpy()))
-    l, s, b = (np.stack(v) for v in zip(*out, strict=True))
-    return l, s, b
+    ls, ss, bs = (np.stack(v) for v in zip(*out, strict=True))
+    return ls, ss, bs
 
 
-def job(**changes: object) -> Job:
-    values = {"shape": (2, 8, 8), "lambdas": uniform_grid(SIGMA_MIN, SIGMA_MAX, 120), "samples": 64, "groups": 64}
-    return Job(**{**values, **changes})  # type: ignore[arg-type]
+def job(**changes: Any) -> Job:
+    values: dict[str, Any] = {
+        "shape": (2, 8, 8),
+        "lambdas": uniform_grid(SIGMA_MIN, SIGMA_MAX, 120),
+        "samples": 64,
+        "groups": 64,
+    }
+    return Job(**{**values, **changes})
 
 
-def estimate(j: Job, model: object = None, **options: object):
+def estimate(j: Job, model: Any = None, **options: Any) -> Moments:
     models = {g: model or Mixture1D() for g in j.guidance}
     return estimate_moments(models, j, options.pop("state", JobState()), dtype=torch.float64, **options)[0]
 
@@ -123,7 +129,7 @@ def test_standard_errors_cover(exact) -> None:
     Measured on 96 jobs: l 0.73 and 0.96; s and b 0.63 and 0.91, because at the noisy end, where f hardly varies, a ratio
     of few samples is skewed. The bounds leave room for the chance of 48 correlated jobs beside that.
     """
-    z = {name: [] for name in "lsb"}
+    z: dict[str, list[Tensor]] = {name: [] for name in "lsb"}
     points = slice(5, None, 10)
     for seed in range(48):
         st = estimate(job(seed=seed + 1, samples=32, groups=32, shape=(2, 6, 6))).statistics()
@@ -234,7 +240,8 @@ def test_out_of_memory_halves_the_batch() -> None:
 
 
 def test_progress_counts_every_evaluation() -> None:
-    calls, seen = [], []
+    calls: list[Any] = []
+    seen: list[Any] = []
 
     class Counting(Mixture1D):
         def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -329,7 +336,7 @@ def _edm_range() -> tuple[float, float]:
         ({"guidance": (2.0, 1.0)}, "increasing"),
     ],
 )
-def test_bad_jobs(changes: dict, message: str) -> None:
+def test_bad_jobs(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(EstimateError, match=message):
         job(**changes)
 
