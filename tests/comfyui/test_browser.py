@@ -151,6 +151,9 @@ def test_every_node_is_found_by_search(page: Any) -> None:
 @pytest.mark.parametrize("vue", [False, True])
 def test_the_samplers_message_is_on_the_node(page: Any, plain_server: Any, vue: bool) -> None:
     """In the classic canvas and in the one of Vue nodes: which steps a KSampler has taken, and what to do for better ones."""
+    version = page.evaluate("window.__COMFYUI_FRONTEND_VERSION__ || '0.0'").split(".")
+    if vue and (int(version[0]), int(version[1])) < (1, 48):
+        pytest.skip("the Vue nodes of 1.32 show the status text of no node; those of 1.48 do, between was not tried")
     wires = {"model": ["1", 0], "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0]}
     chosen = {"sampler_name": "dpm_solver_v3", "scheduler": "dpm_solver_v3_fitted", "denoise": 1.0}
     parts = emoji(5, 1) | {
