@@ -14,7 +14,7 @@ from ..ems_tools.hosting import Origin, Statistics, TrustBook, choose_statistics
 from ..sampler import EMS
 from . import host
 from .graph import Place, all_links, executing, input_path
-from .model import Running
+from .model import Running, streams_of
 from .protocols import Options, Patcher
 
 if TYPE_CHECKING:
@@ -183,8 +183,12 @@ def _parameter() -> type:
 
 def find(run: Running, x: Tensor, options: Options, same_architecture: bool = False) -> Found:
     """Statistics for latents like x [B, C, ...]; `options` are the run's model_options. Never raises for a bad file."""
-    if x.ndim == 3 and x.shape[1] == 1:
-        return Found(None, "several latents packed into one: sampling without EMS", warn=True)
+    streams = streams_of(run.patcher, x)
+    if len(streams) > 1:  # each has channels of its own, and in the pack no axis is left that tells them apart
+        shapes = " and ".join("x".join(map(str, shape)) for shape in streams if shape)
+        return Found(
+            None, f"several latents packed into one{f' ({shapes})' if shapes else ''}: sampling without EMS", warn=True
+        )
     attached = options.get(ATTACHMENT)
     if isinstance(attached, Attached):
         if attached.handle is None:

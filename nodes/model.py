@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = [
     "running",
     "scale_name",
     "space_of",
+    "streams_of",
     "words_of_guider",
 ]
 
@@ -109,6 +111,18 @@ def running(model: Any) -> Running:
         model = getattr(model, "inner_model", None)
     sampling = (model_sampling_of(patcher) if patcher is not None else None) or sampling
     return Running(guider, patcher, sampling, _scale(guider))
+
+
+def streams_of(patcher: Patcher | None, x: Tensor) -> list[tuple[int, ...]]:
+    """Shapes [C, ...] of the latents that the host has packed into x [B, 1, N] (video with sound, say); one for a plain latent.
+
+    Releases from 0.30 on say it. Before, a single row of numbers is taken for a pack of unknown ones: () stands for each.
+    """
+    told = getattr(getattr(patcher, "model", None), "latent_shapes", None)
+    shapes = [tuple(shape[1:]) for shape in told] if isinstance(told, (list, tuple)) else []
+    if shapes and sum(map(math.prod, shapes)) == x[:1].numel():
+        return shapes
+    return [(), ()] if x.ndim == 3 and x.shape[1] == 1 else [tuple(x.shape[1:])]
 
 
 def scale_name(guider: Guider | None) -> str:

@@ -156,9 +156,10 @@ def test_what_was_done_before_a_cancel_is_not_done_again(server: Any, nodes: Any
     server.events.clear()
     server.run(workflow)
     mine = [p for p in server.progress() if p["node"] == "compute"]
-    assert mine[0]["value"] > stopped["value"] - 120 and mine[-1]["value"] == mine[-1]["max"] == stopped["max"]
+    most = 10 * 10 + 2 * 6 * 10  # a cancel costs what is under way: at most a fit for 10 steps and its judgement
+    assert mine[0]["value"] > stopped["value"] - most and mine[-1]["value"] == mine[-1]["max"] == stopped["max"]
     made = sum(int(n) for n in re.findall(r"evaluated (\d+) rows", server.log()[before:]))
-    assert stopped["max"] <= made <= stopped["max"] + 2 * 120  # a cancel costs the run that it falls into, of 4 to 10 steps
+    assert stopped["max"] <= made <= stopped["max"] + 2 * most
 
 
 def same(a: Path, b: Path) -> None:

@@ -68,14 +68,3 @@ def test_renamed_and_relabelled_and_with_a_lora(server: Any, nodes: Any) -> None
 
     text = server.run(nodes(*sd3("edited.safetensors", "small.safetensors"), compute("with lora")))["compute"]["text"][0]
     assert "small 0.5" in text
-
-
-def test_packed_latents_are_sampled_without_ems(server: Any, nodes: Any) -> None:
-    parts = [
-        ("model", "Test_ToyModel", {"prediction": "EPS", "channels": 1, "axes": 1}),
-        ("positive", "Test_Label", {"label": 3}),
-        ("negative", "Test_Label", {"label": 9}),
-        ("latent", "Test_Latent", {"shape": "1,1,64", "value": 0.0}),
-    ]
-    assert torch.isfinite(server.latent(server.run(nodes(*parts, *sample(0))))).all()
-    assert "several latents packed into one" in server.log()

@@ -280,6 +280,46 @@ def test_compare_on_nested_latents(server: Any) -> None:
     assert told.outputs["compare"]["text"][0].splitlines()[1].startswith("\u2605 dpm_solver_v3, karras")
 
 
+def test_latents_packed_into_one_and_a_latent_of_one_channel(server: Any) -> None:
+    """Video with sound: sampled as without a file, with a message, whatever file is attached. One channel is no pack."""
+    if not (server.tree / "comfy" / "nested_tensor.py").is_file():
+        pytest.skip("this ComfyUI is older than nested latents")
+    parts: list[Part] = [
+        ("bare", "Test_ToyModel", {"prediction": "EPS", "channels": 1, "axes": 1}),
+        ("positive", "Test_Label", {"label": 3}),
+        ("negative", "Test_Label", {"label": 9}),
+        ("latent", "Test_Nested", {"first": "1,3,8,8", "second": "1,4,10"}),
+        ("load", "DPMSolverV3_LoadEMS", {"ems_name": EMS}),
+    ]
+    apply = {"model": ["bare", 0], "strength": "auto"}
+    seen = {}
+    for name, more in (("with", {"ems": ["load", 0]}), ("without", {})):
+        grid = {"seed": 5, "cfg": 4.0, "samplers": "dpm_solver_v3", "scheduler": "karras", "steps": "5", "reference_steps": 20}
+        compare = ("compare", "DPMSolverV3_CompareSamplers", {**WIRES, "latent_image": ["latent", 0], **grid})
+        told = Told(server, [*parts, ("model", "DPMSolverV3_ApplyEMS", {**apply, **more}), compare])
+        seen[name] = told.outputs["compare"]["text"][0]
+    assert seen["with"] == seen["without"]
+    sampled = Told(
+        server, [*parts, ("model", "DPMSolverV3_ApplyEMS", {**apply, "ems": ["load", 0]}), *ksampler(5, 4.0)[:1], keep()]
+    )
+    shapes = " (3x8x8 and 4x10)" if models_have(server, "latent_shapes") else ""
+    assert f"several latents packed into one{shapes}: sampling without EMS" in sampled.text
+
+    parts[3] = ("latent", "Test_Latent", {"shape": "1,1,64", "value": 0.0})
+    told = Told(server, [*parts, ("model", "DPMSolverV3_ApplyEMS", {**apply, "ems": ["load", 0]}), *ksampler(5, 4.0, "karras")])
+    assert ("does not fit" if shapes else "several latents packed into one") in told.text
+
+
+def keep() -> Part:
+    """Takes a latent of any kind, nested ones too, which SaveLatent cannot store."""
+    return ("keep", "PreviewAny", {"source": ["sample", 0]})
+
+
+def models_have(server: Any, name: str) -> bool:
+    """Whether this ComfyUI's models say something."""
+    return f"self.{name}" in (server.tree / "comfy" / "model_base.py").read_text(encoding="utf-8")
+
+
 def test_one_message_says_both_what_steps_and_what_statistics(server: Any) -> None:
     """Row 10: the sampler's message took the place of the scheduler's. Without a file: one line, what to do and how long."""
     server.events.clear()

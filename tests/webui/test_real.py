@@ -32,6 +32,7 @@ from torch import Tensor
 
 from dpm_solver_v3.ems_tools.file.reader import load_ems_file
 from dpm_solver_v3.ems_tools.file.rows import FittedRow
+from dpm_solver_v3.ems_tools.fit.steps import formula_step
 from dpm_solver_v3.sampler import FittedSteps, sample_dpm_solver_v3
 
 HERE = Path(__file__).resolve().parent
@@ -297,16 +298,18 @@ def test_fitted_schedule(webui: WebUI) -> None:
     kept = path.read_bytes()
     file = load_ems_file(path)
     lambdas = (-2.4, -1.5, -0.6, 0.3, 1.4, 2.6)
-    rows = tuple(tuple(1 / (i + 1) for _ in range(i + 1)) for i in range(6))
-    steps = FittedSteps(lambdas, (0.3,) * 5 + (0.0,), rows, 1.05)
+    formula = [formula_step(lambdas, i, then) for i, then in enumerate([*lambdas[1:], math.inf])]
+    steps = FittedSteps(lambdas, tuple(decay for decay, _ in formula), tuple(tuple(row) for _, row in formula), 1.02)
     row = FittedRow(3.0, 6, lambdas, steps, (1.0,) * 3, (2.0,) * 3, "karras", (0.5, 0.4, 0.6), 8)
     try:
         replace(file, meta=replace(file.meta, fitted=(row,))).save(path)
+        tried = webui.picture(scheduler=f"{NAME} fitted")
+        assert len(tried.calls) > 6 and "were not used" not in webui.log()  # not this machine's file: tried on its first use
         made = webui.picture(scheduler=f"{NAME} fitted")
         sigmas = [sigma[0].item() for _, sigma, _ in made.calls]
         assert sigmas == pytest.approx([math.exp(-v) for v in lambdas], rel=1e-4)
         assert f"Schedule type: {NAME} fitted" in made.infotext and f"{NAME} order: auto" in made.infotext
-        replayed = replay(webui, made, start=1 / 1.05)
+        replayed = replay(webui, made, start=1 / 1.02)
         print(f"latents replayed {replayed:.1e}")
         assert replayed < 1e-4
         other = webui.picture(sampler="Euler", scheduler=f"{NAME} fitted")
