@@ -296,9 +296,11 @@ def test(arguments: list[str]) -> int:
         "ruff format": ["ruff", "format", "--check", "."],
         "mypy": mypy,
         "mypy, benchmarks": ["mypy", "--explicit-package-bases", "benchmarks"],
+        "mypy, tests": ["mypy", "--explicit-package-bases", "--implicit-reexport", "tests"],
         f"pytest, coverage of sampler >= {COVERAGE} %": ["pytest", *coverage, *arguments],
     }
-    environment = {**os.environ, "MYPYPATH": os.pathsep.join((str(_mypy_path()), str(ROOT / "benchmarks")))}
+    places = (_mypy_path(), ROOT / "benchmarks", ROOT / "tests" / "shared")
+    environment = {**os.environ, "MYPYPATH": os.pathsep.join(map(str, places))}
     statuses = {}
     for name, command in parts.items():
         _say(f"{name}: " + " ".join(command))

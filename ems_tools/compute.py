@@ -322,8 +322,8 @@ def statistics_file(
         estimate={
             "samples": tuple(m.samples for m in moments),
             "probes": job.probes,
-            "probe_method": job.probe_method,
-            "points": job.source,
+            "probe_method": "difference",
+            "points": "trajectory",
             "denoiser": "guided",
             "resolution": job.shape,
             "per_element": job.per_element,

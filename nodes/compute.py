@@ -138,7 +138,7 @@ class ComputeNode:
         )
         file, path = measure(request)
         trust().computed(file)
-        host.say(one_line(f"Compute EMS: done, {path.name}", gain_of(file)), str(unique_id))
+        host.say(one_line("Compute EMS: done", gain_of(file), path.name), str(unique_id))
         text = "\n".join([str(path), *lines_of(file)])
         result = (Handle(file, path.name, path), str(path), ems_picture(file, path.name), text)
         return {"ui": {"text": [text]}, "result": result}

@@ -116,7 +116,7 @@ def ems_file_of(channels: int = 3, spatial: tuple[int, ...] = (), evidence: bool
     """A file with random statistics at guidance 1 and 7.5, standard errors 0.1, and evidence on one schedule."""
     guidance = torch.tensor([1.0, 7.5], dtype=torch.float64)
     shape = (2, 21, channels, *spatial)
-    tables = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    l, s, b = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     rows: list[EvidenceRow] = []
     advice: list[RecommendedSetting] = []
     for g in guidance.tolist() if evidence else []:
@@ -127,7 +127,7 @@ def ems_file_of(channels: int = 3, spatial: tuple[int, ...] = (), evidence: bool
             advice.append(RecommendedSetting(g, "karras_zero", lambdas, Settings(order=steps // 5 + 1, corrector="none")))
     meta = EMSMeta("sigma", 0.03, 14.6, "vp", {"name": "a <b> & $c$"}, evidence=tuple(rows), recommendation=tuple(advice))
     errors = {name: torch.full(shape, 0.1) for name in "lsb"}
-    return EMSFile(torch.linspace(-2.6, 3.5, 21, dtype=torch.float64), guidance, *tables, meta, errors)
+    return EMSFile(torch.linspace(-2.6, 3.5, 21, dtype=torch.float64), guidance, l, s, b, meta, errors)
 
 
 @pytest.fixture(scope="session")

@@ -229,10 +229,10 @@ def test_all_parts_run_and_the_first_failure_decides(
     monkeypatch.setattr(install, "_prepare_browser", lambda: None)
     monkeypatch.setattr(install, "_mypy_path", lambda: checkout)
     assert install.main(["--test", "--", "-k", "solver"]) == 3
-    assert [words[2] for words in commands.seen] == ["ruff", "ruff", "mypy", "mypy", "pytest"]
+    assert [words[2] for words in commands.seen] == ["ruff", "ruff", "mypy", "mypy", "mypy", "pytest"]
     assert commands.seen[-1][-2:] == ["-k", "solver"]
-    closing = capsys.readouterr().out.splitlines()[-5:]
-    assert [line.endswith("ok") for line in closing] == [True, True, False, False, False]
+    closing = capsys.readouterr().out.splitlines()[-6:]
+    assert [line.endswith("ok") for line in closing] == [True, True, False, False, False, False]
 
 
 def test_comfyui_is_unpacked_once(install: ModuleType, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:

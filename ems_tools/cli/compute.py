@@ -13,7 +13,7 @@ import torch
 from ...sampler import SamplingError
 from ..compute import EFFORTS, compute_ems, evaluations, is_result_of, job_for, plan_for, with_fit
 from ..estimate.points import DivergedError
-from ..estimate.run import EstimateError, Job, JobState, Progress, forward_mode_works
+from ..estimate.run import EstimateError, Job, JobState, Progress
 from ..estimate.source import Source
 from ..file.contents import EMSFile
 from ..file.layout import SUFFIX
@@ -61,13 +61,6 @@ def add_compute(commands: Commands) -> None:
     p.add_argument("--intervals", type=int, help="intervals of the grid of lambda (by effort)")
     p.add_argument("--probes", type=int, help="Jacobian probes per point (1)")
     p.add_argument("--steps", type=shape, default=(), help="fit these step counts only, comma-separated: one costs half")
-    p.add_argument("--points", choices=("trajectory", "renoised"), default="trajectory", help="where to measure")
-    p.add_argument(
-        "--jacobian",
-        choices=("difference", "forward", "auto"),
-        default="difference",
-        help="by finite differences, in forward mode, or in forward mode if the model allows it (difference)",
-    )
     p.add_argument("--per-element", action="store_true", help="statistics per latent element: one size only, large")
     p.add_argument("--until", type=float, help="stop when the standard errors of l, s and b (rms) are at most this")
     p.add_argument("--no-evidence", action="store_true", help="leave out calibration, recommendation and fit")
@@ -257,17 +250,12 @@ def _job(args: argparse.Namespace, source: Source) -> tuple[Job, CalibrationPlan
     effort = EFFORTS[args.effort]
     given = {n: getattr(args, n) for n in ("samples", "intervals", "probes") if getattr(args, n) is not None}
     effort = replace(effort, **given)
-    job = job_for(source, effort, args.seed, source=args.points, per_element=args.per_element)
-    method = args.jacobian
-    if method == "auto":
-        works = forward_mode_works(next(iter(source.models.values())), job, args.device, getattr(torch, args.dtype))
-        method = "forward" if works else "difference"
-        print(f"Jacobian: {'forward mode works' if works else 'forward mode fails with this model, finite differences'}")
+    job = job_for(source, effort, args.seed, per_element=args.per_element)
     groups = 4 if args.per_element else job.groups
     plan = None if args.no_evidence else plan_for(source, effort, args.steps)
     if plan is not None and args.no_fit:
         plan = replace(plan, fit=None)
-    return replace(job, probe_method=method, groups=groups), plan
+    return replace(job, groups=groups), plan
 
 
 def _duration(seconds: float) -> str:

@@ -4,8 +4,7 @@ A small U-Net after pixel-unshuffle(2), preconditioned as in EDM (Karras et al. 
 
     D(x, sigma, c) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x, log(sigma) / 4, c)
 
-Everything in it is smooth (SiLU, group norm, slow sines of log sigma, attention written out), so its
-probability-flow ODE is well-behaved and it can be differentiated in forward mode.
+Everything in it is smooth (SiLU, group norm, slow sines of log sigma), so its probability-flow ODE is well-behaved.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ class _Block(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Single-head self-attention over positions, written out so that forward-mode AD passes through."""
+    """Single-head self-attention over positions."""
 
     def __init__(self, n: int) -> None:
         super().__init__()

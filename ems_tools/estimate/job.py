@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,8 +26,6 @@ __all__ = [
     "JobState",
     "Meter",
     "Model",
-    "PointSource",
-    "ProbeMethod",
     "Progress",
     "denoiser_for",
     "evaluations_of",
@@ -39,8 +37,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-PointSource = Literal["trajectory", "renoised"]
-ProbeMethod = Literal["difference", "forward"]
+_ONLY = {"source": "trajectory", "probe_method": "difference"}
+"""What could be chosen once; saved states of before name it."""
 _STATE_FORMAT = "dpm-solver-v3-ems-job"
 
 
@@ -67,7 +65,7 @@ class Job:
         samples: trajectories per guidance scale.
         guidance: scales; the model is given for each.
         seed: of start noise and probes.
-        source, probes, probe_every, probe_method, per_element: see `points.sample_moments`.
+        probes, probe_every, per_element: see `points.sample_moments`.
         groups: of samples, for standard errors.
     """
 
@@ -77,10 +75,8 @@ class Job:
     samples: int = 32
     guidance: tuple[float, ...] = (1.0,)
     seed: int = 0
-    source: PointSource = "trajectory"
     probes: int = 1
     probe_every: int = 1
-    probe_method: ProbeMethod = "difference"
     per_element: bool = False
     groups: int = 32
 
@@ -96,15 +92,14 @@ class Job:
 
     def identity(self) -> dict[str, object]:
         """Everything that must agree for two runs to be the same job, JSON-serialisable."""
-        return {k: v for k, v in json.loads(json.dumps(asdict(self))).items() if k != "samples"}
+        found = {k: v for k, v in json.loads(json.dumps(asdict(self))).items() if k != "samples"}
+        return {**found, **_ONLY}
 
 
 def evaluations_of(job: Job) -> int:
     """Denoiser evaluations of the whole job (a guided one counts once)."""
     points = len(job.lambdas)
-    # Re-noised points: their own evaluation and the two of the short step, beside the trajectory's.
-    per_point = 4 if job.source == "renoised" else 1
-    per_sample = points * per_point + len(probed_points(points, job.probe_every)) * job.probes
+    per_sample = points + len(probed_points(points, job.probe_every)) * job.probes
     return len(job.guidance) * job.samples * per_sample
 
 

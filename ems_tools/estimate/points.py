@@ -1,16 +1,12 @@
 """Where statistics are measured: points y at each lambda of a grid, with D, its total derivative D' and v * (J v).
 
-Two sources of points (method.md, section 4):
+The points are those of the model's own ODE trajectories, solved on the grid itself. D along a trajectory is a tabulated
+function of lambda, so D' is its difference quotient and costs nothing. (Version 0.1.0 could also measure at clean samples
+with fresh noise, for more evaluations; under strong guidance that gained, but less than fitted steps do.)
 
-- `trajectory`: points of the model's own ODE trajectories, solved on the grid itself. D along a trajectory is a tabulated
-  function of lambda, so D' is its difference quotient and costs nothing.
-- `renoised`: clean samples (the ends of such trajectories) with fresh noise, y = x0 + sigma n. D' needs a short ODE step
-  to the neighbouring grid points, two more evaluations.
-
-The Jacobian's diagonal comes from Hutchinson probes v of random signs: v * (J v), J v by a one-sided difference of D
-(its bias is odd in v and so vanishes in the mean up to the square of the step) or in forward mode.
-Neither differentiates through the host's time input, and both call D on grid levels only: on a grid of a host's own
-levels, a host that rounds sigma rounds nothing.
+The Jacobian's diagonal comes from Hutchinson probes v of random signs: v * (J v), J v by a one-sided difference of D (its bias
+is odd in v and so vanishes in the mean up to the square of the step). That never differentiates through the host's time input
+and calls D on grid levels only: on a grid of a host's own levels, a host that rounds sigma rounds nothing.
 """
 
 from __future__ import annotations
@@ -24,13 +20,13 @@ from torch import Tensor
 
 from ...sampler import LambdaDenoiser
 from ..trajectory import solve_finely
-from .job import PointSource, ProbeMethod, probed_points
+from .job import probed_points
 from .moments import MOMENTS
 
-__all__ = ["PROBE_STEP", "DivergedError", "PointSource", "ProbeMethod", "difference_weights", "sample_moments"]
+__all__ = ["PROBE_STEP", "DivergedError", "difference_weights", "sample_moments"]
 
 PROBE_STEP = 0.1
-"""Length of the finite-difference step for J v, in units of sigma per element. Measured in benchmarks/ems_points.py."""
+"""Length of the finite-difference step for J v, in units of sigma per element."""
 
 
 class DivergedError(RuntimeError):
@@ -76,11 +72,8 @@ def sample_moments(
     noise: Tensor,
     generators: list[torch.Generator],
     *,
-    source: PointSource = "trajectory",
-    statistics_of: LambdaDenoiser | None = None,
     probes: int = 1,
     probe_every: int = 1,
-    probe_method: ProbeMethod = "difference",
     per_element: bool = False,
     tick: Callable[[int], None] = lambda evaluations: None,
     watch: Callable[[int, Tensor, Tensor], None] = lambda i, y, D: None,
@@ -88,25 +81,20 @@ def sample_moments(
     """Moments [9, B, N+1, C, ...] of a batch of samples, one trajectory each.
 
     Args:
-        denoiser: D(y, lambda) whose trajectories (or their ends) give the points.
+        denoiser: D(y, lambda) that is measured along its own trajectories.
         lambdas: [N+1] increasing grid, N >= 2.
         noise: [B, C, ...] unit start noise.
-        generators: one per sample, for its probes and re-noising: a sample's result does not depend on its batch.
-        source: see the module.
-        statistics_of: the denoiser that is measured, if another (the unguided one at points of the guided one, say);
-            its D' then always needs the short step.
+        generators: one per sample, for its probes: a sample's result does not depend on its batch.
         probes: Hutchinson probes per point.
         probe_every: probe at every so many grid points (and the last); v * (J v) is linear in lambda in between.
-        probe_method: finite differences, or forward-mode differentiation.
         per_element: keep positions apart.
         tick: called with the number of samples just evaluated (one per sample and call), for progress and cancelling.
-        watch: called with (i, y, D) at every point of the trajectories of `denoiser`.
+        watch: called with (i, y, D) at every point of the trajectories.
 
     Raises:
         SamplingError: the model returned NaN; names the step and sigma.
         DivergedError: see there.
     """
-    measured = statistics_of or denoiser
     kept = noise.shape[1:] if per_element else noise.shape[1:2]
     values = torch.zeros(len(MOMENTS), len(noise), len(lambdas), *kept, dtype=torch.float64, device=noise.device)
     sums = _Sums(values, per_element)
@@ -115,34 +103,11 @@ def sample_moments(
     def probe(i: int, y: Tensor, D: Tensor) -> None:
         for _ in range(probes if i in probed else 0):
             v = _signs(y, generators)
-            jv = _jacobian_product(measured, y, lambdas[i].item(), v, D, probe_method)
+            jv = _jacobian_product(denoiser, y, lambdas[i].item(), v, D)
             tick(len(y))
             sums.put_probe(i, v * jv, 1 / probes)
 
-    def short_step(i: int, y: Tensor) -> None:
-        lam = lambdas[i].item()
-        D = measured(y, lam)
-        tick(len(y))
-        sums.put(i, y, D, _short_step_derivative(measured, lambdas, i, y, D, tick))
-        probe(i, y, D)
-
-    if source == "trajectory" and measured is denoiser:
-        _along_trajectory(denoiser, lambdas, noise, sums, probe, tick, watch)
-        _between_probes(sums.values[MOMENTS.index("vJv")], lambdas, probed)
-        return sums.values
-    path: list[Tensor] = []
-
-    def visit(i: int, y: Tensor, D: Tensor) -> None:
-        _check_plausible(y, D, lambdas[i].item())
-        watch(i, y, D)
-        path.append(y)
-
-    final = solve_finely(denoiser, lambdas, noise, visit, tick)
-    for i in range(len(lambdas)):
-        if source == "trajectory":
-            short_step(i, path[i])
-        else:
-            short_step(i, final + (-lambdas[i]).exp().item() * _normal(final, generators))
+    _along_trajectory(denoiser, lambdas, noise, sums, probe, tick, watch)
     _between_probes(sums.values[MOMENTS.index("vJv")], lambdas, probed)
     return sums.values
 
@@ -201,29 +166,8 @@ def _check_plausible(y: Tensor, D: Tensor, lam: float) -> None:
         )
 
 
-def _short_step_derivative(
-    measured: LambdaDenoiser, lambdas: Tensor, i: int, y: Tensor, D: Tensor, tick: Callable[[int], None]
-) -> Tensor:
-    """D' along the ODE of `measured` through y: three-point difference over short steps to neighbouring grid points."""
-    first, weights = difference_weights(lambdas)
-    rate = torch.zeros_like(D, dtype=torch.float64)
-    for k, j in enumerate(range(int(first[i]), int(first[i]) + 3)):
-        if j == i:
-            value = D
-        else:
-            decay = (lambdas[i] - lambdas[j]).exp().item()  # exact for constant D: y' = D + exp(-h) (y - D)
-            value = measured(D + decay * (y - D), lambdas[j].item())
-            tick(len(y))
-        rate += weights[i, k].item() * value.to(torch.float64)
-    return rate
-
-
-def _jacobian_product(denoiser: LambdaDenoiser, y: Tensor, lam: float, v: Tensor, D: Tensor, method: ProbeMethod) -> Tensor:
+def _jacobian_product(denoiser: LambdaDenoiser, y: Tensor, lam: float, v: Tensor, D: Tensor) -> Tensor:
     """J v = (dD/dy) v at y [B, C, ...]."""
-    if method == "forward":
-        with torch.enable_grad():
-            product: Tensor = torch.func.jvp(lambda at: denoiser(at, lam), (y,), (v,))[1]
-        return product
     step = PROBE_STEP * 2.718281828459045**-lam
     return (denoiser(y + step * v, lam) - D) / step
 
@@ -231,7 +175,3 @@ def _jacobian_product(denoiser: LambdaDenoiser, y: Tensor, lam: float, v: Tensor
 def _signs(like: Tensor, generators: list[torch.Generator]) -> Tensor:
     draws = [torch.randint(0, 2, like.shape[1:], generator=g, dtype=torch.int8) for g in generators]
     return torch.stack(draws).to(like.device, like.dtype) * 2 - 1
-
-
-def _normal(like: Tensor, generators: list[torch.Generator]) -> Tensor:
-    return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like.device, like.dtype)

@@ -42,7 +42,6 @@ __all__ = [
     "denoiser_for",
     "estimate_moments",
     "evaluations_of",
-    "forward_mode_works",
     "in_batches",
     "sample_noise",
     "snapped_grid",
@@ -55,7 +54,6 @@ def estimate_moments(
     job: Job,
     state: JobState,
     *,
-    statistics_of: Mapping[float, Model] | None = None,
     batch: int = 16,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -68,7 +66,6 @@ def estimate_moments(
     Args:
         models: the denoiser of each scale of `job.guidance`.
         job, state: what to do, and what was done.
-        statistics_of: measure these denoisers at points of `models`' (the unguided one, say).
         batch: samples per batch; halved (and the batch run again) when the device is out of memory.
         until: stop a scale once the root-mean-square standard errors of l, s and b are all at most this.
         keep: so many samples' trajectories stay in the state, as "fit.<guidance>", for a fit to learn from.
@@ -83,12 +80,11 @@ def estimate_moments(
     for g, guidance in enumerate(job.guidance):
         moments = state.moments(job, g)
         counter.skip(moments.samples)
-        measured = None if statistics_of is None else statistics_of[guidance]
 
-        def run(samples: list[int], guidance: float = guidance, measured: Model | None = measured) -> tuple[Tensor, Path]:
+        def run(samples: list[int], guidance: float = guidance) -> tuple[Tensor, Path]:
             counter.begin_batch(f"guidance {guidance:g}, samples {samples[0]} to {samples[-1]} of {job.samples}")
             path = Path(elements_of(job))
-            return _batch_moments(models[guidance], measured, job, samples, device, dtype, counter.tick, path.add), path
+            return _batch_moments(models[guidance], job, samples, device, dtype, counter.tick, path.add), path
 
         for samples, (values, path) in in_batches(list(range(moments.samples, job.samples)), batch, run, counter.cancel_batch):
             moments.add(samples, values)
@@ -103,7 +99,6 @@ def estimate_moments(
 
 def _batch_moments(
     model: Model,
-    measured: Model | None,
     job: Job,
     samples: list[int],
     device: torch.device | str,
@@ -118,11 +113,8 @@ def _batch_moments(
             torch.tensor(job.lambdas, dtype=torch.float64),
             noise.to(device, dtype),
             generators,
-            source=job.source,
-            statistics_of=None if measured is None else denoiser_for(measured, samples, job.space),
             probes=job.probes,
             probe_every=job.probe_every,
-            probe_method=job.probe_method,
             per_element=job.per_element,
             tick=tick,
             watch=watch,
@@ -154,15 +146,3 @@ class _Counter:
         new = self.done - self.skipped
         left = seconds / new * (self.total - self.done) if new > 0 else math.inf
         self.progress(Progress("estimate", self.done, self.total, seconds, max(left, 0.0), self.note, self.skipped))
-
-
-def forward_mode_works(model: Model, job: Job, device: torch.device | str, dtype: torch.dtype) -> bool:
-    """Whether the model can be differentiated in forward mode, found by trying on one sample."""
-    noise = sample_noise(job, [0])[0].to(device, dtype)
-    denoiser = denoiser_for(model, [0], job.space)
-    lam = job.lambdas[len(job.lambdas) // 2]
-    try:
-        product = torch.func.jvp(lambda y: denoiser(y, lam), (noise,), (torch.ones_like(noise),))[1]
-    except Exception:  # kernels fail in many ways, and any of them means no
-        return False
-    return bool(torch.isfinite(product).all())

@@ -50,12 +50,12 @@ def gains_of(file: EMSFile) -> list[str]:
 
 
 def gain_of(file: EMSFile) -> str:
-    """The same in half a sentence, for a status line; "" where no steps were fitted."""
+    """The same in a few words, for a status line of a node's width; "" where no steps were fitted."""
     ratios = sorted(r.ratio[0] for r in file.meta.fitted)
     if not ratios:
         return ""
     span = f"{ratios[0]:.2f}" if len(ratios) == 1 else f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
-    return f"error with its fitted steps {span} of the best other sampler's"
+    return f"error {span} of the best rival's"
 
 
 def _shown(value: object) -> str:

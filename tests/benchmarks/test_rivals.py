@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
 from dpm_solver_v3.sampler import sample_dpm_solver_v3
+from loading import benchmark
 
 pytest.importorskip("diffusers")
 pytest.importorskip("k_diffusion")
@@ -20,16 +18,7 @@ pytest.importorskip("k_diffusion")
 SIGMA_MAX, SIGMA_MIN = 1000.0, 0.01  # so wide that the low-order first steps do not hide a sampler's order
 
 
-def _load() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "rivals.py"
-    spec = importlib.util.spec_from_file_location("benchmarks_rivals", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MODULE = _load()
+MODULE = benchmark("rivals")
 RIVALS = MODULE.RIVALS
 ORDERS = {
     "euler": 1,

@@ -60,7 +60,9 @@ class ComfyServer:
             self.options += ["--database-url", "sqlite:///:memory:"]
         self.log_path = base / "server.log"
         self.process: subprocess.Popen[bytes] | None = None
-        self.client, self.events, self.socket = uuid.uuid4().hex, [], None
+        self.client = uuid.uuid4().hex
+        self.events: list[Any] = []
+        self.socket: Any = None
         for folder in (
             "custom_nodes",
             "models/ems",

@@ -7,6 +7,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from playwright.sync_api import Page, sync_playwright
 
@@ -23,7 +24,7 @@ MODEL = {
 }
 """The checkpoint of ComfyUI's own first template: the front end offers its download where it is missing."""
 
-Node = tuple[str, dict, tuple[int, int], tuple[int, int]]
+Node = tuple[str, dict[str, Any], tuple[int, int], tuple[int, int]]
 
 
 def loaders(width: int, height: int, batch: int) -> dict[str, Node]:
@@ -35,7 +36,7 @@ def loaders(width: int, height: int, batch: int) -> dict[str, Node]:
     }
 
 
-def shared(latent: str) -> dict[str, list]:
+def shared(latent: str) -> dict[str, list[Any]]:
     return {"model": ["1", 0], "positive": ["2", 0], "negative": ["3", 0], latent: ["4", 0]}
 
 
@@ -119,7 +120,7 @@ PLACE = """async ({prompt, places, note, title, model}) => {
 }"""
 
 
-def saved(page: Page, title: str, nodes: dict[str, Node], note: str) -> dict:
+def saved(page: Page, title: str, nodes: dict[str, Node], note: str) -> dict[str, Any]:
     prompt = {k: {"class_type": kind, "inputs": inputs, "_meta": {}} for k, (kind, inputs, _, _) in nodes.items()}
     places = {k: [pos, size] for k, (_, _, pos, size) in nodes.items()}
     return json.loads(page.evaluate(PLACE, {"prompt": prompt, "places": places, "note": note, "title": title, "model": MODEL}))

@@ -8,12 +8,13 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = {("DPMSolverV3_ComputeEMS", "effort")}
 
 
-def texts_of(name: str, node: type, title: str) -> dict[str, object]:
+def texts_of(name: str, node: Any, title: str) -> dict[str, object]:
     kinds = node.INPUT_TYPES()
     inputs = {}
     for key, given in {**kinds.get("required", {}), **kinds.get("optional", {})}.items():

@@ -1,6 +1,7 @@
 """Writes example_workflows/*.jpg: what each example ends with, on the embedded model."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import k_diffusion.sampling as rivals
@@ -39,7 +40,7 @@ def main() -> None:
     model = load_denoiser(labels=torch.arange(count), guidance=4.0)
     noise = torch.randn((count, 3, 32, 32), generator=torch.Generator().manual_seed(12))
 
-    def run(steps: int, function: object) -> Tensor:
+    def run(steps: int, function: Callable[..., Tensor]) -> Tensor:
         sigmas = karras(VPDiscrete.linear(), steps, to_zero=True).float()
         if function is sample_dpm_solver_v3:
             return sample_dpm_solver_v3(model, noise * sigmas[0], sigmas, disable=True, ems=file.at(4.0), guidance=4.0)

@@ -151,14 +151,17 @@ def test_every_node_is_found_by_search(page: Any) -> None:
 @pytest.mark.parametrize("vue", [False, True])
 def test_the_samplers_message_is_on_the_node(page: Any, plain_server: Any, vue: bool) -> None:
     """In the classic canvas and in the one of Vue nodes: which steps a KSampler has taken, and what to do for better ones."""
+    version = page.evaluate("window.__COMFYUI_FRONTEND_VERSION__ || '0.0'").split(".")
+    if vue and (int(version[0]), int(version[1])) < (1, 48):
+        pytest.skip("the Vue nodes of 1.32 show the status text of no node; those of 1.48 do, between was not tried")
     wires = {"model": ["1", 0], "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0]}
     chosen = {"sampler_name": "dpm_solver_v3", "scheduler": "dpm_solver_v3_fitted", "denoise": 1.0}
     parts = emoji(5, 1) | {
-        "10": ("KSampler", {**wires, "seed": int(vue), "steps": 6, "cfg": 4.0, **chosen}, (340, 0), (340, 320))
+        "20": ("KSampler", {**wires, "seed": int(vue), "steps": 6, "cfg": 4.0, **chosen}, (340, 0), (340, 320))
     }
-    parts["11"] = ("Test_PixelVAE", {}, (0, 470), (280, 40))
-    parts["12"] = ("VAEDecode", {"samples": ["10", 0], "vae": ["11", 0]}, (740, 0), (200, 60))
-    parts["13"] = ("PreviewImage", {"images": ["12", 0]}, (740, 120), (300, 300))
+    parts["21"] = ("Test_PixelVAE", {}, (0, 470), (280, 40))
+    parts["22"] = ("VAEDecode", {"samples": ["20", 0], "vae": ["21", 0]}, (740, 0), (200, 60))
+    parts["23"] = ("PreviewImage", {"images": ["22", 0]}, (740, 120), (300, 300))
     page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", vue)
     page.wait_for_timeout(1000)
     try:
@@ -225,13 +228,13 @@ def test_inspect_shows_what_a_file_gains(page: Any, plain_server: Any) -> None:
     load(
         page,
         {
-            "1": ("DPMSolverV3_LoadEMS", {"ems_name": "embedded-emoji.ems.safetensors"}, (0, 0), (320, 60)),
-            "2": ("DPMSolverV3_InspectEMS", {"ems": ["1", 0], "statistics": False}, (0, 120), (320, 100)),
-            "3": ("PreviewImage", {"images": ["2", 0]}, (380, 0), (480, 470)),
+            "31": ("DPMSolverV3_LoadEMS", {"ems_name": "embedded-emoji.ems.safetensors"}, (0, 0), (320, 60)),
+            "32": ("DPMSolverV3_InspectEMS", {"ems": ["31", 0], "statistics": False}, (0, 120), (320, 100)),
+            "33": ("PreviewImage", {"images": ["32", 0]}, (380, 0), (480, 470)),
         },
     )
     entry = run_and_wait(page, plain_server)
-    assert "embedded-emoji" in entry["outputs"]["2"]["text"][0]
+    assert "embedded-emoji" in entry["outputs"]["32"]["text"][0]
     shot(page, "inspect")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -232,7 +232,7 @@ def test_a_corrupted_file_is_listed_and_refused_and_others_work(server: Any, nod
 
 def test_every_node_around_the_file_in_one_workflow(any_server: Any, nodes: Any) -> None:
     """Compute with moments twice, merge, save, load by name, apply, sample, inspect, compare."""
-    vae = ("vae", "Test_PixelVAE", {})
+    vae: Part = ("vae", "Test_PixelVAE", {})
     parts = toy(shape="2,3,8,8")
     for k in (1, 2):
         inputs = compute(f"part {k}", "1, 3", seed=k, keep_moments=True)[2]
@@ -249,7 +249,7 @@ def test_every_node_around_the_file_in_one_workflow(any_server: Any, nodes: Any)
     assert Path(outputs["saved"]["text"][0]).is_file() and any_server.image(outputs, "plot").stat().st_size > 5000
     merged = load_ems_file(Path(outputs["saved"]["text"][0]))
     one = load_ems_file(ems_file(any_server, "part 1"))
-    assert merged.meta.estimate["samples"] == tuple(2 * n for n in one.meta.estimate["samples"])
+    assert merged.meta.estimate["samples"] == tuple(2 * n for n in cast("tuple[int, ...]", one.meta.estimate["samples"]))
 
     compare = {
         "model": ["with", 0],
@@ -286,10 +286,11 @@ def test_every_node_around_the_file_in_one_workflow(any_server: Any, nodes: Any)
 
 
 def test_settings_that_cannot_be_are_refused_in_words(server: Any, nodes: Any) -> None:
-    for changed, words in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"guidance_scales": "one, two"}, "guidance scales must be numbers above 0"),
         ({"schedulers": "karras, no such"}, "unknown schedulers: no such"),
-    ):
+    )
+    for changed, words in cases:
         message = server.run_refused(nodes(*toy(), compute("refused", **changed)))
         assert words in message
     other = {"model": ["model", 0], "positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["latent", 0]}

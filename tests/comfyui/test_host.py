@@ -180,7 +180,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
     ],
 )
 def test_the_sampler_node_gives_what_the_library_gives(
-    server: Any, nodes: Any, prediction: str, sigmas: list[float], options: dict[str, str]
+    server: Any, nodes: Any, prediction: str, sigmas: list[float], options: dict[str, Any]
 ) -> None:
     seen = server.latent(server.run(nodes(*custom(prediction, sigmas, **options))))
     flow = prediction in ("FLOW", "FLUX")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 
 def sd3(name: str, lora: str = "") -> list[tuple[str, str, dict[str, Any]]]:
-    parts = [
+    parts: list[tuple[str, str, dict[str, Any]]] = [
         ("loaded", "UNETLoader", {"unet_name": name, "weight_dtype": "default"}),
         ("positive", "Test_SD3Text", {"seed": 1}),
         ("negative", "Test_SD3Text", {"seed": 2}),

@@ -25,7 +25,7 @@ def emoji(prediction: str = "EPS", ems: str = EMS, shape: str = "4,3,32,32") -> 
         ("negative", "Test_Label", {"label": 9}),
         ("latent", "Test_Latent", {"shape": shape, "value": 0.0}),
     ]
-    apply = {"model": ["bare", 0], "strength": "auto"}
+    apply: dict[str, Any] = {"model": ["bare", 0], "strength": "auto"}
     if ems:
         parts.append(("load", "DPMSolverV3_LoadEMS", {"ems_name": ems}))
         apply["ems"] = ["load", 0]
@@ -71,7 +71,7 @@ class Told:
         server.events.clear()
         self.outputs = server.run(workflow)
         self.text = server.texts() + server.log()[before:]
-        self.x = server.latent(self.outputs) if "save" in self.outputs else None
+        self.x: torch.Tensor = server.latent(self.outputs) if "save" in self.outputs else torch.empty(0)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_computed_under_a_patch_and_under_a_guider(any_server: Any) -> None:
     if not any_server.lists_schedulers:
         return
     assert "schedule fitted for 6 steps at cfg 3" in Told(any_server, [*toy(), patch, *ksampler(6, 3.0)]).text
-    loaded = [("load", "DPMSolverV3_LoadEMS", {"ems_name": "zero star.ems.safetensors"})]
+    loaded: list[Part] = [("load", "DPMSolverV3_LoadEMS", {"ems_name": "zero star.ems.safetensors"})]
     loaded += [("model", "DPMSolverV3_ApplyEMS", {"model": ["plain", 0], "strength": "auto", "ems": ["load", 0]})]
     told = Told(any_server, [*toy(), *loaded, *ksampler(6, 3.0)])
     assert "computed under CFGZeroStar, this run has plain guidance" in told.text

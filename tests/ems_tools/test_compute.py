@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -169,7 +170,7 @@ def test_recommendation_never_loses_on_calibration_noise() -> None:
     st = estimate_moments({1.0: model}, job, JobState())[0].statistics()
     bad = EMS(torch.tensor(job.lambdas, dtype=torch.float64), st.l + 1.0, st.s - 2.0, st.b + 1.0)  # worse than none
     plan = CalibrationPlan({"karras": lambda n: karras(EDM(0.05, 20.0), n, to_zero=True)}, (5, 8), 4, 4, reference_steps=60)
-    calls = []
+    calls: list[Any] = []
     rows = calibrate(model, bad, job, 1.0, plan, JobState(), progress=calls.append)
     assert len(rows) == 2
     assert calls[-1].done == calls[-1].total == evaluations_of_calibration(plan, 1)
@@ -179,7 +180,7 @@ def test_recommendation_never_loses_on_calibration_noise() -> None:
 
 
 def _toy_model():
-    namespace: dict = {}
+    namespace: dict[str, Any] = {}
     exec(TOY, namespace)
     return namespace["denoiser"](1.0)
 

@@ -83,8 +83,8 @@ def test_compute_names_a_file_that_all_hosts_find(
     pipe = load_pipeline(PipelineRequest(place, ("a",)))
     pipe.scheduler = DPMSolverV3Scheduler.from_config(pipe.scheduler.config, ems=str(path))
     pipe.set_progress_bar_config(disable=True)
-    assert torch.isfinite(pipe("a", num_inference_steps=4, guidance_scale=3.0, output_type="latent").images).all()
-    used = pipe.scheduler._stepping
+    assert torch.isfinite(pipe(prompt="a", num_inference_steps=4, guidance_scale=3.0, output_type="latent").images).all()
+    used = getattr(pipe.scheduler, "_stepping")  # noqa: B009 - any scheduler, to mypy
     assert used is not None and used.ems is not None
 
 

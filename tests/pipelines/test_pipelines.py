@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import pytest
@@ -37,7 +37,7 @@ def channel_file(tmp_path: Path) -> Callable[[Space], Path]:
         phase = lambdas[:, None] + torch.arange(4.0)
         sigma_max = 999.0 if space is Space.FLOW else 14.6146
         meta = EMSMeta(space=space.value, sigma_min=0.03, sigma_max=sigma_max, model={"name": "random"})
-        values = {"l": torch.sigmoid(phase)[None], "s": 0.1 * phase.cos()[None], "b": 0.05 * phase.sin()[None]}
+        values: dict[str, Any] = {"l": torch.sigmoid(phase)[None], "s": 0.1 * phase.cos()[None], "b": 0.05 * phase.sin()[None]}
         path = tmp_path / "random.ems.safetensors"
         EMSFile(lambdas=lambdas, guidance=torch.tensor([3.0], dtype=torch.float64), meta=meta, **values).save(path)
         return path
@@ -62,7 +62,7 @@ def test_equals_the_librarys_sampler(
         x = replay.layout.channels_first(noise) / replay.noise.scale(levels[0].item())
         ems = load_ems_file(file).at(3.0) if options else None
         model = PipelineDenoiser(replay, 3.0, (0, 1))
-        given = {"ems": ems, "guidance": 3.0 if options else None}
+        given: dict[str, Any] = {"ems": ems, "guidance": 3.0 if options else None}
         expected = sample_dpm_solver_v3(model, x, levels, space=space, disable=True, **given)
         size = expected.abs().max()
         assert (found - replay.layout.as_given(expected)).abs().max() < 1e-6 * size
@@ -194,4 +194,4 @@ def test_pipelines_that_cannot_be_asked_are_refused(make_pipeline: Callable[...,
         def __call__(self, prompt: str) -> None: ...
 
     with pytest.raises(EstimateError, match="takes no latents"):
-        inputs_of(NoLatents(), PROMPTS)
+        inputs_of(cast("Any", NoLatents()), PROMPTS)

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,7 @@ def test_half_precision_latents_are_summed_in_float32(mixture: Any, y_start: Ten
         scheduler = DPMSolverV3Scheduler(**SD, prediction_type="sample")
         scheduler.set_timesteps(200)
         fixed = y_start.to(dtype) / 50
-        ends[dtype] = run(scheduler, lambda x, t, fixed=fixed: fixed, (y_start / 6).to(dtype))
+        ends[dtype] = run(scheduler, partial(lambda fixed, x, t: fixed, fixed), (y_start / 6).to(dtype))
         assert ends[dtype].dtype == dtype
     assert (ends[torch.float16].double() - ends[torch.float64]).abs().max() < 1e-3
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def is_data_prediction(ems):
 
 
 def test_scaled_by_0_is_degenerate_and_by_1_the_same():
-    ems = EMS(grid(), *(table(4, 3) for _ in range(3)), {"model": "one"})
+    ems = EMS(grid(), table(4, 3), table(4, 3), table(4, 3), {"model": "one"})
     assert is_data_prediction(ems.scaled(0))
     assert ems.scaled(0.5).metadata == ems.metadata
     assert ems.scaled(1) is ems
@@ -186,7 +187,7 @@ def test_statistics_per_element_are_looked_at_in_pieces(monkeypatch: pytest.Monk
     sizes: list[int] = []
     integrals = coefficients._integrals
 
-    def watched(ems: EMS, edges: Tensor, *rest: float) -> tuple[Tensor, ...]:
+    def watched(ems: EMS, edges: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         sizes.append(6 * len(edges) * ems.channels)
         return integrals(ems, edges, *rest)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from dpm_solver_v3.sampler import (
     uniform_time,
 )
 from dpm_solver_v3.sampler.plan import MAX_DECAY, MAX_WEIGHTS, make_plan
+from dpm_solver_v3.sampler.settings import Corrector
 
 DATA = EMS.degenerate()
 NOISE_PREDICTION = EMS(torch.tensor([-5.0, 5.0]), torch.zeros(2, 1), -torch.ones(2, 1), torch.zeros(2, 1))
@@ -27,7 +29,7 @@ NOISE_PREDICTION = EMS(torch.tensor([-5.0, 5.0]), torch.zeros(2, 1), -torch.ones
 def test_sane_steps_stay_far_below_the_bounds(kind) -> None:
     for steps, zero, ems in itertools.product((3, 5, 8, 20), (False, True), (DATA, NOISE_PREDICTION)):
         levels = tuple(kind(VPDiscrete.linear(), steps, to_zero=zero).tolist())
-        for order, corrector in itertools.product((1, 2, 3), ("none", "true", "pseudo", "raised")):
+        for order, corrector in itertools.product((1, 2, 3), get_args(Corrector)):
             plan = make_plan(levels, Space.SIGMA, ems, Settings(order=order, corrector=corrector))
             updates = [u for step in plan.steps for u in (step.corrector, step.predictor) if u is not None]
             assert max(float(u.decay.max()) for u in updates) < MAX_DECAY / 3

@@ -70,7 +70,7 @@ class Statistics:
         def whole(values: Callable[[int], Array]) -> Array:
             return (h / 6 * (values(0) + 4 * values(1) + values(2))).sum(0)
 
-        J = [whole(lambda j, k=k: E[j] * offsets[j] ** k / math.factorial(k)) for k in range(orders)]
+        J = [whole([E[j] * offsets[j] ** k / math.factorial(k) for j in range(3)].__getitem__) for k in range(orders)]
         return L[2][-1], S[2][-1], B[2][-1], whole(lambda j: E[j] * B[j]), J
 
 
@@ -151,7 +151,8 @@ def both(ems: EMS, model: Any, y: torch.Tensor, sigmas: torch.Tensor, **options:
 
     st = Statistics(*(v.double().numpy() for v in (ems.lambdas, ems.l, ems.s, ems.b)))
     if st.tables[0].ndim == 2:  # per channel: along the two axes of space
-        st.tables = tuple(t[..., None, None] for t in st.tables)
+        l, s, b = (t[..., None, None] for t in st.tables)
+        st.tables = (l, s, b)
     expected = reference(denoise, y.numpy(), sigmas.tolist(), st, **options)
     return sample_dpm_solver_v3(model, y, sigmas, disable=True, ems=ems, strength=1, **options), torch.from_numpy(expected)
 
@@ -239,7 +240,7 @@ def test_order_2_of_data_prediction_in_closed_form(mixture, y_start, sigmas):
     x1 = math.exp(-h) * y_start + (1 - math.exp(-h)) * d0
     d1 = mixture(x1, levels[1:2].expand(2))
     expected = math.exp(-h) * x1 + (1 - math.exp(-h)) * d1 + (h - 1 + math.exp(-h)) * (d1 - d0) / h
-    options = {"disable": True, "order": 2, "corrector": "none", "lower_order_final": False}
+    options: dict[str, Any] = {"disable": True, "order": 2, "corrector": "none", "lower_order_final": False}
     torch.testing.assert_close(sample_dpm_solver_v3(mixture, y_start, levels, **options), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -252,7 +253,13 @@ def test_order_2_of_noise_prediction_in_closed_form(mixture, y_start, sigmas):
     x1 = y_start - levels[0] * (1 - math.exp(-h)) * e0
     e1 = (x1 - mixture(x1, levels[1:2].expand(2))) / levels[1]
     step = (1 - math.exp(-h)) * e1 + (1 - (1 + h) * math.exp(-h)) * (e1 - e0) / h
-    options = {"disable": True, "ems": constant(0, -1), "order": 2, "corrector": "none", "lower_order_final": False}
+    options: dict[str, Any] = {
+        "disable": True,
+        "ems": constant(0, -1),
+        "order": 2,
+        "corrector": "none",
+        "lower_order_final": False,
+    }
     found = sample_dpm_solver_v3(mixture, y_start, levels, **options)
     torch.testing.assert_close(found, x1 - levels[1] * step, rtol=1e-12, atol=1e-12)
 
@@ -268,6 +275,6 @@ def test_differs_from_k_diffusions_dpmpp_2m_by_its_midpoint_weight_alone(high, m
     theirs = sample_dpmpp_2m(mixture, y_start, levels, callback=lambda d: seen.append(d["denoised"]), disable=True)
     h = math.log(2)
     weight = (h - 1 + math.exp(-h)) - (1 - math.exp(-h)) * h / 2
-    options = {"disable": True, "order": 2, "corrector": "none", "lower_order_final": False}
+    options: dict[str, Any] = {"disable": True, "order": 2, "corrector": "none", "lower_order_final": False}
     ours = sample_dpm_solver_v3(mixture, y_start, levels, **options)
     torch.testing.assert_close(ours, theirs + weight * (seen[1] - seen[0]) / h, rtol=1e-12, atol=1e-12)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from dpm_solver_v3.sampler import (
 from dpm_solver_v3.sampler.choice import GROWTH_LIMIT
 from dpm_solver_v3.sampler.coefficients import Update
 
-FULL = {"order": 3, "corrector": "raised"}
+FULL: dict[str, Any] = {"order": 3, "corrector": "raised"}
 
 
 def run(model, x, sigmas, **options):
@@ -73,7 +74,7 @@ def test_few_steps_use_the_order_they_can(order, steps, mixture, y_start, sigmas
 @pytest.mark.parametrize("with_ems", [False, True])
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_a_last_sigma_of_0_returns_the_last_prediction(steps, with_ems, mixture, y_start, sigmas, smooth_ems):
-    seen = []
+    seen: list[Any] = []
     schedule = torch.cat([sigmas(steps)[:-1], levels(0.0)])
     ems = smooth_ems if with_ems else None
     out = sample_dpm_solver_v3(mixture, y_start, schedule, None, seen.append, True, ems=ems, **FULL)
@@ -213,7 +214,7 @@ def test_cuda_gives_what_the_cpu_gives(dtype, mixture, y_start, sigmas, smooth_e
 def test_nothing_that_came_in_is_written_to(last, dtype, mixture, y_start, sigmas, smooth_ems):
     schedule = torch.cat([sigmas(5)[:-1], levels(last)])
     x = y_start.to(dtype)
-    kept = []
+    kept: list[Any] = []
 
     def model(y, sigma):
         out = mixture(y, sigma)
@@ -266,7 +267,8 @@ def test_extra_args_reach_the_model_and_stay_as_they_are(mixture, y_start, sigma
 
 
 def test_the_callback_is_told_what_k_diffusion_tells(mixture, y_start, sigmas):
-    seen, model = [], Counting(mixture)
+    seen: list[Any] = []
+    model = Counting(mixture)
     sample_dpm_solver_v3(model, y_start, sigmas(5), callback=lambda d: seen.append(dict(d)), disable=True)
     assert [d["i"] for d in seen] == list(range(5))
     for d, (x, sigma, _), level in zip(seen, model.calls, sigmas(5)):

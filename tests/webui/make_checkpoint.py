@@ -90,7 +90,7 @@ def vae() -> Shapes:
 
 def text_encoder() -> Shapes:
     """CLIP ViT-L/14's text model."""
-    shapes = {"embeddings.token_embedding.weight": (49408, 768), "embeddings.position_embedding.weight": (77, 768)}
+    shapes: Shapes = {"embeddings.token_embedding.weight": (49408, 768), "embeddings.position_embedding.weight": (77, 768)}
     for k in range(12):
         name = f"encoder.layers.{k}"
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):

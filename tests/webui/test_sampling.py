@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -39,9 +39,9 @@ def write(host: Any, name: str, model: dict[str, str], channels: int = 4, shift:
     """Smooth statistics at guidance 2 and 4, into the host's folder."""
     lam = torch.linspace(-2.8, 3.6, 30, dtype=torch.float64)
     wave = torch.stack([torch.sin(lam + c + shift) for c in range(channels)], 1)
-    curves = [torch.stack([f(wave), f(1.1 * wave)]) for f in (lambda w: 0.6 + 0.3 * w, lambda w: 0.2 * w, lambda w: 0.1 * w)]
+    l, s, b = [torch.stack([f(wave), f(1.1 * wave)]) for f in (lambda w: 0.6 + 0.3 * w, lambda w: 0.2 * w, lambda w: 0.1 * w)]
     meta = EMSMeta("sigma", 0.0292, 14.61, "LevelTable", model=model, date="2026-01-01")
-    file = EMSFile(lam, torch.tensor([2.0, 4.0], dtype=torch.float64), *curves, meta)
+    file = EMSFile(lam, torch.tensor([2.0, 4.0], dtype=torch.float64), l, s, b, meta)
     path = host.data / "models" / folder / f"{name}.ems.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     file.save(path)
@@ -91,7 +91,7 @@ def test_statistics_by_checkpoint(host: Any, by: str, capsys: pytest.CaptureFixt
 
 def test_same_architecture_only_if_allowed(host: Any) -> None:
     host.start()
-    identity = model.identity_of(model.running(type("D", (), {"inner_model": None, "p": None})))
+    identity = model.identity_of(model.running(cast("Any", type("D", (), {"inner_model": None, "p": None}))))
     write(host, "kin", {"name": "kin", "architecture": identity.architecture, "prediction": "EPS"})
     assert recorded(host.make())["EMS"] == "none"
     host.modules["modules.shared"].opts.data["dpm_solver_v3_same_architecture"] = True
@@ -228,9 +228,11 @@ def test_without_a_fit_the_schedule_is_the_best_unfitted_one(
         write(host, "mine", {"name": "pretty"})
     if case == "broken host":
         monkeypatch.setattr(sampling, "find_entry", lambda *_: 1 / 0)
-    values: dict[str, Any] = {"none wanted": {"dpm_solver_v3_chosen": {"ems": "none"}}, "other steps": {"steps": 5}}.get(
-        case, {}
-    )
+    cases: dict[str, dict[str, Any]] = {
+        "none wanted": {"dpm_solver_v3_chosen": {"ems": "none"}},
+        "other steps": {"steps": 5},
+    }
+    values = cases.get(case, {})
     p = host.make(scheduler=FITTED, **{**values, **({"cfg_scale": 14.0} if case == "far scale" else {})})
     n = values.get("steps", 6)
     assert torch.allclose(p.used_sigmas, unfitted(host, n)) and len(p.used_sigmas) == n + 1

@@ -37,7 +37,7 @@ State = dict[str, Any]
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {
+    few: dict[str, Any] = {
         "samples": 6,
         "intervals": 8,
         "noises": 2,
@@ -258,6 +258,7 @@ def test_interrupt_keeps_what_was_measured_and_resumes(host: Any, monkeypatch: p
         calls.append(1)
         if len(calls) == stop_after:
             status, button = tab._interrupt()
+            assert isinstance(button, dict)
             assert "Stopping" in status and not button["interactive"]
         return evaluate(*arguments)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import os
 import warnings
 from pathlib import Path
-from types import ModuleType
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,18 +21,9 @@ from dpm_solver_v3.ems_tools.file.reader import EMSFileError, decode_ems_file, l
 from dpm_solver_v3.ems_tools.file.rows import EMSMeta, EvidenceRow, RecommendedSetting
 from dpm_solver_v3.ems_tools.judge.consistency import evidence_problems
 from dpm_solver_v3.sampler import EMSError, Settings, VPDiscrete, karras, quadratic_time, uniform_lambda, uniform_time
+from loading import benchmark
 
-
-def _load_corrupt() -> ModuleType:
-    path = Path(__file__).parents[3] / "benchmarks" / "corrupt.py"
-    spec = importlib.util.spec_from_file_location("benchmarks_corrupt", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-corrupt = _load_corrupt()
+corrupt = benchmark("corrupt")
 example = corrupt.example
 META = EMSMeta("sigma", 0.03, 14.6)
 
@@ -113,7 +103,9 @@ def files(draw):
         draw(st.floats(1e-3, 1)),
         draw(st.floats(2, 1e3)),
         draw(TEXT),
-        *(draw(FACTS) for _ in range(3)),
+        draw(FACTS),
+        draw(FACTS),
+        draw(FACTS),
         tuple(draw(st.lists(row, max_size=2))),
         tuple(draw(st.lists(advice, max_size=2))),
         draw(TEXT),
@@ -121,7 +113,9 @@ def files(draw):
         draw(st.dictionaries(st.from_regex(r"\A(modelspec\.|ss_)[a-z]{1,5}\Z"), TEXT, max_size=2)),
     )
     errors = {k: v.abs().half() for k, v in zip("lsb", tables, strict=True)} if draw(st.booleans()) else None
-    return EMSFile(*axes, *tables, meta, errors, {"a.0": axes[0][0]} if draw(st.booleans()) else {})
+    grid, guidance = axes
+    l, s, b = tables
+    return EMSFile(grid, guidance, l, s, b, meta, errors, {"a.0": axes[0][0]} if draw(st.booleans()) else {})
 
 
 @settings(max_examples=30, deadline=None)
@@ -219,7 +213,7 @@ def test_a_shared_file_stays_below_64_kib(channels):
         (lambda: with_meta(estimate={"a": math.nan}), "'estimate.a' is not finite"),
         (lambda: with_meta(estimate={"a": {"b": 1}}), "'estimate.a' must be text"),
         (lambda: with_meta(foreign={"format": "x"}), "'modelspec.' or 'ss_'"),
-        (lambda: EvidenceRow(1.0, "karras", 5, "test", 0.1, 0.1, 0.1), "'calibration' or 'report'"),
+        (lambda: EvidenceRow(1.0, "karras", 5, cast("Any", "test"), 0.1, 0.1, 0.1), "'calibration' or 'report'"),
         (lambda: EvidenceRow(1.0, "karras", 5, "report", math.nan, 0.1, 0.1), "data_prediction is nan"),
         (lambda: RecommendedSetting(1.0, "karras", (), Settings()), "tuple of 1 to"),
     ],

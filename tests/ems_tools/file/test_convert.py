@@ -32,7 +32,7 @@ def paths(tmp_path, arrays):
 
 
 def test_pooled_statistics_are_means_over_positions(paths, arrays):
-    file = convert_npz(*paths, RANGE, guidance=7.5)
+    file = convert_npz(paths[0], paths[1], RANGE, guidance=7.5)
     assert file.guidance.tolist() == [7.5] and not file.per_element
     assert torch.allclose(file.lambdas, torch.linspace(*RANGE, 7, dtype=torch.float64))
     for name in "lsb":
@@ -42,7 +42,7 @@ def test_pooled_statistics_are_means_over_positions(paths, arrays):
 
 
 def test_per_element_statistics_are_kept_bit_for_bit(paths, arrays):
-    file = convert_npz(*paths, RANGE, per_element=True)
+    file = convert_npz(paths[0], paths[1], RANGE, per_element=True)
     assert all(np.array_equal(getattr(file, name)[0].numpy(), arrays[name]) for name in "lsb")
     assert file.at(1.0).l.shape == (7, 4, 5, 6)
 
@@ -73,7 +73,7 @@ def test_presets_are_the_ends_of_the_papers_schedules():
 @pytest.mark.parametrize("span", [(3.5, -2.7), (1.0, 1.0), (float("nan"), 1.0), (-50.0, 3.0)])
 def test_ranges_that_no_statistics_have_are_refused(paths, span):
     with pytest.raises(EMSError, match="lambda"):
-        convert_npz(*paths, span)
+        convert_npz(paths[0], paths[1], span)
 
 
 def npz(**members):
@@ -132,16 +132,16 @@ def test_missing_file_and_folder_are_named(tmp_path, paths):
 def test_sizes_are_limited_before_unpacking(paths, monkeypatch):
     monkeypatch.setattr(convert, "MAX_ARRAY_BYTES", 1000)
     with pytest.raises(EMSFileError, match="more than the"):
-        convert_npz(*paths, RANGE)
+        convert_npz(paths[0], paths[1], RANGE)
 
 
 def test_any_damage_is_refused_or_leaves_the_numbers(paths):
     """zip's own checksum guards the members; damage elsewhere may not matter."""
     good = paths[0].read_bytes()
-    reference = convert_npz(*paths, RANGE).l
+    reference = convert_npz(paths[0], paths[1], RANGE).l
     draw = np.random.default_rng(1)
     for _ in range(200):
         at = int(draw.integers(len(good)))
         paths[0].write_bytes(good[:at] + bytes([good[at] ^ 1 << int(draw.integers(8))]) + good[at + 1 :])
         with contextlib.suppress(EMSError):
-            assert torch.equal(convert_npz(*paths, RANGE).l, reference)
+            assert torch.equal(convert_npz(paths[0], paths[1], RANGE).l, reference)

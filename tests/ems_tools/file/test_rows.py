@@ -19,9 +19,8 @@ SHIPPED = load_ems_file(Path(__file__).resolve().parents[3] / "stats" / "embedde
 
 def test_lambdas_of_a_fit_lie_within_the_noise_range() -> None:
     lambdas = (-60.0, 0.0)
-    row = FittedRow(
-        1.0, 2, lambdas, FittedSteps(lambdas, (0.1, 0.0), ((0.9,), (0.0, 1.0))), *[(0.1,) * 3] * 2, "k", (1.0,) * 3, 4
-    )
+    steps, errors = FittedSteps(lambdas, (0.1, 0.0), ((0.9,), (0.0, 1.0))), (0.1, 0.1, 0.1)
+    row = FittedRow(1.0, 2, lambdas, steps, errors, errors, "k", (1.0,) * 3, 4)
     with pytest.raises(EMSError, match="outside the file's noise range"):
         EMSMeta("sigma", 0.03, 14.6, fitted=(row,))
 

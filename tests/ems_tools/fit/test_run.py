@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +38,7 @@ from dpm_solver_v3.sampler import (
     sample_dpm_solver_v3,
     uniform_lambda,
 )
+from loading import benchmark
 
 LAMBDAS = (-2.0, -0.5, 0.8)
 DDIM = FittedSteps(
@@ -151,7 +152,7 @@ def test_it_wins_on_noise_that_it_has_not_seen(mixture, job) -> None:
     rows = fitted(mixture, job)
     assert [r.steps for r in rows] == [3, 5]
     x = torch.randn(200, 2, 2, 2, generator=torch.Generator().manual_seed(99), dtype=torch.float64) * 20
-    fine = {"order": 3, "corrector": "none", "disable": True}
+    fine: dict[str, Any] = {"order": 3, "corrector": "none", "disable": True}
     exact = sample_dpm_solver_v3(mixture, x, uniform_lambda(EDM(0.05, 20.0), 200, to_zero=True), **fine)
     span = Range.of(job.lambdas, None)
     panel = {e.name: e for e in entrants(PLAN.panel, span, {})}
@@ -374,12 +375,8 @@ def test_trajectories_between_grid_points(mixture) -> None:
 
 
 def _example() -> EMSFile:
-    path = Path(__file__).parents[3] / "benchmarks" / "corrupt.py"
-    spec = importlib.util.spec_from_file_location("benchmarks_corrupt", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.example()
+    example: EMSFile = benchmark("corrupt").example()
+    return example
 
 
 def row(guidance=1.0, steps=3, lambdas=LAMBDAS, coefficients=DDIM, **changes) -> FittedRow:

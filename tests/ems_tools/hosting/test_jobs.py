@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -56,7 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_same_request_gets_the_same_file(folder: Path) -> None:
-    mine, said = source(), []
+    mine = source()
+    said: list[str] = []
     path, file = place_for(folder, "toy", mine, job_for(mine, TINY), plan_for(mine, TINY), said.append)
     assert path == folder / f"toy{SUFFIX}" and file is not None
     assert "computed before" in said[0]
@@ -116,7 +118,7 @@ def test_a_cancelled_job_loses_no_finished_run(tmp_path: Path, stages: str) -> N
     mine = source(models={1.0: counted, 2.0: counted})
     job, plan, path = job_for(mine, effort), plan_for(mine, effort), tmp_path / f"cut{SUFFIX}"
     undisturbed = Watch(job, plan)
-    whole = compute_ems(mine, job, plan, tmp_path / f"whole{SUFFIX}", progress=undisturbed.update)
+    whole = compute_ems(mine, job, plan, tmp_path / f"whole{SUFFIX}", progress=cast("Any", undisturbed.update))
     needed, made[0], seen = made[0], 0, [0]
     for _ in range(stops):
         watch, begun = Watch(job, plan), made[0]

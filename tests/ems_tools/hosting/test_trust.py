@@ -64,7 +64,8 @@ def sample(
 )
 def test_a_forged_file_is_found_out_by_its_first_run(tmp_path: Path, kind: str, levels: Tensor | None) -> None:
     levels = SHIPPED.fitted_sigmas(8, GUIDANCE) if levels is None else levels
-    book, told, file = TrustBook(tmp_path / "trust.json"), [], forged(kind)
+    book, file = TrustBook(tmp_path / "trust.json"), forged(kind)
+    told: list[str] = []
     with warnings.catch_warnings(record=True) as warned:  # what no step can need, the solver itself refuses
         warnings.simplefilter("always")
         got = sample(book, file, levels, told)
@@ -85,7 +86,8 @@ def test_a_forged_file_is_found_out_by_its_first_run(tmp_path: Path, kind: str, 
 @pytest.mark.parametrize("fitted", [True, False])
 def test_a_right_file_passes_once_and_is_believed_then(tmp_path: Path, fitted: bool) -> None:
     levels = SHIPPED.fitted_sigmas(8, GUIDANCE) if fitted else FIXED
-    book, told = TrustBook(tmp_path / "trust.json"), []
+    book = TrustBook(tmp_path / "trust.json")
+    told: list[str] = []
     first, second = Counted(), Counted()
     got = sample(book, SHIPPED, levels, told, first)
     assert not told and first.calls <= len(levels) - 1 + 8
@@ -96,7 +98,8 @@ def test_a_right_file_passes_once_and_is_believed_then(tmp_path: Path, fitted: b
 
 
 def test_what_was_computed_here_needs_no_trial() -> None:
-    book, counted, told = TrustBook(None), Counted(), []
+    book, counted = TrustBook(None), Counted()
+    told: list[str] = []
     book.computed(SHIPPED)
     levels = SHIPPED.fitted_sigmas(8, GUIDANCE)
     sample(book, SHIPPED, levels, told, counted)
@@ -104,7 +107,8 @@ def test_what_was_computed_here_needs_no_trial() -> None:
 
 
 def test_a_model_that_fails_is_not_held_against_the_file(tmp_path: Path) -> None:
-    book, told = TrustBook(tmp_path / "trust.json"), []
+    book = TrustBook(tmp_path / "trust.json")
+    told: list[str] = []
     with pytest.raises(SamplingError, match="the model returned"):
         sample(book, SHIPPED, FIXED, told, lambda x, sigma: x * torch.nan)
     assert not book.refusal(Origin(SHIPPED, "theirs"))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -23,12 +22,13 @@ from dpm_solver_v3.ems_tools.judge.measure import measure, nodes_of
 from dpm_solver_v3.ems_tools.judge.spot_check import Check, SpotCheck, spot_check, statistics_checks
 from dpm_solver_v3.ems_tools.judge.student import p_value, student_tail
 from dpm_solver_v3.sampler import EDM, EMSError
+from loading import benchmark
 
 ROOT = Path(__file__).resolve().parents[3]
 SHIPPED = ROOT / "stats" / "embedded-emoji.ems.safetensors"
 
 
-def changed(file: EMSFile, **fields: object) -> EMSFile:
+def changed(file: EMSFile, **fields: Any) -> EMSFile:
     return dataclasses.replace(file, meta=dataclasses.replace(file.meta, **fields))
 
 
@@ -142,17 +142,9 @@ def test_a_model_of_another_kind_is_refused(file: EMSFile, make_mixture: type) -
 # --- The embedded model
 
 
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_forged", ROOT / "benchmarks" / "forged.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_forgeries_of_the_shipped_file_are_told_from_it() -> None:
     """One check; the rates are benchmarks/forged.py's."""
-    forged = benchmark()
+    forged = benchmark("forged")
     subject = forged.source(1.0)
     right = forged._one_scale(load_ems_file(SHIPPED), 1.0)
     cache: dict[object, object] = {}
@@ -164,7 +156,7 @@ def test_forgeries_of_the_shipped_file_are_told_from_it() -> None:
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    file = benchmark()._one_scale(load_ems_file(SHIPPED), 1.0)
+    file = benchmark("forged")._one_scale(load_ems_file(SHIPPED), 1.0)
     wrong = dataclasses.replace(file, l=file.l * 0.7)
     wrong.save(tmp_path / "wrong.ems.safetensors")
     given = ("--model", "embedded", "--samples", "8", "--seed", "1", "--device", "cpu")

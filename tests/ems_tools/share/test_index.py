@@ -34,5 +34,6 @@ def test_two_contributions_to_one_folder_are_both_in_its_index(tmp_path: Path) -
 def test_evidence_at_the_bounds_gives_a_finite_ratio() -> None:
     rows = (EvidenceRow(1.0, "k", 5, "report", 1e31, 0.0, 1.0), EvidenceRow(1.0, "k", 6, "report", 1e-300, 1e31, 1.0))
     file = dataclasses.replace(SHIPPED, meta=dataclasses.replace(SHIPPED.meta, evidence=rows, recommendation=()))
-    assert 0 < mean_ratio(file) < 1e30
+    ratio = mean_ratio(file)
+    assert ratio is not None and 0 < ratio < 1e30
     assert decode_index(encode_index([entry_of(file.encode(), f"a{SUFFIX}")]))

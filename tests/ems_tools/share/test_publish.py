@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ LABELS = Labels("somebody", "cc0-1.0")
 def small(name: str = "model", **facts: object) -> EMSFile:
     lambdas = torch.linspace(-2, 3, 6, dtype=torch.float64)
     shape = (1, 6, 3)
-    model = {"name": name, "sha256": hashlib.sha256(name.encode()).hexdigest(), **facts}
+    model: dict[str, Any] = {"name": name, "sha256": hashlib.sha256(name.encode()).hexdigest(), **facts}
     meta = EMSMeta("sigma", 0.05, 7.4, model=model, date="2026-01-01")
     return EMSFile(lambdas, torch.ones(1).double(), torch.ones(shape), torch.zeros(shape), torch.zeros(shape), meta)
 
@@ -64,7 +65,7 @@ def test_what_is_private_stays_at_home() -> None:
         patches="style 0.8, 40 patched weights",
         workflow="{}",
     )
-    estimate = {"samples": (8,), "points": "trajectory", "source": "/home/jane/l.npz", "host": "jane-pc"}
+    estimate: dict[str, Any] = {"samples": (8,), "points": "trajectory", "source": "/home/jane/l.npz", "host": "jane-pc"}
     file = dataclasses.replace(file, meta=dataclasses.replace(file.meta, estimate=estimate, foreign=foreign))
     clean, left = shareable(file, LABELS)
     text = clean.encode().decode("latin-1")

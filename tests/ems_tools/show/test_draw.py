@@ -29,9 +29,9 @@ def test_png_of_every_kind_of_file(tmp_path, make_ems_file, options, statistics)
 def test_the_legend_covers_no_line():
     root = ET.fromstring(svg_of([[STEEP]], "plot"))
     curves = [line for line in root.iter(f"{SVG}polyline") if line.get("stroke-width") == "1.8"]
-    lowest = max(float(point.split(",")[1]) for line in curves for point in line.get("points").split())
-    texts = {t.text: (float(t.get("x")), float(t.get("y"))) for t in root.iter(f"{SVG}text")}
-    page = float(root.get("height"))
+    lowest = max(float(point.split(",")[1]) for line in curves for point in line.get("points", "").split())
+    texts = {t.text: (float(t.get("x", "nan")), float(t.get("y", "nan"))) for t in root.iter(f"{SVG}text")}
+    page = float(root.get("height", "nan"))
     assert len(curves) == 5
     assert all(lowest < texts[name][1] < page for name in NAMES)
     assert len({texts[name] for name in NAMES}) == 5

@@ -49,7 +49,7 @@ def test_summary_shows_the_fitted_steps_of_the_shipped_file():
         in text
     )
     assert lines_of(file)[: len(text)] == text  # before everything else
-    assert gain_of(file).startswith(f"error with its fitted steps {min(r.ratio[0] for r in file.meta.fitted):.2f} to ")
+    assert gain_of(file).startswith(f"error {min(r.ratio[0] for r in file.meta.fitted):.2f} to ")
     lost = dataclasses.replace(row, ratio=(1.0, 1.0, 1.0))
     file = dataclasses.replace(file, meta=dataclasses.replace(file.meta, fitted=(lost,)))
     assert f"  cfg 1, {row.steps} steps: no better than {row.fixed_schedule}, whose steps are used" in gains_of(file)

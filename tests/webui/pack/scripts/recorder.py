@@ -4,6 +4,7 @@ The record of the latest run lies at <data>/record.pt: what the denoiser was cal
 """
 
 import dataclasses
+from typing import Any
 
 import gradio
 import torch
@@ -14,10 +15,18 @@ from dpm_solver_v3.ems_tools.compute import EFFORTS
 from dpm_solver_v3.sampler import Settings, sample_dpm_solver_v3
 from dpm_solver_v3.webui.find import library
 
-FEW = {"samples": 4, "intervals": 10, "noises": 2, "steps": (5,), "schedules": 1, "strengths": (0.5,), "reference_steps": 12}
+FEW: dict[str, Any] = {
+    "samples": 4,
+    "intervals": 10,
+    "noises": 2,
+    "steps": (5,),
+    "schedules": 1,
+    "strengths": (0.5,),
+    "reference_steps": 12,
+}
 FIT = dataclasses.replace(EFFORTS["quick"].fit, steps=(5,), noises=2, held_out=2, search=0)
 EFFORTS["tiny"] = dataclasses.replace(EFFORTS["quick"], combinations=(Settings(order=2, corrector="pseudo"),), fit=FIT, **FEW)
-RECORD = {"calls": []}
+RECORD: dict[str, Any] = {"calls": []}
 
 
 def plain(model, x, sigmas, extra_args=None, callback=None, disable=None):
