@@ -54,7 +54,9 @@ def gain_of(file: EMSFile) -> str:
     ratios = sorted(r.ratio[0] for r in file.meta.fitted)
     if not ratios:
         return ""
-    span = f"{ratios[0]:.2f}" if len(ratios) == 1 else f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+    if ratios[0] == 1:
+        return "no fit beat the best rival, whose steps are used"
+    span = f"{ratios[0]:.2f}" if ratios[0] == ratios[-1] else f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
     return f"error {span} of the best rival's"
 
 
