@@ -344,16 +344,9 @@ def statistics_file(
     kept = {}
     for g, m in enumerate(moments):
         kept[f"sums.{g}"], kept[f"count.{g}"] = m.sums, m.count
-    file = EMSFile(
-        lambdas=torch.tensor(job.lambdas, dtype=torch.float64),
-        guidance=torch.tensor(job.guidance, dtype=torch.float64),
-        meta=meta,
-        errors=errors if finite else None,
-        moments=kept,
-        l=stacked["l"],
-        s=stacked["s"],
-        b=stacked["b"],
-    )
+    lambdas, guidance = (torch.tensor(v, dtype=torch.float64) for v in (job.lambdas, job.guidance))
+    l, s, b = (stacked[name] for name in "lsb")
+    file = EMSFile(lambdas, guidance, l, s, b, meta, errors if finite else None, kept)
     return replace(file.compacted(), moments=kept if keep_moments else {})
 
 

@@ -195,9 +195,8 @@ class EMSFile:
 
     def covers_fit(self, steps: int, guidance: float, denoise: float = 1.0) -> bool:
         """Whether `fitted_sigmas` gives a schedule that was fitted, or follows from fitted ones; not Karras steps."""
-        if denoise == 1 and self.is_fitted(steps, guidance):
-            return True
-        return max(round(steps / denoise), steps) <= MOST_STEPS and self._chooses_steps(guidance)
+        total, row = self._fitted_row(steps, guidance, denoise)
+        return row is not None or (total <= MOST_STEPS and self._chooses_steps(guidance))
 
     def is_fitted(self, steps: int, guidance: float) -> bool:
         """Whether a schedule of so many steps, and its coefficients, were fitted at this guidance scale or one near enough."""
