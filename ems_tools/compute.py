@@ -39,7 +39,7 @@ from .estimate.run import (
 from .estimate.source import Source
 from .file.contents import EMSFile
 from .file.rows import MAX_FITTED_STEPS, EMSMeta, EvidenceRow, FittedRow, RecommendedSetting
-from .fit.run import FitPlan, evaluations_of_fit, fit_steps, paths_of_fit
+from .fit.run import FitPlan, evaluations_of_fit, fit_steps
 from .judge.calibrate import CalibrationPlan, Row, calibrate, evaluations_of_calibration
 
 if TYPE_CHECKING:
@@ -243,9 +243,7 @@ def with_fit(file: EMSFile, source: Source, job: Job, fit: FitPlan, state: JobSt
         rows += fit_steps(model, job, guidance, fit, state, schedule=schedule, levels=levels, **options)
     used = evaluations_of_fit(fit, len(job.lambdas), len(job.guidance), min(job.samples, fit.noises))
     facts = {"fit_noises": fit.noises, "fit_held_out": fit.held_out, "fit_evaluations": used}
-    paths = tuple(p for g in job.guidance if (p := paths_of_fit(state, g)) is not None)
-    paths = paths if len(paths) == len(job.guidance) else ()
-    file = replace(file, meta=replace(file.meta, fitted=tuple(rows), estimate={**file.meta.estimate, **facts}), paths=paths)
+    file = replace(file, meta=replace(file.meta, fitted=tuple(rows), estimate={**file.meta.estimate, **facts}))
     # Standard errors give way if the rows make the file too large to share.
     return file if file.errors is None or file.per_element else replace(file.compacted(), moments=file.moments)
 
@@ -344,9 +342,14 @@ def statistics_file(
     kept = {}
     for g, m in enumerate(moments):
         kept[f"sums.{g}"], kept[f"count.{g}"] = m.sums, m.count
-    lambdas, guidance = (torch.tensor(v, dtype=torch.float64) for v in (job.lambdas, job.guidance))
-    l, s, b = (stacked[name] for name in "lsb")
-    file = EMSFile(lambdas, guidance, l, s, b, meta, errors if finite else None, kept)
+    file = EMSFile(
+        lambdas=torch.tensor(job.lambdas, dtype=torch.float64),
+        guidance=torch.tensor(job.guidance, dtype=torch.float64),
+        meta=meta,
+        errors=errors if finite else None,
+        moments=kept,
+        **stacked,
+    )
     return replace(file.compacted(), moments=kept if keep_moments else {})
 
 

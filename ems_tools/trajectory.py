@@ -93,14 +93,6 @@ class Trajectories:
         da, db = (self.D[i - 1].double() - a) * h, (self.D[i].double() - b) * h
         return (1 + 2 * u) * (1 - u) ** 2 * a + u * (1 - u) ** 2 * da + u**2 * (3 - 2 * u) * b - u**2 * (1 - u) * db
 
-    def denoised_at(self, lam: float) -> Tensor:
-        """D [K, P] at `lam`, by the cubic through the four grid points around it."""
-        grid = self.lambdas
-        first = min(max(sum(v <= lam for v in grid) - 2, 0), len(grid) - 4)
-        nodes = grid[first : first + 4]
-        weights = [math.prod((lam - b) / (a - b) for b in nodes if b != a) for a in nodes]
-        return torch.einsum("m,mkp->kp", torch.tensor(weights, dtype=torch.float64), self.D[first : first + 4].double())
-
     def lambda_where_left(self, share: float) -> float:
         """Lambda from which D is nearer to the picture than `share` of the squared distance at the noisy end."""
         gap = torch.stack([(D.double() - self.clean).square().mean(1).clamp(min=1e-30).log().mean() for D in self.D[:-1]])

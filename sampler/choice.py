@@ -19,7 +19,6 @@ from .fitted import FittedSteps
 from .plan import Plan, check_levels, fitted_plan, make_plan, typical_plan
 from .settings import AUTO, OPTIONS, Settings, SolverOptions, defaults_for, resolve_settings
 from .space import Space
-from .trajectories import Trajectories
 from .typical import MOST_STEPS
 
 if TYPE_CHECKING:
@@ -68,12 +67,7 @@ def plan_for(
         if plan.is_sane(space):
             return plan
         warnings.warn(f"the fitted coefficients {_NOT_SANE}", RuntimeWarning, stacklevel=2)
-    own = _own_trajectories(ems)
-    if _takes_typical_steps(levels, ems is None or unused or own is not None, chosen):
-        plan = typical_plan(host, space, guidance, own)
-        if own is None or plan.is_sane(space):
-            return plan
-        warnings.warn(f"the steps that follow from the file's trajectories {_NOT_SANE}", RuntimeWarning, stacklevel=2)
+    if _takes_typical_steps(levels, ems is None or unused, chosen):
         return typical_plan(host, space, guidance)
     if ems is not None and settings.strength:
         plan = make_plan(host, space, ems, settings)
@@ -111,18 +105,11 @@ def _settings(
 
 
 def takes_typical_steps(levels: Tensor, space: Space, ems: EMS | None, chosen: Mapping[str, object]) -> bool:
-    """Whether sampling takes the steps of `typical`, chosen on the model's own trajectories where the file holds them.
+    """Whether sampling takes the steps of `typical`: options at "auto", falling levels, few steps, no statistics that are used.
 
-    It does with all options at "auto", on falling levels, with at most `MOST_STEPS` steps, where no statistics are used.
     `settings_for` then only says what options would start from of which the user sets one.
     """
-    without = ems is None or _own_trajectories(ems) is not None or _is_unused(levels, space, ems)
-    return _takes_typical_steps(levels, without, chosen)
-
-
-def _own_trajectories(ems: EMS | None) -> Trajectories | None:
-    """Those of the model itself, where its file holds them."""
-    return None if ems is None or ems.recommendation is None else ems.recommendation.trajectories
+    return _takes_typical_steps(levels, ems is None or _is_unused(levels, space, ems), chosen)
 
 
 def _takes_typical_steps(levels: Tensor, without: bool, chosen: Mapping[str, object]) -> bool:

@@ -19,7 +19,6 @@ from .ems import EMS
 from .fitted import FittedSteps
 from .settings import Settings
 from .space import Space
-from .trajectories import Trajectories
 from .typical import typical_steps
 
 __all__ = ["Plan", "StepPlan", "check_levels", "fitted_plan", "forget_plans", "make_plan", "typical_plan"]
@@ -286,11 +285,8 @@ def fitted_plan(levels: tuple[float, ...], space: Space, fitted: FittedSteps) ->
 
 
 @lru_cache(maxsize=8)
-def typical_plan(
-    levels: tuple[float, ...], space: Space, guidance: float | None, trajectories: Trajectories | None = None
-) -> Plan:
-    """The plan for falling host noise `levels` [n + 1] on the model's own trajectories, or on those of others: `typical`."""
+def typical_plan(levels: tuple[float, ...], space: Space, guidance: float | None) -> Plan:
+    """The plan for falling host noise `levels` [n + 1] when nothing but perhaps the guidance scale is known: `typical`."""
     slope = torch.zeros(1, dtype=torch.float64)  # m = D
-    found = typical_steps(levels, space, guidance, trajectories)
-    steps = (StepPlan(slope, corrector, predictor) for corrector, predictor in found)
+    steps = (StepPlan(slope, corrector, predictor) for corrector, predictor in typical_steps(levels, space, guidance))
     return Plan(levels, tuple(steps))

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, TypedDict, get_args
 
 from .fitted import FittedSteps
-from .trajectories import Trajectories
 
 __all__ = [
     "AUTO",
@@ -126,18 +125,10 @@ class RecommendationEntry:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What is known of a model beside its statistics.
-
-    Args:
-        entries: measured settings for several schedules and step counts.
-        fitted: steps with coefficients of their own.
-        trajectories: the model's own, on which the steps of any other schedule are chosen (`typical`). With them, neither
-            statistics nor `entries` are used unless an option is set.
-    """
+    """Measured settings for several schedules and step counts; `fitted` are steps with coefficients of their own."""
 
     entries: tuple[RecommendationEntry, ...] = field(default_factory=tuple)
     fitted: tuple[FittedSteps, ...] = ()
-    trajectories: Trajectories | None = None
 
     def fitted_for(self, lambdas: list[float]) -> FittedSteps | None:
         """The coefficients fitted on the very schedule with these lambdas, if any."""

@@ -1,7 +1,7 @@
 """Trajectories of diffusion models in a few numbers, on which `typical` chooses the coefficients of steps.
 
 D* along trajectories, less D at their ends, projected on main directions; y* follows from it. Those of several small networks
-come with the package; a statistics file can carry those of the model itself.
+come with the package.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Trajectories:
         lambdas: [K] increasing, evenly spaced.
         denoised: [K, F]; F numbers are the coordinates of all trajectories side by side.
         response: [K, F] of D to an error of y.
-        owner: [F] which model and guidance scale, or which sample of one model, a coordinate belongs to, 0 .. M - 1.
+        owner: [F] which model and guidance scale a coordinate belongs to, 0 .. M - 1.
 
     Raises:
         ValueError: shapes that do not go together, values that are not finite, lambdas that are not evenly spaced.
@@ -52,19 +52,6 @@ class Trajectories:
         gaps = self.lambdas.diff()
         if not gaps[0] > 0 or not torch.allclose(gaps, gaps.mean().expand(points - 1), rtol=1e-3, atol=0):
             raise ValueError("the lambdas of trajectories must increase in even steps")
-
-    @classmethod
-    def of_model(cls, lambdas: Tensor, denoised: Tensor, response: Tensor) -> Trajectories:
-        """A model's own: lambdas [K], main coordinates [K, S, R] of S samples, and one response [K] for all of them."""
-        at, coordinates, answer = (v.detach().to("cpu", torch.float64) for v in (lambdas, denoised, response))
-        owner = torch.arange(coordinates.shape[1]).repeat_interleave(coordinates.shape[2])
-        coordinates = coordinates.flatten(1)
-        return cls(at, coordinates, answer[:, None].expand_as(coordinates).clone(), owner)
-
-    @property
-    def by_sample(self) -> Tensor:
-        """`denoised` as `of_model` takes it, [K, S, R]."""
-        return self.denoised.reshape(len(self.lambdas), self.models, -1)
 
     @property
     def models(self) -> int:
@@ -113,19 +100,7 @@ class Trajectories:
         owner = torch.cat([self.owner + k * self.models for k in range(len(shifts))])
         return Trajectories(self.lambdas, denoised, response, owner)
 
-    def varied(self) -> Trajectories:
-        """A model's own at other scales and with other responses, side by side.
 
-        Coefficients that are good on all of them do not depend on details that the next sample has not: chosen on the
-        trajectories alone, five steps of a U-Net had 2.1 times the error of typical steps on one schedule, chosen on these 0.6.
-        """
-        wide = self.shifted(_OWN_SCALES)
-        responses = [(wide.response + change).clamp(max=1) for change in _OWN_RESPONSES]
-        owner = torch.cat([wide.owner + k * wide.models for k in range(len(responses))])
-        return Trajectories(wide.lambdas, wide.denoised.repeat(1, len(responses)), torch.cat(responses, 1), owner)
-
-
-_OWN_SCALES, _OWN_RESPONSES = (-0.6, 0.0, 0.6), (-0.3, 0.0, 0.3)
 _GAUSS = ((0.5 - math.sqrt(0.15), 5 / 18), (0.5, 4 / 9), (0.5 + math.sqrt(0.15), 5 / 18))
 """Nodes and weights on [0, 1]."""
 

@@ -21,8 +21,6 @@ DDIM's), so that no trajectory counts for more than can be gained on it, plus `_
 does not foresee in the answers to errors grows with the guidance scale, and large factors would blow it up. After each
 evaluation the step that led there is redone with it (as UniC does, arXiv 2302.04867), then the next one is taken.
 
-A statistics file can carry the model's own trajectories; the steps are then chosen on those.
-
 Nothing here is infinite at sigma = 0 or at t = 1 of a flow, so these are steps like all others: the last one may extrapolate
 D, and D at t = 1 serves as history.
 """
@@ -61,7 +59,7 @@ def typical_steps(
         levels: they may start at t = 1 of a flow and end at 0.
         space: of the host.
         guidance: scale, None where it is not known.
-        trajectories: to choose the coefficients on, the model's own; those of the package if not given.
+        trajectories: to choose the coefficients on, those of the package if not given.
 
     Returns:
         for step i the update that redoes step i - 1 with D_i (none at the first), and the one that leads on.

@@ -80,5 +80,5 @@ def _with_moments(file: EMSFile, moments: list[Moments], seeds: tuple[Scalar, ..
         kept[f"sums.{g}"], kept[f"count.{g}"] = m.sums, m.count
     estimate = {**file.meta.estimate, "samples": tuple(m.samples for m in moments), "seeds": seeds}
     meta = replace(file.meta, estimate=estimate, evidence=(), recommendation=(), fitted=())
-    merged = replace(file, meta=meta, errors=errors, moments={}, paths=(), **stacked)
+    merged = replace(file, meta=meta, errors=errors, moments={}, **stacked)
     return replace(merged.compacted(), moments=kept)

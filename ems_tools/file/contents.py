@@ -17,10 +17,7 @@ from torch import Tensor
 
 from ...sampler import EMS, EMSError, Recommendation, RecommendationEntry, Space
 from ...sampler.settings import along
-from ...sampler.trajectories import Trajectories
-from ...sampler.typical import MOST_STEPS
 from .layout import DTYPE_NAMES, encoded
-from .paths import check_paths, tensors_of_paths
 from .rows import MAX_GUIDANCE, MAX_LAMBDA, MIN_GUIDANCE, EMSMeta, FittedRow
 from .storage import write_atomic
 
@@ -34,6 +31,8 @@ MAX_ELEMENTS = 2**20
 """Of a latent. On a grid of 21 points more would be larger than a file may be; the coefficients of the steps grow with it."""
 PER_CHANNEL_BYTES = 64 * 1024
 """What a per-channel file without moments is meant to stay below."""
+SPREAD = 1.5
+"""How far beyond the fitted numbers of steps, as a factor, their lambdas are followed."""
 FITTED_REACH = 0.4, 1.5
 """Smallest and largest ratio of the guidance scale in use to the fitted one. Measured (`benchmarks/transfer.py`): at half the
 fitted scale a fit keeps most of its gain; at twice it can lose all of it and more, as at a quarter."""
@@ -51,7 +50,6 @@ class EMSFile:
     Args:
         errors: standard errors under "l", "s", "b", or None.
         moments: sums of the estimate by name; their meaning is `moments`' and `estimate`'s.
-        paths: the model's own trajectories at each of the guidance scales, all on one grid; or none.
 
     Tensors are copied in. Raises EMSError for anything that the format does not allow.
     """
@@ -64,7 +62,6 @@ class EMSFile:
     meta: EMSMeta
     errors: Mapping[str, Tensor] | None = None
     moments: Mapping[str, Tensor] = field(default_factory=dict)
-    paths: tuple[Trajectories, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("lambdas", "guidance", *STATISTICS):
@@ -81,7 +78,6 @@ class EMSFile:
         object.__setattr__(self, "moments", MappingProxyType(moments))
         _check_tensors(self)
         _check_scales(self)
-        check_paths(self.paths, len(self.guidance))
 
     @property
     def channels(self) -> int:
@@ -134,9 +130,7 @@ class EMSFile:
         entries = tuple(RecommendationEntry(r.lambdas, r.settings, r.schedule) for r in found)
         facts = {"model": str(self.meta.model.get("name", "")), "space": self.meta.space, "guidance": f"{inside:g}"}
         fitted = tuple(r.coefficients for r in self._fitted_rows(guidance) if r.coefficients is not None)
-        paths = self._paths_at(guidance)
-        own = None if paths is None else paths.varied()
-        recommendation = Recommendation(entries, fitted, own) if entries or fitted or own else None
+        recommendation = Recommendation(entries, fitted) if entries or fitted else None
         l, s, b = (self._between(v, inside) for v in (self.l, self.s, self.b))
         return EMS(self.lambdas, l, s, b, facts, recommendation)
 
@@ -151,12 +145,6 @@ class EMSFile:
     def _nearest(guidance: float, scales: list[float]) -> float:
         return min(scales, key=lambda g: abs(math.log(g / guidance)))
 
-    def _paths_at(self, guidance: float) -> Trajectories | None:
-        """Those of the nearest scale that is near enough for fitted steps."""
-        low, high = FITTED_REACH
-        near = [k for k, g in enumerate(self.guidance.tolist()) if self.paths and low <= guidance / g <= high]
-        return self.paths[min(near, key=lambda k: abs(math.log(self.guidance[k].item() / guidance)))] if near else None
-
     def _fitted_rows(self, guidance: float) -> list[FittedRow]:
         """The rows of the nearest scale that is near enough."""
         low, high = FITTED_REACH
@@ -169,9 +157,9 @@ class EMSFile:
     def fitted_sigmas(self, steps: int, guidance: float, denoise: float = 1.0) -> Tensor:
         """The schedule fitted for `steps` evaluations at this guidance scale: host levels [steps + 1] in float64.
 
-        Step counts that were not fitted get lambdas between those of the nearest fitted ones, if the file holds the model's
-        own trajectories, on which their steps are chosen; else, and at scales far from all fitted ones, Karras steps to 0.
-        Below denoise 1 they are the last of a schedule of round(steps / denoise) steps, as hosts do it.
+        Step counts near fitted ones get lambdas between those (`spread`); others, and scales far from all fitted ones, get
+        Karras steps to 0. Below denoise 1 they are the last of a fitted schedule of round(steps / denoise) steps, as hosts do
+        it; coefficients do not apply to what was not fitted.
 
         Raises:
             EMSError: the file has no fitted schedules, or the arguments are out of range.
@@ -185,9 +173,8 @@ class EMSFile:
         ends = -math.log(self.meta.sigma_max), -math.log(self.meta.sigma_min)
         if row is not None:
             lambdas = [*row.lambdas, math.inf] if len(row.lambdas) == total else list(row.lambdas)
-        elif self._chooses_steps(guidance):
-            fitted = [r.lambdas for r in self._fitted_rows(guidance) if len(r.lambdas) == r.steps]
-            lambdas = [*spread(fitted, total, *ends), math.inf]
+        elif denoise == 1 and self._is_near_fitted(steps, guidance):
+            lambdas = [*spread(self._fitted_lambdas(guidance), steps, *ends), math.inf]
         else:
             lambdas = _karras(*ends, total)
         levels = Space(self.meta.space).level_of(torch.tensor(lambdas, dtype=torch.float64))
@@ -195,16 +182,24 @@ class EMSFile:
 
     def covers_fit(self, steps: int, guidance: float, denoise: float = 1.0) -> bool:
         """Whether `fitted_sigmas` gives a schedule that was fitted, or follows from fitted ones; not Karras steps."""
-        total, row = self._fitted_row(steps, guidance, denoise)
-        return row is not None or (total <= MOST_STEPS and self._chooses_steps(guidance))
+        row = self._fitted_row(steps, guidance, denoise)[1]
+        return row is not None or (denoise == 1 and self._is_near_fitted(steps, guidance))
 
     def is_fitted(self, steps: int, guidance: float) -> bool:
         """Whether a schedule of so many steps, and its coefficients, were fitted at this guidance scale or one near enough."""
         return self._fitted_row(steps, guidance, 1.0)[1] is not None
 
-    def _chooses_steps(self, guidance: float) -> bool:
-        """Whether steps that were not fitted can be placed by those that were, and chosen on the model's own trajectories."""
-        return self._paths_at(guidance) is not None and any(len(r.lambdas) == r.steps for r in self._fitted_rows(guidance))
+    def _fitted_lambdas(self, guidance: float) -> list[tuple[float, ...]]:
+        """Those of the schedules fitted at this scale that end at 0."""
+        return [r.lambdas for r in self._fitted_rows(guidance) if len(r.lambdas) == r.steps]
+
+    def _is_near_fitted(self, steps: int, guidance: float) -> bool:
+        """Whether so many steps can be placed by those that were fitted, with the steps without statistics on them.
+
+        They are far better than Karras steps there; at twice the largest fitted count they can be worse.
+        """
+        counts = [len(v) for v in self._fitted_lambdas(guidance)]
+        return bool(counts) and min(counts) / SPREAD <= steps <= max(counts) * SPREAD
 
     def _fitted_row(self, steps: int, guidance: float, denoise: float) -> tuple[int, FittedRow | None]:
         total = max(round(steps / denoise), steps)
@@ -267,10 +262,7 @@ def spread(fitted: Sequence[Sequence[float]], steps: int, low: float, high: floa
 
 
 def _karras(first: float, last: float, steps: int) -> list[float]:
-    """Lambdas of Karras steps (rho 7) from `first` to `last` and then to sigma = 0: what unfitted step counts get.
-
-    Measured: fitted lambdas interpolated between step counts, without coefficients, are worse than these.
-    """
+    """Lambdas of Karras steps (rho 7) from `first` to `last` and then to sigma = 0: what unfitted step counts get."""
     a, b = math.exp(-first / 7), math.exp(-last / 7)
     return [*(-7 * math.log(a + (b - a) * i / max(steps - 1, 1)) for i in range(steps)), math.inf]
 
@@ -340,4 +332,4 @@ def _tensors_of(file: EMSFile) -> dict[str, Tensor]:
     tensors = {name: cast(Tensor, getattr(file, name)) for name in ("lambdas", "guidance", *STATISTICS)}
     tensors.update({f"{name}_se": value for name, value in (file.errors or {}).items()})
     tensors.update({f"moments.{name}": value for name, value in file.moments.items()})
-    return {**tensors, **tensors_of_paths(file.paths)}
+    return tensors

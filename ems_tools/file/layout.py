@@ -8,9 +8,6 @@ A safetensors file (8 bytes of header length, a JSON header, raw tensors) with
 | `guidance`            | [G]                      | float64          | covered scales, increasing, 0.001 to 1000   |
 | `l`, `s`, `b`         | [G, N+1, C, (*spatial)]  | float32, float64 | within +-100, +-100, +-1e4                  |
 | `l_se`, `s_se`, `b_se`| the same, or 1 for N+1   | float16 to 64    | standard errors, optional; see `compacted`  |
-| `paths.lambdas`       | [K]                      | float64          | even steps of lambda, optional              |
-| `paths.denoised`      | [G, K, S, R]             | float32          | D on the model's own trajectories           |
-| `paths.response`      | [G, K]                   | float32          | of D to errors; see `sampler/trajectories`  |
 | `moments.<name>`      | any                      | float64          | to extend or merge the estimate, optional   |
 
 and string metadata: `format`, `format_version`, `content_sha256`, `program`, `date`, and JSON in `model`, `noise`,

@@ -10,7 +10,6 @@ from torch import Tensor
 from ...sampler import EMSError
 from .contents import STATISTICS, EMSFile
 from .layout import DAMAGED, MAX_FILE_BYTES, SUFFIX, content_hash, opened, parse_meta, too_large
-from .paths import paths_from_tensors
 from .rows import EMSMeta
 
 __all__ = ["EMSFileError", "decode_ems_file", "load_ems_file", "read_bytes"]
@@ -88,7 +87,6 @@ def _build(meta: EMSMeta, values: dict[str, Tensor]) -> EMSFile:
     main = {name: values.pop(name) for name in ("lambdas", "guidance", *STATISTICS)}
     errors = {name.removesuffix("_se"): values.pop(name) for name in list(values) if name in ("l_se", "s_se", "b_se")}
     moments = {name.removeprefix("moments."): values.pop(name) for name in list(values) if name.startswith("moments.")}
-    paths = paths_from_tensors(values)
     if values:
         raise EMSError(f"tensor {min(values)!r:.80} does not belong in a statistics file")
-    return EMSFile(**main, meta=meta, errors=errors or None, moments=moments, paths=paths)
+    return EMSFile(**main, meta=meta, errors=errors or None, moments=moments)

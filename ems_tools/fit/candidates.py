@@ -9,12 +9,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 
-from ...sampler import FittedSteps
 from ..estimate.job import JobState
 from ..file.rows import insane
 from ..trajectory import Runner, Trajectories, few_steps
 from .panel import Entrant
-from .paths import Answers
 from .plan import FitPlan, panel_heats
 from .spacing import CANDIDATES, Range, Spacing
 from .steps import closed_loop, objective
@@ -51,15 +49,6 @@ class Bench:
             self.state.save()
         return float(table[key])
 
-    def closed_loop(self, lambdas: Sequence[float], noises: int) -> tuple[FittedSteps, float]:
-        """`steps.closed_loop` on the first noises; how D answered to errors on the way is kept for `paths`."""
-        teacher = self.teacher.part(noises)
-        answers = Answers(teacher)
-        found = closed_loop(self.runner, self.samples[:noises], teacher, lambdas, answers)
-        table = self.state.facts.setdefault("fit_runs", {}).setdefault(self.name, {})
-        table.setdefault("answers", []).extend(map(list, answers.found))
-        return found
-
     def lambdas(self, spacing: Spacing, steps: int) -> list[float]:
         """Where a spacing evaluates; fewer than `steps` where the host's levels are too coarse for it."""
         return self.snap([round(v, 6) for v in spacing.lambdas(steps, self.span, self.teacher)])
@@ -78,7 +67,7 @@ def best_spacing(bench: Bench, steps: int) -> Spacing:
             return math.inf
         few = min(plan.search, len(bench.samples))
         key = f"spacing {steps} {'/'.join(map(str, astuple(spacing)))}"
-        value = bench.kept(key, lambda: bench.closed_loop(lambdas, few)[1])
+        value = bench.kept(key, lambda: closed_loop(bench.runner, bench.samples[:few], bench.teacher.part(few), lambdas)[1])
         tried[lambdas] = (value, spacing)
         return value
 

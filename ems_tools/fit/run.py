@@ -8,8 +8,6 @@ For one guidance scale, with reference trajectories at hand (the teacher; those 
    lambdas for the final error, where the plan says so.
 3. `judge`: on noise of no other use, against the panel's best. Where the fit is not clearly better, the panel's best is stored.
 
-4. `paths`: the trajectories themselves go into the file, for all schedules that were not fitted.
-
 Every run's result is kept in the job's state, so a cancelled fit goes on where it was.
 """
 
@@ -21,21 +19,19 @@ import torch
 from torch import Tensor
 
 from ...sampler import FittedSteps, NoiseSchedule
-from ...sampler.trajectories import Trajectories as Paths
 from ..estimate.job import Job, JobState, Meter, Model, Progress, snapped_grid
 from ..file.layout import fitted_row, fitted_values
 from ..file.rows import FittedRow
-from ..trajectory import Runner, Trajectories, kept_trajectories
+from ..trajectory import Runner, kept_trajectories
 from .candidates import Bench, best_entrant, best_spacing
 from .judge import judged_row
 from .panel import Entrant, entrants
-from .paths import own_paths
 from .plan import FitPlan, evaluations_of_fit, searched_steps
 from .refine import refine, with_last_step
 from .spacing import CANDIDATES, Range, Spacing
-from .steps import objective, rounded
+from .steps import closed_loop, objective, rounded
 
-__all__ = ["JUDGE_NOISE", "FitPlan", "evaluations_of_fit", "fit_steps", "paths_of_fit"]
+__all__ = ["JUDGE_NOISE", "FitPlan", "evaluations_of_fit", "fit_steps"]
 
 JUDGE_NOISE = 2_000_000_000
 """Index of the first sample that a fit is judged on. A fit uses the statistics' samples, from 0; calibration counts from
@@ -89,27 +85,11 @@ def fit_steps(
         rows[n] = judged_row(runner, judge_on, judge, guidance, fitted, rounded(rival_steps), rival.name)
         state.facts.setdefault("fit", []).append(fitted_values(rows[n]))
         state.save()
-    _keep_paths(state, name, teacher)
     for key in [key for key in state.tensors if key.startswith((f"fit.{name}.", f"judge.{name}."))]:
         del state.tensors[key]
     state.facts.get("fit_runs", {}).pop(name, None)
     state.save()
     return [rows[n] for n in wanted]
-
-
-def _keep_paths(state: JobState, name: str, teacher: Trajectories) -> None:
-    """Put the model's own trajectories into the state, once the runs have shown how D answers to errors."""
-    answers = state.facts.get("fit_runs", {}).get(name, {}).get("answers", [])
-    paths = own_paths(teacher, [(lam, value) for lam, value in answers])
-    parts = {"lambdas": paths.lambdas, "denoised": paths.by_sample.float(), "response": paths.response[:, 0].float()}
-    state.tensors.update({f"paths.{name}.{part}": value for part, value in parts.items()})
-
-
-def paths_of_fit(state: JobState, guidance: float) -> Paths | None:
-    """The model's own trajectories at this guidance scale that a job has so far."""
-    parts = [state.tensors.get(f"paths.{guidance:g}.{part}") for part in ("lambdas", "denoised", "response")]
-    lambdas, denoised, response = parts
-    return None if lambdas is None or denoised is None or response is None else Paths.of_model(lambdas, denoised, response)
 
 
 def _known(state: JobState, name: str) -> int:
@@ -146,7 +126,7 @@ def _fitted(bench: Bench, spacing: Spacing, steps: int) -> FittedSteps | None:
     if not lambdas:
         return None
     plan = bench.plan
-    found, _ = bench.closed_loop(lambdas, len(bench.samples))
+    found, _ = closed_loop(bench.runner, bench.samples, bench.teacher, lambdas)
     few = min(plan.refine_noises, len(bench.samples) // 2)
     if not plan.rounds or steps > plan.refined or few < 2:
         return found

@@ -11,7 +11,7 @@ carry most of a mean square, and would be all that is fitted. Iteratively reweig
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -96,16 +96,9 @@ def step_on(y: Tensor, history: Sequence[Tensor], decay: float, weights: Sequenc
 
 
 def closed_loop(
-    runner: Runner,
-    samples: Sequence[int],
-    teacher: Trajectories,
-    lambdas: Sequence[float],
-    visit: Callable[[float, Tensor, Tensor], None] | None = None,
+    runner: Runner, samples: Sequence[int], teacher: Trajectories, lambdas: Sequence[float]
 ) -> tuple[FittedSteps, float]:
-    """Coefficients on these lambdas, one evaluation a step and sample; and the mean log final error on noises left out.
-
-    `visit` is called at every evaluation with lambda, y and D [K, P].
-    """
+    """Coefficients on these lambdas, one evaluation a step and sample; and the mean log final error on noises left out."""
     y, history = runner.start(samples, lambdas[0]), []
     decays, rows, score = [], [], math.inf
     pick = teacher.elements
@@ -115,8 +108,6 @@ def closed_loop(
         past.append(history[-1].flatten(1)[:, pick].double())
         decay, weights = formula_step(lambdas, i, then)
         state = y.flatten(1)[:, pick].double()
-        if visit is not None:
-            visit(lambdas[i], state, past[-1])
         base = step_on(state, past, decay, weights)
         target = (teacher.clean if then == math.inf else teacher.at(then)) - base
         now = past[-1]
