@@ -417,7 +417,7 @@ def test_files_without_a_fit_are_as_before() -> None:
 
 
 def test_fitted_sigmas() -> None:
-    """Its own step counts as they are, Karras steps else; the nearest guidance scale; the tail for denoise below 1."""
+    """Fitted counts as they are, near ones between them, Karras steps else; the nearest scale; the tail below denoise 1."""
     guided = row(guidance=7.5, lambdas=(-2.0, 0.0, 1.0), coefficients=None)
     file = file_with(row(), row(steps=5, lambdas=FIVE, coefficients=None), guided)
     assert file.fitted_sigmas(3, 1.0).tolist() == pytest.approx(levels_of(LAMBDAS).tolist())
@@ -425,7 +425,11 @@ def test_fitted_sigmas() -> None:
     for n in (1, 2, 3, 4, 5, 7, 12, 40):
         sigmas = file.fitted_sigmas(n, 1.0)
         assert len(sigmas) == n + 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
-        assert sigmas[0].item() == pytest.approx(math.exp(2.0) if n in (3, 5) else 14.6)
+        if n in (3, 4, 5):  # fitted, or between two that begin there
+            assert sigmas[0].item() == pytest.approx(math.exp(2.0))
+        elif not file.covers_fit(n, 1.0):
+            assert sigmas[0].item() == pytest.approx(14.6)
+    assert [file.covers_fit(n, 1.0) for n in (1, 2, 7, 8, 12)] == [False, True, True, False, False]
     expected = karras(EDM(0.03, 14.6), 12, to_zero=True)
     assert file.fitted_sigmas(12, 1.0).tolist() == pytest.approx(expected.tolist())
     assert all(file.covers_fit(3, g) for g in (0.4, 1.5, 3.0, 11.0))
