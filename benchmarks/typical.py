@@ -22,7 +22,7 @@ from zoo import WEIGHTS, Loaded, load
 
 from dpm_solver_v3.sampler import karras, plan_for, sample_dpm_solver_v3, uniform_time
 from dpm_solver_v3.sampler.solver import Run
-from dpm_solver_v3.sampler.trajectories import FILE
+from dpm_solver_v3.sampler.typical import FILE
 
 NETWORKS = ("digits", "galaxies", "mnist", "emoji", "ddpm", "waves", "textures")
 GRID = torch.arange(-52, 67, dtype=torch.float64) / 10

@@ -27,27 +27,130 @@ D, and D at t = 1 serves as history.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .coefficients import Update
 from .space import Space
-from .trajectories import Trajectories, load_trajectories
 
-__all__ = ["LAST", "MOST_STEPS", "typical_steps"]
+__all__ = ["FILE", "LAST", "MOST_STEPS", "Trajectories", "load_trajectories", "typical_steps"]
 
+FILE = Path(__file__).with_name("typical.safetensors")
 LAST = 4
 """How many evaluations an update looks back to."""
 MOST_STEPS = 40
 """With more steps a formula is taken: its order of convergence is proven on every model, while this choice was measured up to
 30 steps and, on a network with random weights at 80, converged more slowly (tests/pipelines/test_cli.py)."""
-_RIDGE, _FLOOR, _ALONE_RIDGE = 0.1, 0.1, 1e-2
+_RIDGE, _FLOOR, _OWN_RIDGE = 0.1, 0.1, 1e-2
 _UNKNOWN_GUIDANCE = 3.0
 _NEGLIGIBLE = 1e-12
 """Squared errors of DDIM below this, where the data's variance is 1, are not worth a higher order."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectories:
+    """D* along trajectories of several models on one grid, projected on their main directions, less D at their ends.
+
+    y* follows from D* by dy/dlambda = D - y; less sigma times the start noise it begins as D* does.
+
+    Args:
+        lambdas: [K] increasing, evenly spaced.
+        denoised: [K, F]; F numbers are the coordinates of all trajectories side by side.
+        response: [K, F] of D to an error of y.
+        owner: [F] which model and guidance scale a coordinate belongs to, 0 .. M - 1.
+    """
+
+    lambdas: Tensor
+    denoised: Tensor
+    response: Tensor
+    owner: Tensor
+
+    @property
+    def models(self) -> int:
+        """M."""
+        return int(self.owner.max().item()) + 1
+
+    @cached_property
+    def state(self) -> Tensor:
+        """[K, F] y* on the grid."""
+        state = [self.denoised[0]]
+        for i in range(len(self.lambdas) - 1):
+            state.append(self._advanced(state[-1], i, 1.0))
+        return torch.stack(state)
+
+    @property
+    def _spacing(self) -> float:
+        return (self.lambdas[-1] - self.lambdas[0]).item() / (len(self.lambdas) - 1)
+
+    def at(self, lam: float) -> tuple[Tensor, Tensor, Tensor]:
+        """D*, y* and the response [F] at any lambda: D* and the response constant below the grid, D* and y* fading above it."""
+        low, high = self.lambdas[0].item(), self.lambdas[-1].item()
+        place = (min(max(lam, low), high) - low) / self._spacing
+        i = min(int(place), len(self.lambdas) - 2)
+        fade = math.exp(high - lam) if lam > high else 1.0
+        state = self._advanced(self.state[i], i, place - i)
+        return self._cubic(self.denoised, i, place - i) * fade, state * fade, self._cubic(self.response, i, place - i)
+
+    def _cubic(self, values: Tensor, i: int, u: float) -> Tensor:
+        """The value at u of a spacing beyond grid point i, on the cubic through four grid points around it."""
+        first = min(max(i - 1, 0), len(values) - 4)
+        weights = torch.tensor(_lagrange(u + i - first - 1), dtype=torch.float64)
+        return weights @ values[first : first + 4]
+
+    def _advanced(self, state: Tensor, i: int, u: float) -> Tensor:
+        """Y* at u of a spacing beyond grid point i, from y* there: e^-h y + integral of e^(r - h) D*(r) over r from 0 to h."""
+        h = u * self._spacing
+        state = state * math.exp(-h)
+        for node, weight in _GAUSS:
+            state = state + h * weight * math.exp(node * h - h) * self._cubic(self.denoised, i, node * u)
+        return state
+
+    def shifted(self, shifts: Sequence[float]) -> Trajectories:
+        """The same trajectories at other scales of the data: moved by each of `shifts` in lambda, side by side."""
+        found = [[self.at(lam - s) for lam in self.lambdas.tolist()] for s in shifts]
+        denoised, response = (torch.cat([torch.stack([row[k] for row in rows]) for rows in found], 1) for k in (0, 2))
+        owner = torch.cat([self.owner + k * self.models for k in range(len(shifts))])
+        return Trajectories(self.lambdas, denoised, response, owner)
+
+
+_GAUSS = ((0.5 - math.sqrt(0.15), 5 / 18), (0.5, 4 / 9), (0.5 + math.sqrt(0.15), 5 / 18))
+"""Nodes and weights on [0, 1]."""
+
+
+def _lagrange(u: float) -> list[float]:
+    """Weights of the values at -1, 0, 1, 2 in the cubic through them, at u."""
+    return [
+        -u * (u - 1) * (u - 2) / 6,
+        (u + 1) * (u - 1) * (u - 2) / 2,
+        -(u + 1) * u * (u - 2) / 2,
+        (u + 1) * u * (u - 1) / 6,
+    ]
+
+
+_SCALES = (-0.8, 0.0, 0.8)
+"""Data of another scale or model space is seen at another lambda: every trajectory also counts moved by so much."""
+
+
+@lru_cache(maxsize=1)
+def load_trajectories(path: Path = FILE) -> Trajectories:
+    """The trajectories of the package, at three scales. The file is a safetensors one; reading it needs torch only."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    values = {}
+    for name, entry in json.loads(content[8:start]).items():
+        low, high = entry["data_offsets"]
+        dtype = {"F32": torch.float32, "I32": torch.int32}[entry["dtype"]]
+        flat = torch.frombuffer(bytearray(content[start + low : start + high]), dtype=dtype)
+        values[name] = flat.reshape(entry["shape"]).to(torch.float64)
+    owner = values["owner"].long()
+    return Trajectories(values["lambdas"], values["denoised"], values["response"][:, owner], owner).shifted(_SCALES)
 
 
 def typical_steps(
@@ -119,7 +222,7 @@ def _best_factors(changes: Tensor, target: Tensor, owner: Tensor, models: int, r
     gram, right, ddim = products[:, :m, :m], products[:, :m, m], products[:, m, m]
     relative = 1 / (ddim + _NEGLIGIBLE)
     eye = torch.eye(m, dtype=torch.float64)
-    own = torch.linalg.solve(gram * relative[:, None, None] + _ALONE_RIDGE * eye, right * relative[:, None])
+    own = torch.linalg.solve(gram * relative[:, None, None] + _OWN_RIDGE * eye, right * relative[:, None])
     smallest = ddim - 2 * (own * right).sum(1) + torch.einsum("ki,kij,kj->k", own, gram, own)
     weight = 1 / (smallest.clamp(min=0) + _FLOOR * ddim + _NEGLIGIBLE) / models
     return torch.linalg.solve(torch.einsum("k,kij->ij", weight, gram) + ridge * eye, weight @ right)

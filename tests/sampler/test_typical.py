@@ -10,8 +10,7 @@ import torch
 
 from dpm_solver_v3.ems_tools.embedded import FlowHost, load_denoiser
 from dpm_solver_v3.sampler import Space, VPDiscrete, karras, plan_for, sample_dpm_solver_v3, takes_typical_steps, uniform_time
-from dpm_solver_v3.sampler.trajectories import Trajectories, load_trajectories
-from dpm_solver_v3.sampler.typical import LAST
+from dpm_solver_v3.sampler.typical import LAST, Trajectories, load_trajectories
 
 SD = VPDiscrete.linear()
 
