@@ -43,11 +43,7 @@ class Bench:
 
     def kept(self, key: str, value: Callable[[], float]) -> float:
         """The value under `key` in the state, computed and saved if it is not there."""
-        table = self.state.facts.setdefault("fit_runs", {}).setdefault(self.name, {})
-        if key not in table:
-            table[key] = value()
-            self.state.save()
-        return float(table[key])
+        return self.state.kept("fit_runs", self.name, key, value)
 
     def lambdas(self, spacing: Spacing, steps: int) -> list[float]:
         """Where a spacing evaluates; fewer than `steps` where the host's levels are too coarse for it."""

@@ -101,11 +101,7 @@ class _Bench:
 
     def kept(self, key: str, error: Callable[[], float]) -> float:
         """The error under `key` in the job's state, found and saved if it is not there."""
-        known: dict[str, float] = self.state.facts.setdefault("evidence_runs", {}).setdefault(self.name, {})
-        if key not in known:
-            known[key] = error()
-            self.state.save()
-        return known[key]
+        return self.state.kept("evidence_runs", self.name, key, error)
 
     def forget(self, *, ends: bool = True) -> None:
         """Take what helps only to go on out of the state: errors of a finished row, and end points if no row is left."""
