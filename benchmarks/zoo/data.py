@@ -16,6 +16,7 @@ import json
 import math
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -133,18 +134,24 @@ def shapes(folder: Path) -> Data:
     return image.clamp(-1, 1), labels
 
 
+def _uniform(draw: torch.Generator, *shape: int) -> Callable[[float, float], Tensor]:
+    """Random numbers of this shape between two ends."""
+    return lambda low, high: low + (high - low) * torch.rand(shape, generator=draw)
+
+
 def signals(folder: Path) -> Data:
     """8,000 sounds-like signals [1, 1, 128]: tones, chirps, pulses and steps (the class), with a decaying envelope."""
     del folder
     draw = torch.Generator().manual_seed(0)
     n, t = 8_000, torch.arange(128) / 128
-    rand = lambda low, high: low + (high - low) * torch.rand(n, 1, generator=draw)  # noqa: E731
+    rand = _uniform(draw, n, 1)
     labels = torch.randint(0, 4, (n,), generator=draw)
     onset = rand(0, 0.4)
     envelope = torch.sigmoid((t - onset) * 60) * (-(t - onset).clamp(min=0) * rand(0.5, 6)).exp()
     tone = (2 * math.pi * (rand(3, 14) * t + rand(0, 1))).sin() + 0.4 * (2 * math.pi * (rand(10, 24) * t + rand(0, 1))).sin()
     chirp = (2 * math.pi * (rand(2, 6) * t + rand(3, 14) * t**2 + rand(0, 1))).sin()
-    pulse = sum((-(((t - rand(0.1, 0.9)) / rand(0.01, 0.05)) ** 2)).exp() * rand(-1.5, 1.5) for _ in range(3))
+    bumps = [(-(((t - rand(0.1, 0.9)) / rand(0.01, 0.05)) ** 2)).exp() * rand(-1.5, 1.5) for _ in range(3)]
+    pulse = sum(bumps, torch.zeros(()))
     step = torch.tanh((t - rand(0.2, 0.8)) * 80) * rand(-1, 1) + rand(-0.3, 0.3)
     kinds = torch.stack([tone * envelope, chirp * envelope, pulse, step])
     signal = kinds[labels, torch.arange(n)] * rand(0.4, 0.9)
@@ -156,10 +163,10 @@ def waves(folder: Path) -> Data:
     del folder
     draw = torch.Generator().manual_seed(1)
     n, t = 8_000, torch.arange(96) / 96
-    rand = lambda low, high: low + (high - low) * torch.rand(n, 1, generator=draw)  # noqa: E731
+    rand = _uniform(draw, n, 1)
     labels = torch.randint(0, 3, (n,), generator=draw)
     turns = rand(1, 6) * t + rand(0, 1)
-    harmonics = sum((2 * math.pi * k * turns).cos() * rand(-1, 1) / k for k in (1, 2, 3, 5))
+    harmonics = sum(((2 * math.pi * k * turns).cos() * rand(-1, 1) / k for k in (1, 2, 3, 5)), torch.zeros(()))
     saw = (2 * (turns % 1) - 1) * rand(0.3, 1)
     spectrum = torch.fft.rfft(torch.randn(n, 96, generator=draw)) / (1 + torch.arange(49) / rand(2, 12)) ** 2
     noise = torch.fft.irfft(spectrum, 96)
@@ -175,7 +182,7 @@ def textures(folder: Path) -> Data:
     n, grid = 8_000, (torch.arange(32) - 15.5) / 16
     yy, xx = torch.meshgrid(grid, grid, indexing="ij")
     labels = torch.randint(0, 4, (n,), generator=draw)
-    rand = lambda low, high: low + (high - low) * torch.rand(n, 1, 1, generator=draw)  # noqa: E731
+    rand = _uniform(draw, n, 1, 1)
     turn, pitch = rand(0, math.pi), rand(2, 9)
     u, v = xx * turn.cos() + yy * turn.sin(), yy * turn.cos() - xx * turn.sin()
     stripes = torch.sin(pitch * u + rand(0, 6))
