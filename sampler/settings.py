@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal, TypedDict, get_args
 
@@ -153,12 +153,11 @@ class Recommendation:
 def _distance(a: list[float], b: list[float]) -> tuple[float, float]:
     ratio = max(len(a), len(b)) / min(len(a), len(b))
     samples = [i / 16 for i in range(17)]
-    gap = sum(abs(along(a, u) - along(b, u)) for u in samples) / len(samples)
+    gap = sum(abs(_along(a, u) - _along(b, u)) for u in samples) / len(samples)
     return ratio, gap
 
 
-def along(values: Sequence[float], u: float) -> float:
-    """The value at share `u` of the way from the first to the last, linear in between."""
+def _along(values: list[float], u: float) -> float:
     position = u * (len(values) - 1)
     i = min(int(position), len(values) - 2) if len(values) > 1 else 0
     j = min(i + 1, len(values) - 1)

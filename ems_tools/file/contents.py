@@ -6,7 +6,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import cast
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ...sampler import EMS, EMSError, Recommendation, RecommendationEntry, Space
-from ...sampler.settings import along
 from .layout import DTYPE_NAMES, encoded
 from .rows import MAX_GUIDANCE, MAX_LAMBDA, MIN_GUIDANCE, EMSMeta, FittedRow
 from .storage import write_atomic
@@ -31,8 +30,6 @@ MAX_ELEMENTS = 2**20
 """Of a latent. On a grid of 21 points more would be larger than a file may be; the coefficients of the steps grow with it."""
 PER_CHANNEL_BYTES = 64 * 1024
 """What a per-channel file without moments is meant to stay below."""
-SPREAD = 1.5
-"""How far beyond the fitted numbers of steps, as a factor, their lambdas are followed."""
 FITTED_REACH = 0.4, 1.5
 """Smallest and largest ratio of the guidance scale in use to the fitted one. Measured (`benchmarks/transfer.py`): at half the
 fitted scale a fit keeps most of its gain; at twice it can lose all of it and more, as at a quarter."""
@@ -157,9 +154,8 @@ class EMSFile:
     def fitted_sigmas(self, steps: int, guidance: float, denoise: float = 1.0) -> Tensor:
         """The schedule fitted for `steps` evaluations at this guidance scale: host levels [steps + 1] in float64.
 
-        Step counts near fitted ones get lambdas between those (`spread`); others, and scales far from all fitted ones, get
-        Karras steps to 0. Below denoise 1 they are the last of a fitted schedule of round(steps / denoise) steps, as hosts do
-        it; coefficients do not apply to what was not fitted.
+        Step counts that were not fitted, and scales far from all fitted ones, get Karras steps to 0. Below denoise 1 they
+        are the last of a schedule of round(steps / denoise) steps, as hosts do it; coefficients do not apply there.
 
         Raises:
             EMSError: the file has no fitted schedules, or the arguments are out of range.
@@ -170,36 +166,16 @@ class EMSFile:
             given = f"{steps}, {denoise} and {guidance}"
             raise EMSError(f"a fitted schedule needs at least 1 step, denoise in (0, 1] and guidance above 0, not {given}")
         total, row = self._fitted_row(steps, guidance, denoise)
-        ends = -math.log(self.meta.sigma_max), -math.log(self.meta.sigma_min)
-        if row is not None:
-            lambdas = [*row.lambdas, math.inf] if len(row.lambdas) == total else list(row.lambdas)
-        elif denoise == 1 and self._is_near_fitted(steps, guidance):
-            lambdas = [*spread(self._fitted_lambdas(guidance), steps, *ends), math.inf]
+        if row is None:
+            lambdas = _karras(-math.log(self.meta.sigma_max), -math.log(self.meta.sigma_min), total)
         else:
-            lambdas = _karras(*ends, total)
+            lambdas = [*row.lambdas, math.inf] if len(row.lambdas) == total else list(row.lambdas)
         levels = Space(self.meta.space).level_of(torch.tensor(lambdas, dtype=torch.float64))
         return levels[-(steps + 1) :]
 
     def covers_fit(self, steps: int, guidance: float, denoise: float = 1.0) -> bool:
-        """Whether `fitted_sigmas` gives a schedule that was fitted, or follows from fitted ones; not Karras steps."""
-        row = self._fitted_row(steps, guidance, denoise)[1]
-        return row is not None or (denoise == 1 and self._is_near_fitted(steps, guidance))
-
-    def is_fitted(self, steps: int, guidance: float) -> bool:
-        """Whether a schedule of so many steps, and its coefficients, were fitted at this guidance scale or one near enough."""
-        return self._fitted_row(steps, guidance, 1.0)[1] is not None
-
-    def _fitted_lambdas(self, guidance: float) -> list[tuple[float, ...]]:
-        """Those of the schedules fitted at this scale that end at 0."""
-        return [r.lambdas for r in self._fitted_rows(guidance) if len(r.lambdas) == r.steps]
-
-    def _is_near_fitted(self, steps: int, guidance: float) -> bool:
-        """Whether so many steps can be placed by those that were fitted, with the steps without statistics on them.
-
-        They are far better than Karras steps there; at twice the largest fitted count they can be worse.
-        """
-        counts = [len(v) for v in self._fitted_lambdas(guidance)]
-        return bool(counts) and min(counts) / SPREAD <= steps <= max(counts) * SPREAD
+        """Whether `fitted_sigmas` gives a schedule that was fitted, not Karras steps."""
+        return self._fitted_row(steps, guidance, denoise)[1] is not None
 
     def _fitted_row(self, steps: int, guidance: float, denoise: float) -> tuple[int, FittedRow | None]:
         total = max(round(steps / denoise), steps)
@@ -237,32 +213,11 @@ class EMSFile:
         write_atomic(path, self.encode())
 
 
-def spread(fitted: Sequence[Sequence[float]], steps: int, low: float, high: float) -> list[float]:
-    """Lambdas [steps] between those fitted for the nearest fewer and more steps, at the same shares of the way.
-
-    Beyond all fitted counts the ends draw near to `low` and `high` as the steps become small.
-
-    Args:
-        fitted: lambdas of the fitted schedules, each of another length.
-        steps: evaluations, at least 1.
-        low, high: the noise range in lambda.
-    """
-    few = max((v for v in fitted if len(v) <= steps), key=len, default=min(fitted, key=len))
-    many = min((v for v in fitted if len(v) >= steps), key=len, default=max(fitted, key=len))
-    a, b = len(few), len(many)
-    share = 0.0 if a == b else (math.log(steps) - math.log(a)) / (math.log(b) - math.log(a))
-    at = [i / max(steps - 1, 1) for i in range(steps)]
-    found = [(1 - share) * along(few, u) + share * along(many, u) for u in at]
-    if a == b and steps != a:
-        first, last = (end + (found[k] - end) * min(a / steps, 1.5) for k, end in ((0, low), (-1, high)))
-        first, last = max(first, low), min(last, high)
-        scale = (last - first) / (found[-1] - found[0]) if steps > 1 else 1.0
-        found = [first + (v - found[0]) * scale for v in found]
-    return found
-
-
 def _karras(first: float, last: float, steps: int) -> list[float]:
-    """Lambdas of Karras steps (rho 7) from `first` to `last` and then to sigma = 0: what unfitted step counts get."""
+    """Lambdas of Karras steps (rho 7) from `first` to `last` and then to sigma = 0: what unfitted step counts get.
+
+    Measured: fitted lambdas interpolated between step counts, without coefficients, are worse than these.
+    """
     a, b = math.exp(-first / 7), math.exp(-last / 7)
     return [*(-7 * math.log(a + (b - a) * i / max(steps - 1, 1)) for i in range(steps)), math.inf]
 

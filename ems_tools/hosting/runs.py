@@ -125,9 +125,7 @@ def choose_steps(file: EMSFile | None, name: str, run: Run, steps: int, denoise:
     if file is not None and not why:
         assert run.guidance is not None
         levels = file.fitted_sigmas(steps, run.guidance, denoise)
-        exact = denoise == 1 and file.is_fitted(steps, run.guidance)
-        what = f"schedule fitted for {steps} steps" if exact else f"{steps} steps placed by the fitted schedules"
-        return Steps(levels, True, *[f"{what} at cfg {run.guidance:g}, from {name}"] * 2)
+        return Steps(levels, True, *[f"schedule fitted for {steps} steps at cfg {run.guidance:g}, from {name}"] * 2)
     title, levels = unfitted_steps(run.schedule, max(round(steps / denoise), steps))
     message = f"{why}: {title} steps instead"
     return Steps(levels[-(steps + 1) :], False, message, f"{title} steps" if file is None else message)

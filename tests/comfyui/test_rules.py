@@ -115,11 +115,11 @@ def test_a_linked_cfg_is_not_taken_for_one(server: Any, exact: Any) -> None:
 def test_a_changed_cfg_reaches_the_scheduler(server: Any) -> None:
     """The host keeps what a node returned until its own inputs change, and the cfg is none of the scheduler's."""
     one = Told(server, [*emoji(), *custom(1.0, own(7))])
-    assert "7 steps placed by the fitted schedules at cfg 1" in one.text
+    assert "fitted for 7 steps at cfg 1" in one.text
     four = Told(server, [*emoji(), *custom(4.0, own(7))])
-    assert "7 steps placed by the fitted schedules at cfg 4" in four.text
+    assert "fitted for 7 steps at cfg 4" in four.text
     again = Told(server, [*emoji(), *custom(4.0, own(7))])
-    assert "7 steps placed" not in again.text and torch.equal(again.x, four.x)  # nothing ran again
+    assert "fitted for 7 steps" not in again.text and torch.equal(again.x, four.x)  # nothing ran again
 
 
 def test_two_cfgs_in_one_prompt(server: Any) -> None:

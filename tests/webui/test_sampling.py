@@ -230,7 +230,7 @@ def test_without_a_fit_the_schedule_is_the_best_unfitted_one(
         monkeypatch.setattr(sampling, "find_entry", lambda *_: 1 / 0)
     cases: dict[str, dict[str, Any]] = {
         "none wanted": {"dpm_solver_v3_chosen": {"ems": "none"}},
-        "other steps": {"steps": 15},
+        "other steps": {"steps": 5},
     }
     values = cases.get(case, {})
     p = host.make(scheduler=FITTED, **{**values, **({"cfg_scale": 14.0} if case == "far scale" else {})})

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import os
 import warnings
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 
 from dpm_solver_v3.ems_tools.file import layout as format_
 from dpm_solver_v3.ems_tools.file import storage as atomic
-from dpm_solver_v3.ems_tools.file.contents import EMSFile, spread
+from dpm_solver_v3.ems_tools.file.contents import EMSFile
 from dpm_solver_v3.ems_tools.file.reader import EMSFileError, decode_ems_file, load_ems_file
 from dpm_solver_v3.ems_tools.file.rows import EMSMeta, EvidenceRow, RecommendedSetting
 from dpm_solver_v3.ems_tools.judge.consistency import evidence_problems
@@ -391,16 +390,3 @@ def test_a_latent_larger_than_any_is_refused() -> None:
     lambdas = torch.tensor([-2.0, 2.0], dtype=torch.float64)
     with pytest.raises(EMSError, match="latents of 1050624 elements; at most 1048576"):
         EMSFile(lambdas, torch.ones(1, dtype=torch.float64), l, l, l, META)
-
-
-def test_lambdas_are_spread_between_fitted_ones() -> None:
-    """At the same shares of the way, inside the noise range, nearer to its ends the more steps there are."""
-    few, many = (-3.0, -1.0, 1.0, 2.0), (-3.4, -2.4, -1.2, 0.0, 1.2, 2.6)
-    five = spread([few, many], 5, -4.0, 4.0)
-    assert len(five) == 5 and all(a < b for a, b in pairwise(five))
-    assert few[0] > five[0] > many[0] and few[-1] < five[-1] < many[-1]
-    assert spread([few, many], 4, -4.0, 4.0) == pytest.approx(list(few))
-    nine = spread([few, many], 9, -4.0, 4.0)
-    assert -4.0 < nine[0] < many[0] and many[-1] < nine[-1] < 4.0
-    three = spread([few, many], 3, -4.0, 4.0)
-    assert three[0] > few[0] and three[-1] < few[-1] and len(three) == 3

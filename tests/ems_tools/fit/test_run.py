@@ -203,8 +203,8 @@ def test_a_formula_as_coefficients_is_the_formula(mixture, formula, to_zero) -> 
     assert mine.max() < 1e-16
 
 
-def test_ipndm_follows_a_cubic_exactly() -> None:
-    """Adams and Bashforth's fourth step is exact where the slope is a cubic of sigma and the steps are even."""
+def test_ipndm_is_adams_and_bashforths_method() -> None:
+    """On given slopes the last of four steps is Adams and Bashforth's of order 4, the noise that is left taken out."""
     sigmas = [5.0, 4.0, 3.0, 2.0]
     steps = formula_steps(tuple(-math.log(v) for v in sigmas), 0.0, "iPNDM")
     slope = lambda sigma: sigma**3 - 2 * sigma  # noqa: E731
@@ -213,10 +213,9 @@ def test_ipndm_follows_a_cubic_exactly() -> None:
     for i, sigma in enumerate(sigmas):
         D.append(y[-1] - sigma * slope(sigma))
         y.append(steps.decay[i] * y[-1] + sum(w * d for w, d in zip(steps.weights[i], D)))
-    # The noise share that the last step takes out is undone: y_4 = end - share (y_0 - end) / (1 - share) in the end's terms.
     slopes = [slope(v) for v in sigmas]
     expected = y[3] - (55 * slopes[3] - 59 * slopes[2] + 37 * slopes[1] - 9 * slopes[0]) / 24
-    share = 1.0 / 5.0
+    share = 1.0 / 5.0  # of the start noise: from sigma = 5 the run ends at 1
     assert y[4].item() == pytest.approx(((expected - share * y[0]) / (1 - share)).item(), rel=1e-9)
 
 
@@ -417,7 +416,7 @@ def test_files_without_a_fit_are_as_before() -> None:
 
 
 def test_fitted_sigmas() -> None:
-    """Fitted counts as they are, near ones between them, Karras steps else; the nearest scale; the tail below denoise 1."""
+    """Its own step counts as they are, Karras steps else; the nearest guidance scale; the tail for denoise below 1."""
     guided = row(guidance=7.5, lambdas=(-2.0, 0.0, 1.0), coefficients=None)
     file = file_with(row(), row(steps=5, lambdas=FIVE, coefficients=None), guided)
     assert file.fitted_sigmas(3, 1.0).tolist() == pytest.approx(levels_of(LAMBDAS).tolist())
@@ -425,11 +424,7 @@ def test_fitted_sigmas() -> None:
     for n in (1, 2, 3, 4, 5, 7, 12, 40):
         sigmas = file.fitted_sigmas(n, 1.0)
         assert len(sigmas) == n + 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
-        if n in (3, 4, 5):  # fitted, or between two that begin there
-            assert sigmas[0].item() == pytest.approx(math.exp(2.0))
-        elif not file.covers_fit(n, 1.0):
-            assert sigmas[0].item() == pytest.approx(14.6)
-    assert [file.covers_fit(n, 1.0) for n in (1, 2, 7, 8, 12)] == [False, True, True, False, False]
+        assert sigmas[0].item() == pytest.approx(math.exp(2.0) if n in (3, 5) else 14.6)
     expected = karras(EDM(0.03, 14.6), 12, to_zero=True)
     assert file.fitted_sigmas(12, 1.0).tolist() == pytest.approx(expected.tolist())
     assert all(file.covers_fit(3, g) for g in (0.4, 1.5, 3.0, 11.0))
