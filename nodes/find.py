@@ -186,9 +186,8 @@ def find(run: Running, x: Tensor, options: Options, same_architecture: bool = Fa
     streams = streams_of(run.patcher, x)
     if len(streams) > 1:  # each has channels of its own, and in the pack no axis is left that tells them apart
         shapes = " and ".join("x".join(map(str, shape)) for shape in streams if shape)
-        return Found(
-            None, f"several latents packed into one{f' ({shapes})' if shapes else ''}: sampling without EMS", warn=True
-        )
+        told = f"several latents packed into one{f' ({shapes})' if shapes else ''}: sampling without EMS"
+        return Found(None, f"{told}; for steps take a usual scheduler, none are fitted to them", warn=True)
     attached = options.get(ATTACHMENT)
     if isinstance(attached, Attached):
         if attached.handle is None:

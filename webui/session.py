@@ -43,6 +43,10 @@ __all__ = ["BusyError", "Request", "Work", "begin", "cost_in_words", "current", 
 State = Literal["running", "done", "stopped", "failed"]
 
 
+class _Stopped(BaseException):
+    """Interrupt was pressed in the tab."""
+
+
 class BusyError(RuntimeError):
     """Another computation is under way; the message says what to do."""
 
@@ -192,7 +196,7 @@ class Work:
         try:
             self._compute(denoiser, x, extra_args)
         except BaseException:  # the host's interrupt is one
-            if not passes.interrupted():
+            if not (self.stopped or passes.interrupted()):
                 raise
             self.stopped = True
         return passes.no_images(x)
@@ -228,10 +232,10 @@ class Work:
         return {**identity.facts(), "prompts": prompts, **request, **({GUIDER: one_line_of(guider)} if guider else {})}
 
     def _show(self, watch: Watch, p: Progress) -> None:
-        text, each = watch.update(p), watch.seconds_each
+        if self.stopped:  # the host's own mark of it is gone once any other call of its page ends
+            raise _Stopped
+        self.message, each = watch.update(p), watch.seconds_each
         self.share = watch.done / watch.total
-        if not self.stopped:
-            self.message = text
         if each is not None:
             _SPEED[:] = [each]
         passes.report_progress(watch.done, watch.total, self.message)

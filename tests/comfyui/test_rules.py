@@ -162,6 +162,11 @@ def test_guiders_other_than_plain_guidance(server: Any) -> None:
     assert "schedule fitted" not in told.text
     told = Told(server, [*emoji(), *advanced(two, own(8, guider=["guider", 0]))])
     assert "this run has DualCFG cfg2=1.5 nested=0" in told.text and "schedule fitted" not in told.text
+    if "CFGOverride" in server.get("/object_info"):  # from 0.24 on: another scale in a part of the run
+        parts = [part if part[0] != "model" else ("attached", *part[1:]) for part in emoji()]
+        override = {"model": ["attached", 0], "cfg": 1.0, "start_percent": 0.5, "end_percent": 1.0}
+        told = Told(server, [*parts, ("model", "CFGOverride", override), *ksampler()])
+        assert "this run has CFGOverride cfg=1" in told.text and "schedule fitted" not in told.text
 
 
 def test_a_patch_of_the_guidance(server: Any, exact: Any) -> None:
@@ -303,7 +308,7 @@ def test_latents_packed_into_one_and_a_latent_of_one_channel(server: Any) -> Non
         server, [*parts, ("model", "DPMSolverV3_ApplyEMS", {**apply, "ems": ["load", 0]}), *ksampler(5, 4.0)[:1], keep()]
     )
     shapes = " (3x8x8 and 4x10)" if models_have(server, "latent_shapes") else ""
-    assert f"several latents packed into one{shapes}: sampling without EMS" in sampled.text
+    assert f"several latents packed into one{shapes}: sampling without EMS; for steps take a usual scheduler" in sampled.text
 
     parts[3] = ("latent", "Test_Latent", {"shape": "1,1,64", "value": 0.0})
     told = Told(server, [*parts, ("model", "DPMSolverV3_ApplyEMS", {**apply, "ems": ["load", 0]}), *ksampler(5, 4.0, "karras")])

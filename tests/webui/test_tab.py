@@ -277,6 +277,22 @@ def test_interrupt_keeps_what_was_measured_and_resumes(host: Any, monkeypatch: p
         assert torch.allclose(getattr(parts, name), getattr(once, name), atol=1e-6)
 
 
+def test_interrupt_is_not_lost_when_another_call_of_the_page_ends(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its wrapper clears the host's mark (modules/call_queue.py: wrap_gradio_call); the tab then said "Stopping" to the end."""
+    host.start()
+    calls, evaluate = [], passes.evaluate
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 40:
+            tab._interrupt()
+            host.modules["modules.shared"].state.interrupted = False
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(passes, "evaluate", interrupted)
+    assert "Stopped. What was measured is kept" in last()["status"] and len(calls) == 40
+
+
 def test_interrupt_while_another_job_has_its_turn(host: Any) -> None:
     """It is not that job which ends."""
     host.start()
