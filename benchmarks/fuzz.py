@@ -35,7 +35,7 @@ from dpm_solver_v3.ems_tools.file.rows import EMSMeta, EvidenceRow, RecommendedS
 from dpm_solver_v3.ems_tools.judge.consistency import consistency_problems
 from dpm_solver_v3.ems_tools.share.index import decode_index, encode_index, entry_of
 from dpm_solver_v3.ems_tools.share.library import safe_name
-from dpm_solver_v3.ems_tools.share.workflow import EmbedError, pack, unpack
+from dpm_solver_v3.ems_tools.share.workflow import pack, unpack
 from dpm_solver_v3.sampler import EMSError, Settings
 
 __all__ = ["KINDS", "run"]
@@ -205,7 +205,7 @@ def _outcome(feed: Callable[[random.Random, Path], None], draw: random.Random, f
     """ "accepted", "refused", or what went wrong."""
     try:
         feed(draw, folder)
-    except (EMSError, EmbedError) as error:
+    except EMSError as error:
         text = str(error)
         if "\n" in text or not text.isprintable() or not 10 < len(text) < 1000:
             return f"unclear message {text!r:.200}"

@@ -188,7 +188,7 @@ def compute_ems(
     `plan` None leaves evidence, recommendation and fit out; `extend` begins with the moments of a finished file.
 
     Raises:
-        EstimateError, SamplingError, DivergedError, OSError: the state so far is saved; call again to resume.
+        EstimateError, SamplingError, OSError: the state so far is saved; call again to resume.
     """
     _check_before(source, job, plan, path)
     state = JobState.open(path.with_name(path.name + ".partial"), job)

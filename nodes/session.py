@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ..ems_tools.compute import EFFORTS, compute_ems, job_for, plan_for
-from ..ems_tools.estimate.points import DivergedError
 from ..ems_tools.estimate.run import EstimateError, Job, Progress
 from ..ems_tools.estimate.source import Source
 from ..ems_tools.file.contents import EMSFile
@@ -194,7 +193,7 @@ def _run(session: _Session, levels: Tensor, r: Request, path: Path, work: Callab
     ends = levels.sort().values[[-1, 0]].to(torch.float32)
     try:
         return session.run(noise, ends, r.seed, lambda device: work(device=device))
-    except (EstimateError, SamplingError, DivergedError) as error:
+    except (EstimateError, SamplingError) as error:
         raise host.HostError(f"Compute EMS: {error}") from error
     except OSError as error:
         raise host.HostError(f"Compute EMS: {path} cannot be written ({error}): make room there, then queue again") from error

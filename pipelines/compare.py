@@ -164,7 +164,7 @@ def table_of(result: Comparison) -> list[str]:
 
 
 def drawn(result: Comparison, path: Path) -> None:
-    """The table as a picture, .svg or .png. Raises PlotError, OSError."""
+    """The table as a picture, .svg or .png. Raises EMSError, OSError."""
     curves = []
     for k, (name, errors) in enumerate(result.errors.items()):
         colour, dash = style_of(k)

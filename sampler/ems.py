@@ -23,7 +23,7 @@ _COLUMNS = 1024
 
 
 class EMSError(ValueError):
-    """Statistics that cannot be used; the message says what is wrong and what to do."""
+    """Statistics that cannot be used, or what handles their files cannot do; the message says what is wrong and what to do."""
 
 
 @dataclass(frozen=True, eq=False)

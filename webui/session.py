@@ -15,7 +15,6 @@ from typing import Literal
 from torch import Tensor
 
 from ..ems_tools.compute import EFFORTS, compute_ems, job_for, plan_for
-from ..ems_tools.estimate.points import DivergedError
 from ..ems_tools.estimate.run import EstimateError, Progress
 from ..ems_tools.estimate.source import Source
 from ..ems_tools.file import EMSFile
@@ -155,7 +154,7 @@ class Work:
                 call(self._generate)
             self.message = self._ending()
         except Exception as error:
-            known = (host.HostError, EstimateError, SamplingError, DivergedError)
+            known = (host.HostError, EstimateError, SamplingError)
             self.message = str(error) if isinstance(error, known) else f"{type(error).__name__}: {error}"
             if isinstance(error, OSError) and self.path is not None:
                 self.message = f"{self.path} cannot be written ({error}): make room there, then compute again to go on"

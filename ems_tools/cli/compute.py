@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...sampler import SamplingError
 from ..compute import EFFORTS, compute_ems, evaluations, is_result_of, job_for, plan_for, with_fit
-from ..estimate.points import DivergedError
 from ..estimate.run import EstimateError, Job, JobState, Progress
 from ..estimate.source import Source
 from ..file.contents import EMSFile
@@ -104,8 +102,6 @@ def run_compute(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\nInterrupted. What was measured is in {out}.partial: give the same command to continue.", file=sys.stderr)
         return 130
-    except (SamplingError, DivergedError) as error:
-        raise EstimateError(str(error)) from error
     print(f"Wrote {out}, {out.stat().st_size / 1024:.1f} KiB. 'ems inspect {out}' shows it.")
     return _verdict(file)
 
@@ -238,8 +234,6 @@ def run_fit(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\nInterrupted. What was fitted is in {state.path}: give the same command to continue.", file=sys.stderr)
         return 130
-    except (SamplingError, DivergedError) as error:
-        raise EstimateError(str(error)) from error
     file.save(out)
     state.delete()
     print(f"Wrote {out}, {out.stat().st_size / 1024:.1f} KiB.")

@@ -8,9 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ...sampler import EMSError, SamplingError
-from ..estimate.moments import MergeError
 from ..estimate.run import EstimateError
-from ..show.draw import PlotError
 from .compute import add_compute, add_fit
 from .files import add_convert, add_inspect, add_merge, add_plot, add_verify
 from .plugs import Commands, plugs
@@ -18,7 +16,7 @@ from .share import add_index, add_pull, add_share
 
 __all__ = ["main"]
 
-REFUSALS = (EMSError, EstimateError, MergeError, PlotError, SamplingError, OSError)
+REFUSALS = (EMSError, EstimateError, SamplingError, OSError)
 """Errors whose message is for the user; others are bugs and keep their traceback."""
 
 

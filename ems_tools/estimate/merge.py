@@ -8,10 +8,11 @@ from os import PathLike
 import torch
 from torch import Tensor
 
+from ...sampler import EMSError
 from ..file.contents import EMSFile
 from ..file.reader import EMSFileError
 from ..file.rows import Scalar
-from .moments import MOMENTS, MergeError, Moments
+from .moments import MOMENTS, Moments
 from .run import EstimateError
 
 __all__ = ["merge_files", "moments_problem"]
@@ -40,9 +41,10 @@ def merge_files(files: list[tuple[str | PathLike[str], EMSFile]]) -> EMSFile:
                 path, f"holds samples of seed {sorted(map(str, repeated))[0]}, counted already: compute it with another --seed"
             )
         seeds += _seeds(file)
+        theirs = _moments(path, file)
         try:
-            totals = [a.merged(b) for a, b in zip(totals, _moments(path, file), strict=True)]
-        except MergeError as error:
+            totals = [a.merged(b) for a, b in zip(totals, theirs, strict=True)]
+        except EMSError as error:
             raise EMSFileError(path, str(error)) from error
     return _with_moments(first, totals, tuple(seeds))
 

@@ -19,7 +19,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["MOMENTS", "MergeError", "Moments", "Statistics", "smoothed_slope"]
+from ...sampler import EMSError
+
+__all__ = ["MOMENTS", "Moments", "Statistics", "smoothed_slope"]
 
 MOMENTS = ("y", "D", "D'", "yy", "yD", "DD", "yD'", "DD'", "vJv")
 SMOOTHING = 0.4
@@ -28,10 +30,6 @@ _WINDOW = 64
 S_LIMIT = 10.0
 """|s| is held to this. f grows or decays by e^(s h) over a step h: more means that f hardly varies, and s is a ratio of two
 rounding errors. (The largest |s| of the embedded model is 1.1.)"""
-
-
-class MergeError(ValueError):
-    """Moments that cannot be added; the message says why."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,12 +87,12 @@ class Moments:
         self.sums.index_add_(1, groups, values.to("cpu", torch.float64))
 
     def merged(self, other: Moments) -> Moments:
-        """The sum of two disjoint sets of samples. Raises MergeError unless grids and shapes agree."""
+        """The sum of two disjoint sets of samples. Raises EMSError unless grids and shapes agree."""
         if self.lambdas.shape != other.lambdas.shape or not torch.equal(self.lambdas, other.lambdas):
-            raise MergeError("the grids of lambda differ: only statistics computed on the same grid can be added")
+            raise EMSError("the grids of lambda differ: only statistics computed on the same grid can be added")
         if self.sums.shape != other.sums.shape:
             mine, theirs = tuple(self.sums.shape[3:]), tuple(other.sums.shape[3:])
-            raise MergeError(f"the shapes differ: {mine} and {theirs} (channels, positions) or the number of groups")
+            raise EMSError(f"the shapes differ: {mine} and {theirs} (channels, positions) or the number of groups")
         return Moments(self.lambdas, self.count + other.count, self.sums + other.sums)
 
     def values(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,19 +18,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ...sampler import LambdaDenoiser
+from ...sampler import LambdaDenoiser, SamplingError
 from ..trajectory import solve_finely
 from .job import probed_points
 from .moments import MOMENTS
 
-__all__ = ["PROBE_STEP", "DivergedError", "difference_weights", "sample_moments"]
+__all__ = ["PROBE_STEP", "difference_weights", "sample_moments"]
 
 PROBE_STEP = 0.1
 """Length of the finite-difference step for J v, in units of sigma per element."""
-
-
-class DivergedError(RuntimeError):
-    """A trajectory left the region of plausible values; the message names sigma."""
 
 
 @dataclass
@@ -92,8 +88,7 @@ def sample_moments(
         watch: called with (i, y, D) at every point of the trajectories.
 
     Raises:
-        SamplingError: the model returned NaN; names the step and sigma.
-        DivergedError: see there.
+        SamplingError: the model returned NaN, or a trajectory left the region of plausible values; names sigma.
     """
     kept = noise.shape[1:] if per_element else noise.shape[1:2]
     values = torch.zeros(len(MOMENTS), len(noise), len(lambdas), *kept, dtype=torch.float64, device=noise.device)
@@ -160,7 +155,7 @@ def _check_plausible(y: Tensor, D: Tensor, lam: float) -> None:
     sigma = 2.718281828459045**-lam
     residual = (y - D).float().square().mean().sqrt().item()
     if not residual <= 30 * max(sigma, 0.02):
-        raise DivergedError(
+        raise SamplingError(
             f"the trajectory diverges at sigma = {sigma:.4g} (lambda = {lam:.3f}): the model moves x by {residual:.3g}, where "
             f"about {sigma:.3g} of noise is left. Check the prediction type, the noise range and the guidance scale"
         )

@@ -73,7 +73,7 @@ def estimate_moments(
 
     Raises:
         EstimateError: out of memory with a batch of one; a state that has other settings.
-        SamplingError, DivergedError: from the model, naming sigma.
+        SamplingError: from the model, naming sigma.
     """
     counter = _Counter(job, progress)
     result = []

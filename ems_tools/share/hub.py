@@ -16,14 +16,10 @@ from types import ModuleType
 
 from ...sampler import EMSError
 
-__all__ = ["Hub", "HubError", "NotThere", "seconds_for", "within"]
+__all__ = ["Hub", "NotThere", "seconds_for", "within"]
 
 
-class HubError(EMSError):
-    """What failed between here and the Hub, and what to do."""
-
-
-class NotThere(HubError):
+class NotThere(EMSError):
     """The repository or the file does not exist (or is private)."""
 
 
@@ -31,7 +27,7 @@ def _library() -> ModuleType:
     try:
         import huggingface_hub
     except ImportError:
-        raise HubError(
+        raise EMSError(
             "this needs huggingface_hub, which is not installed here: install it with 'pip install huggingface_hub', "
             "or download the file by hand and put it into the folder of statistics files"
         ) from None
@@ -60,7 +56,7 @@ class Hub:
         parts = self.repo.split("/")
         plain = all(p and not p.startswith((".", "-")) and all(c.isalnum() or c in "._-" for c in p) for p in parts)
         if len(parts) != 2 or not plain or not self.repo.isascii() or ".." in self.repo or len(self.repo) > 96:
-            raise HubError(f"{self.repo!r:.120} is not the name of a Hub repository: give it as user/name")
+            raise EMSError(f"{self.repo!r:.120} is not the name of a Hub repository: give it as user/name")
 
     def fetch(self, name: str, limit: int, anew: bool = False) -> bytes:
         """The bytes of a file in the repository, or those in the cache if the Hub cannot be reached.
@@ -73,7 +69,8 @@ class Hub:
             anew: download it whatever the cache holds.
 
         Raises:
-            NotThere, HubError: what is wrong, and what to do.
+            NotThere: no such file or repository.
+            EMSError: what else is wrong, and what to do.
         """
         return within(seconds_for(limit), self._place(name), lambda: self._fetch(name, limit, anew))
 
@@ -88,10 +85,10 @@ class Hub:
         try:
             path = library.hf_hub_download(self.repo, name, **options)
             if os.stat(path).st_size > limit:
-                raise HubError(f"{self._place(name)} has more than the {limit} bytes allowed")
+                raise EMSError(f"{self._place(name)} has more than the {limit} bytes allowed")
             with open(path, "rb") as file:
                 return file.read(limit + 1)
-        except HubError:
+        except EMSError:
             raise
         except Exception as error:  # the library passes on errors of several HTTP libraries
             raise self._explained(library, name, error) from error
@@ -106,10 +103,10 @@ class Hub:
             return  # not reached: hf_hub_download then serves the cache, or says what is wrong
         if size is None or size > limit:
             told = "does not say its size" if size is None else f"has {size} bytes"
-            raise HubError(f"{self._place(name)} {told}; at most {limit} are downloaded")
+            raise EMSError(f"{self._place(name)} {told}; at most {limit} are downloaded")
 
     def put(self, files: Mapping[str, bytes], message: str, parent: str | None = None) -> str:
-        """Commit files; the commit's address. `parent`: fail if the branch has moved on since. Raises HubError."""
+        """Commit files; the commit's address. `parent`: fail if the branch has moved on since. Raises EMSError."""
         library = _library()
         api = library.HfApi(endpoint=self.endpoint)
         operations = [library.CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in files.items()]
@@ -122,7 +119,7 @@ class Hub:
         return str(getattr(done, "commit_url", ""))
 
     def head(self, create: bool = False) -> str:
-        """The branch's newest commit. Raises NotThere, HubError."""
+        """The branch's newest commit. Raises NotThere, EMSError."""
         library = _library()
         api = library.HfApi(endpoint=self.endpoint)
         try:
@@ -135,7 +132,7 @@ class Hub:
     def _place(self, name: str) -> str:
         return f"{self.repo}: {name}" if name else self.repo
 
-    def _explained(self, library: ModuleType, name: str, error: Exception) -> HubError:
+    def _explained(self, library: ModuleType, name: str, error: Exception) -> EMSError:
         status = getattr(getattr(error, "response", None), "status_code", None)
         kind = type(error).__name__
         if _is_absent(library, error):
@@ -143,14 +140,14 @@ class Hub:
             return NotThere(f"{self._place(name)}: {what}")
         if kind == "LocalEntryNotFoundError" or (self.offline and isinstance(error, FileNotFoundError)):
             where = "is not in the cache" if self.offline else "the Hub cannot be reached, and it is not in the cache"
-            return HubError(f"{self._place(name)}: {where}; try again with a network")
+            return EMSError(f"{self._place(name)}: {where}; try again with a network")
         if status in (401, 403):
-            return HubError(f"{self._place(name)}: the Hub refuses ({status}): log in with 'hf auth login'")
+            return EMSError(f"{self._place(name)}: the Hub refuses ({status}): log in with 'hf auth login'")
         if status in (409, 412):
-            return HubError(f"{self._place(name)}: somebody else changed the repository just now: give the same command again")
+            return EMSError(f"{self._place(name)}: somebody else changed the repository just now: give the same command again")
         if status is not None and status >= 500:
-            return HubError(f"{self._place(name)}: the Hub has a problem of its own ({status}): try again later")
-        return HubError(f"{self._place(name)}: {kind}: {' '.join(str(error).split())[:200]}")
+            return EMSError(f"{self._place(name)}: the Hub has a problem of its own ({status}): try again later")
+        return EMSError(f"{self._place(name)}: {kind}: {' '.join(str(error).split())[:200]}")
 
 
 def seconds_for(size: int) -> float:
@@ -159,7 +156,7 @@ def seconds_for(size: int) -> float:
 
 
 def within(seconds: float, place: str, work: Callable[[], bytes]) -> bytes:
-    """The result of `work`, which no server can draw out: after `seconds` it is left alone. Raises HubError then."""
+    """The result of `work`, which no server can draw out: after `seconds` it is left alone. Raises EMSError then."""
     result: list[bytes | BaseException] = []
 
     def run() -> None:
@@ -172,7 +169,7 @@ def within(seconds: float, place: str, work: Callable[[], bytes]) -> bytes:
     thread.start()
     thread.join(seconds)
     if not result:
-        raise HubError(f"{place}: no answer within {seconds:.0f} s: the network or the server is too slow; try again later")
+        raise EMSError(f"{place}: no answer within {seconds:.0f} s: the network or the server is too slow; try again later")
     if isinstance(result[0], BaseException):
         raise result[0]
     return result[0]
@@ -197,7 +194,7 @@ def _bounded(limit: int) -> type:
         def update(self, n: float | None = 1) -> bool | None:
             self.received += n or 0
             if self.received > limit:
-                raise HubError(f"the server sends more than the {limit} bytes allowed")
+                raise EMSError(f"the server sends more than the {limit} bytes allowed")
             return None
 
     return Bounded

@@ -29,7 +29,6 @@ from .library import safe_name
 __all__ = [
     "INDEX",
     "MAX_INDEX_BYTES",
-    "CollectionError",
     "Hashes",
     "IndexEntry",
     "decode_index",
@@ -44,10 +43,6 @@ INDEX = "index.json"
 MAX_INDEX_BYTES, MAX_ENTRIES = 8 * 2**20, 20_000
 _FORMAT = "dpm-solver-v3-ems-index-1"
 _HEX = re.compile(r"[0-9a-f]{0,64}")
-
-
-class CollectionError(EMSError):
-    """An index that is refused; the message says what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -134,16 +129,16 @@ class IndexEntry:
 
     def __post_init__(self) -> None:
         if not self.file.endswith(SUFFIX) or safe_name(self.file) != self.file or self.file.startswith("."):
-            raise CollectionError(f"the file name {self.file!r:.120} is not a plain name that ends in {SUFFIX}")
+            raise EMSError(f"the file name {self.file!r:.120} is not a plain name that ends in {SUFFIX}")
         if not 0 < self.bytes <= MAX_FILE_BYTES:
-            raise CollectionError(f"{self.file}: {self.bytes} bytes are not what a statistics file may have")
+            raise EMSError(f"{self.file}: {self.bytes} bytes are not what a statistics file may have")
         for what in ("sha256", "content_sha256"):
             if not re.fullmatch(r"[0-9a-f]{64}", getattr(self, what)):
-                raise CollectionError(f"{self.file}: {what} is no SHA-256")
+                raise EMSError(f"{self.file}: {what} is no SHA-256")
 
 
 def entry_of(data: bytes, name: str, checkpoints: Iterable[Hashes] = ()) -> IndexEntry:
-    """The entry of a statistics file's bytes. Raises EMSFileError, CollectionError.
+    """The entry of a statistics file's bytes. Raises EMSError.
 
     Args:
         checkpoints: hashes of checkpoint files at hand; they complete those in the file.
@@ -219,23 +214,23 @@ def write_index(folder: Path, entries: Iterable[IndexEntry]) -> Path:
 
 
 def decode_index(data: bytes) -> list[IndexEntry]:
-    """The entries of an index. Raises CollectionError for anything that `encode_index` would not write (unknown keys aside)."""
+    """The entries of an index. Raises EMSError for anything that `encode_index` would not write (unknown keys aside)."""
     if len(data) > MAX_INDEX_BYTES:
-        raise CollectionError(f"the index has {len(data) >> 20} MiB, more than the {MAX_INDEX_BYTES >> 20} allowed")
+        raise EMSError(f"the index has {len(data) >> 20} MiB, more than the {MAX_INDEX_BYTES >> 20} allowed")
     try:
         plain = json.loads(data.decode(), parse_constant=_refuse, parse_int=_short_int)
     except RecursionError:
-        raise CollectionError("the index is nested too deep") from None
+        raise EMSError("the index is nested too deep") from None
     except ValueError as error:
-        raise CollectionError(f"the index is not valid JSON ({error!s:.100})") from None
+        raise EMSError(f"the index is not valid JSON ({error!s:.100})") from None
     if not isinstance(plain, dict) or plain.get("format") != _FORMAT:
-        raise CollectionError(f"the index is not of the format {_FORMAT}: update DPM-Solver-v3, or ask its maintainer")
+        raise EMSError(f"the index is not of the format {_FORMAT}: update DPM-Solver-v3, or ask its maintainer")
     rows = plain.get("files")
     if not isinstance(rows, list) or len(rows) > MAX_ENTRIES:
-        raise CollectionError(f"the index must list at most {MAX_ENTRIES} files")
+        raise EMSError(f"the index must list at most {MAX_ENTRIES} files")
     entries = [_entry(row) for row in rows]
     if len({e.file.casefold() for e in entries}) != len(entries):
-        raise CollectionError("the index names a file twice")
+        raise EMSError("the index names a file twice")
     return entries
 
 
@@ -256,12 +251,12 @@ _LISTS = ("guidance", "steps", "fitted")
 
 def _entry(row: object) -> IndexEntry:
     if not isinstance(row, dict) or not {"file", "bytes", "sha256", "content_sha256"} <= row.keys():
-        raise CollectionError("an entry of the index lacks file, bytes, sha256 or content_sha256")
+        raise EMSError("an entry of the index lacks file, bytes, sha256 or content_sha256")
     values: dict[str, Any] = {name: _text(name, row[name]) for name in _TEXTS if name in row}
     for name in _COUNTS:
         if name in row:
             if type(row[name]) is not int or not 0 <= row[name] < 2**40:
-                raise CollectionError(f"the index has a bad {name}: {row[name]!r:.60}")
+                raise EMSError(f"the index has a bad {name}: {row[name]!r:.60}")
             values[name] = row[name]
     for name in _LISTS:
         if name in row:
@@ -274,23 +269,23 @@ def _entry(row: object) -> IndexEntry:
 
 def _hashes(plain: object) -> Hashes:
     if not isinstance(plain, Mapping):
-        raise CollectionError("the index has bad hashes of a checkpoint")
+        raise EMSError("the index has bad hashes of a checkpoint")
     found = {f.name: _text(f.name, plain.get(f.name, "")) for f in fields(Hashes)}
     if not all(_HEX.fullmatch(v) for v in found.values()):
-        raise CollectionError("the index has a hash that is not hexadecimal")
+        raise EMSError("the index has a hash that is not hexadecimal")
     return Hashes(**found)
 
 
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str) or len(value) > MAX_TEXT or not value.isprintable():
-        raise CollectionError(f"the index's {name} must be one line of plain text")
+        raise EMSError(f"the index's {name} must be one line of plain text")
     return value
 
 
 def _numbers(name: str, values: object) -> list[float]:
     if not isinstance(values, list) or len(values) > 256:
-        raise CollectionError(f"the index's {name} must be a short list of numbers")
+        raise EMSError(f"the index's {name} must be a short list of numbers")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
-            raise CollectionError(f"the index's {name} holds {value!r:.60}, which is no usable number")
+            raise EMSError(f"the index's {name} holds {value!r:.60}, which is no usable number")
     return values

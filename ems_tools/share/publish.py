@@ -60,7 +60,7 @@ class Contribution:
     entry: IndexEntry
 
     def save(self, folder: Path) -> list[Path]:
-        """Write the parts into a folder (made if need be), the entry into its index. Raises CollectionError for a bad index."""
+        """Write the parts into a folder (made if need be), the entry into its index. Raises EMSError for a bad index."""
         folder.mkdir(parents=True, exist_ok=True)
         written = []
         index = folder / INDEX
@@ -225,7 +225,7 @@ def files_for_hub(hub: Hub, item: Contribution, labels: Labels) -> dict[str, byt
 
 
 def push(hub: Hub, item: Contribution, labels: Labels) -> str:
-    """Put a contribution into the repository (made if need be) in one commit; its address. Raises HubError, EMSError."""
+    """Put a contribution into the repository (made if need be) in one commit; its address. Raises EMSError."""
     parent = hub.head(create=True)
     files = files_for_hub(hub, item, labels)
     decode_ems_file(files[item.name], item.name)

@@ -22,11 +22,7 @@ from .identity import ModelIdentity
 from .index import INDEX, MAX_INDEX_BYTES, Hashes, IndexEntry, decode_index, entry_of
 from .library import SHARED, safe_name
 
-__all__ = ["PullError", "Pulled", "candidates", "fetch_entry", "install", "pull"]
-
-
-class PullError(EMSError):
-    """Why no file was fetched or installed."""
+__all__ = ["Pulled", "candidates", "fetch_entry", "install", "pull"]
 
 
 @dataclass(frozen=True)
@@ -49,19 +45,19 @@ def candidates(entries: Iterable[IndexEntry], wanted: Hashes, channels: int | No
 
 
 def fetch_entry(hub: Hub, entry: IndexEntry, wanted: Hashes) -> tuple[bytes, EMSFile]:
-    """The file of an entry, verified. Raises HubError, PullError, EMSFileError."""
+    """The file of an entry, verified. Raises EMSError."""
     place = f"{hub.repo}: {entry.file}"
     data = hub.fetch(entry.file, entry.bytes)
     if _other(data, entry) and not hub.offline:
         data = hub.fetch(entry.file, entry.bytes, anew=True)  # a bit of the copy in the cache may have flipped
     if _other(data, entry):
-        raise PullError(f"{place} is not the file that the index describes (its SHA-256 differs): nothing was installed")
+        raise EMSError(f"{place} is not the file that the index describes (its SHA-256 differs): nothing was installed")
     file = decode_ems_file(data, place)
     problems = consistency_problems(file)
     if problems:
-        raise PullError(f"{place} contradicts itself ({problems[0]}): nothing was installed")
+        raise EMSError(f"{place} contradicts itself ({problems[0]}): nothing was installed")
     if not wanted.match(Hashes.of(ModelIdentity.from_facts(file.meta.model))):
-        raise PullError(f"{place} is for another checkpoint than the index says: nothing was installed")
+        raise EMSError(f"{place} is for another checkpoint than the index says: nothing was installed")
     return data, file
 
 
@@ -73,7 +69,7 @@ def _other(data: bytes, entry: IndexEntry) -> bool:
 def install(data: bytes, name: str, folder: Path) -> tuple[Path, bool]:
     """Put a checked file of others into `folder`/shared under its name or, where another file has that, a numbered one.
 
-    Returns the path, and whether it was written (equal bytes are left as they are). Raises PullError, OSError.
+    Returns the path, and whether it was written (equal bytes are left as they are). Raises EMSError, OSError.
     """
     folder = folder / SHARED
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,17 +87,17 @@ def install(data: bytes, name: str, folder: Path) -> tuple[Path, bool]:
                 return path, True
         if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
             return path, False
-    raise PullError(f"{folder} holds 999 files called {stem}: remove some")
+    raise EMSError(f"{folder} holds 999 files called {stem}: remove some")
 
 
 def pull(hub: Hub, wanted: Hashes, folder: Path, channels: int | None = None) -> Pulled:
-    """Find, fetch, verify and install. Raises HubError, PullError, EMSFileError, OSError."""
+    """Find, fetch, verify and install. Raises EMSError, OSError."""
     if wanted == Hashes():
-        raise PullError("nothing is known of the checkpoint to look for: give its file or its SHA-256")
+        raise EMSError("nothing is known of the checkpoint to look for: give its file or its SHA-256")
     found = candidates(decode_index(hub.fetch(INDEX, MAX_INDEX_BYTES)), wanted, channels)
     if not found:
         shown = wanted.autov2 or wanted.content or wanted.weights
-        raise PullError(f"{hub.repo} has no statistics for the checkpoint {shown}: compute them with 'ems compute'")
+        raise EMSError(f"{hub.repo} has no statistics for the checkpoint {shown}: compute them with 'ems compute'")
     data, file = fetch_entry(hub, found[0], wanted)
     path, new = install(data, found[0].file, folder)
     return Pulled(path, file, entry_of(data, found[0].file), new)

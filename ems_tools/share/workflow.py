@@ -16,7 +16,7 @@ from ..file.reader import decode_ems_file
 from .library import safe_name
 from .private import cleaned
 
-__all__ = ["KEY", "MAX_EMBEDDED", "EmbedError", "embedded_files", "pack", "unpack", "with_file"]
+__all__ = ["KEY", "MAX_EMBEDDED", "embedded_files", "pack", "unpack", "with_file"]
 
 KEY = "dpm_solver_v3_ems"
 """In the workflow's `extra`, which front ends keep when they open and save it."""
@@ -25,18 +25,14 @@ MAX_EMBEDDED = 256 * 1024
 _MOST = 16
 
 
-class EmbedError(EMSError):
-    """A file that cannot travel in a workflow, or what travelled is none."""
-
-
 def pack(name: str, file: EMSFile) -> dict[str, object]:
     """What is put into a workflow: the file without what is private (`private.cleaned`).
 
-    Raises EmbedError for a file that is too large.
+    Raises EMSError for a file that is too large.
     """
     data = cleaned(file).encode()
     if len(data) > MAX_EMBEDDED:
-        raise EmbedError(
+        raise EMSError(
             f"{name}: {len(data) >> 10} KiB are too much for a workflow ({MAX_EMBEDDED >> 10} allowed): "
             "share the file itself; only per-channel statistics are small"
         )
@@ -44,18 +40,18 @@ def pack(name: str, file: EMSFile) -> dict[str, object]:
 
 
 def unpack(value: object) -> tuple[str, EMSFile]:
-    """The name and the file. Raises EmbedError, EMSFileError."""
+    """The name and the file. Raises EMSError."""
     name, text = (value.get("name"), value.get("data")) if isinstance(value, Mapping) else (None, None)
     if not isinstance(name, str) or not isinstance(text, str) or len(text) > 2 * MAX_EMBEDDED:
-        raise EmbedError("what the workflow holds as EMS is none (no name, no data, or too much)")
+        raise EMSError("what the workflow holds as EMS is none (no name, no data, or too much)")
     clean = safe_name(name)
     unzip = zlib.decompressobj()
     try:
         data = unzip.decompress(base64.b64decode(text, validate=True), MAX_EMBEDDED + 1)
     except (binascii.Error, ValueError, zlib.error):
-        raise EmbedError(f"the EMS {clean!r} in the workflow is damaged: ask for the file itself") from None
+        raise EMSError(f"the EMS {clean!r} in the workflow is damaged: ask for the file itself") from None
     if len(data) > MAX_EMBEDDED or not unzip.eof or unzip.unused_data:
-        raise EmbedError(f"the EMS {clean!r} in the workflow is cut off or too large: ask for the file itself")
+        raise EMSError(f"the EMS {clean!r} in the workflow is cut off or too large: ask for the file itself")
     return clean, decode_ems_file(data, f"{clean} (in the workflow)")
 
 

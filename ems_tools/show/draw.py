@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from ...sampler import EMSError
 from ..file.contents import EMSFile
 from ..file.storage import write_atomic
 from .panels import Curve, Panel, limits_of, statistics_of, summary_of
 from .png import PNGPen
 from .svg import SVGPen
 
-__all__ = ["Pen", "PlotError", "plot_ems", "png_of", "svg_of"]
+__all__ = ["Pen", "plot_ems", "png_of", "svg_of"]
 
 WIDTH, HEIGHT, HEAD = 420, 310, 36
 """Size of a panel without its legend, and height of the title over all of them."""
@@ -29,10 +30,6 @@ BANDS = "bands: 2 standard errors"
 BANDS_ELEMENT = "lines: mean over positions; bands: middle 80 % of positions"
 Point = tuple[float, float]
 Anchor = Literal["left", "middle", "right"]
-
-
-class PlotError(ValueError):
-    """A plot that cannot be made; the message says what to do."""
 
 
 class Pen(Protocol):
@@ -61,13 +58,13 @@ def plot_ems(file: EMSFile, path: str | os.PathLike[str], title: str = "", *, st
     """Draw `file` to `path`, an .svg or .png: its statistics and evidence, or only what it gains.
 
     Raises:
-        PlotError: another ending, or .png without Pillow.
+        EMSError: another ending, or .png without Pillow.
         OSError: as the system reports it.
     """
     ending = Path(path).suffix.lower()
     draw: dict[str, Callable[[list[list[Panel]], str], bytes]] = {".svg": svg_of, ".png": png_of}
     if ending not in draw:
-        raise PlotError(f"{path}: a plot is an .svg or a .png file; choose such a name")
+        raise EMSError(f"{path}: a plot is an .svg or a .png file; choose such a name")
     name = title or str(file.meta.model.get("name") or "") or "EMS"
     if statistics and file.per_element:
         name = f"{name} ({BANDS_ELEMENT})"
@@ -82,11 +79,11 @@ def svg_of(rows: list[list[Panel]], title: str) -> bytes:
 
 
 def png_of(rows: list[list[Panel]], title: str, zoom: float = 1.0) -> bytes:
-    """The panels as a PNG, 420 pixels wide each at zoom 1. Raises PlotError without Pillow."""
+    """The panels as a PNG, 420 pixels wide each at zoom 1. Raises EMSError without Pillow."""
     try:
         return _page(rows, title, lambda width, height: PNGPen(width, height, zoom))
     except ImportError:
-        raise PlotError("a .png needs Pillow, which is not installed: give a name that ends in .svg") from None
+        raise EMSError("a .png needs Pillow, which is not installed: give a name that ends in .svg") from None
 
 
 def _page(rows: list[list[Panel]], title: str, new_pen: Callable[[int, int], Pen]) -> bytes:

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dpm_solver_v3.ems_tools.estimate.moments import MergeError, Moments, smoothed_slope
-from dpm_solver_v3.ems_tools.estimate.points import DivergedError, difference_weights
+from dpm_solver_v3.ems_tools.estimate.moments import Moments, smoothed_slope
+from dpm_solver_v3.ems_tools.estimate.points import difference_weights
 from dpm_solver_v3.ems_tools.estimate.run import (
     EstimateError,
     Job,
@@ -24,7 +24,7 @@ from dpm_solver_v3.ems_tools.estimate.run import (
     snapped_grid,
     uniform_grid,
 )
-from dpm_solver_v3.sampler import EDM, Space, VPDiscrete
+from dpm_solver_v3.sampler import EDM, EMSError, SamplingError, Space, VPDiscrete
 
 SIGMA_MIN, SIGMA_MAX = 0.05, 60.0
 
@@ -188,7 +188,7 @@ def test_extend_and_merge() -> None:
     torch.testing.assert_close(extended.sums, estimate(job(samples=8), batch=4).sums, rtol=0, atol=0)
     other = estimate(job(samples=4, seed=9))
     assert extended.merged(other).samples == 12
-    with pytest.raises(MergeError, match="grids"):
+    with pytest.raises(EMSError, match="grids"):
         extended.merged(estimate(job(samples=1, lambdas=uniform_grid(0.1, 10, 20))))
 
 
@@ -278,7 +278,7 @@ def test_nan_and_divergence_name_sigma() -> None:
         def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
             return 40 * x
 
-    with pytest.raises(DivergedError, match="sigma = "):
+    with pytest.raises(SamplingError, match="sigma = "):
         estimate(job(samples=2), Runaway())
 
 

@@ -21,10 +21,10 @@ from dpm_solver_v3.ems_tools.file.layout import MAX_FILE_BYTES, SUFFIX
 from dpm_solver_v3.ems_tools.file.reader import EMSFileError, decode_ems_file, load_ems_file
 from dpm_solver_v3.ems_tools.file.rows import EMSMeta
 from dpm_solver_v3.ems_tools.file.storage import write_atomic, write_new
-from dpm_solver_v3.ems_tools.share.index import MAX_INDEX_BYTES, CollectionError, decode_index, encode_index, entry_of, index_of
+from dpm_solver_v3.ems_tools.share.index import MAX_INDEX_BYTES, decode_index, encode_index, entry_of, index_of
 from dpm_solver_v3.ems_tools.share.library import SHARED, Library
 from dpm_solver_v3.ems_tools.share.pull import install
-from dpm_solver_v3.ems_tools.share.workflow import KEY, MAX_EMBEDDED, EmbedError, embedded_files, pack, unpack, with_file
+from dpm_solver_v3.ems_tools.share.workflow import KEY, MAX_EMBEDDED, embedded_files, pack, unpack, with_file
 from dpm_solver_v3.sampler import EMSError
 from loading import benchmark
 
@@ -88,15 +88,15 @@ def test_sizes_are_bounded_before_anything_is_read(tmp_path: Path) -> None:
         load_ems_file(tmp_path / "a" / f"big{SUFFIX}")
     with pytest.raises(EMSFileError, match="MiB, more than"):
         index_of(tmp_path / "a")
-    with pytest.raises(CollectionError, match="more than the"):
+    with pytest.raises(EMSError, match="more than the"):
         decode_index(b" " * (MAX_INDEX_BYTES + 1))
-    with pytest.raises(CollectionError, match=r"nested too deep|not valid JSON"):
+    with pytest.raises(EMSError, match=r"nested too deep|not valid JSON"):
         decode_index(b"[" * 100_000)
 
 
 def test_a_small_text_cannot_unpack_to_a_large_file() -> None:
     bomb = b64encode(zlib.compress(bytes(50 * MAX_EMBEDDED), 9)).decode()
-    with pytest.raises(EmbedError, match="too large"):
+    with pytest.raises(EMSError, match="too large"):
         unpack({"name": "a", "data": bomb})
 
 
@@ -110,7 +110,7 @@ def test_names_from_an_index_never_become_paths(name: str) -> None:
 
     plain = json.loads(good)
     plain["files"][0]["file"] = name + SUFFIX if not name.endswith("\n") else name
-    with pytest.raises(CollectionError):
+    with pytest.raises(EMSError):
         decode_index(json.dumps(plain).encode())
 
 
@@ -285,7 +285,7 @@ def test_the_shipped_file_fits_and_a_large_one_is_refused() -> None:
     shape = (1, 6, 3, 64, 64)
     tables = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     large = dataclasses.replace(small(), **dict(zip("lsb", tables, strict=True)))
-    with pytest.raises(EmbedError, match="too much for a workflow"):
+    with pytest.raises(EMSError, match="too much for a workflow"):
         pack("x", large)
 
 
