@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("sampler", "ems_tools", "nodes", "webui", "pipelines")
 """The folders of the product; beside them it has `__init__.py`, `install.py` and what is in scripts/."""
 
-LIMITS = {"lines of a module": 400, "lines of a function": 57, "lines that name Any": 40, "type: ignore": 5}
-"""No count may rise above these. Functions should come down to 50 lines."""
+LIMITS = {"lines of a module": 400, "lines of a function": 50, "lines that name Any": 40, "type: ignore": 5}
+"""No count may rise above these."""
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("sampler",),

@@ -304,13 +304,35 @@ def statistics_file(
     keep_moments: bool,
 ) -> EMSFile:
     """Assemble the file from finished parts."""
-    from .. import __version__
-
     statistics = [m.statistics() for m in moments]
     stacked = {name: torch.stack([getattr(st, name) for st in statistics]) for name in "lsb"}
     errors = {name: torch.stack([getattr(st, f"{name}_se") for st in statistics]) for name in "lsb"}
+    meta = replace(
+        _meta(source, job, plan, tuple(m.samples for m in moments)),
+        evidence=tuple(row for r in rows for row in _evidence(r)),
+        recommendation=tuple(RecommendedSetting(r.guidance, r.schedule, r.lambdas, r.settings) for r in rows),
+        date=date,
+    )
+    kept = {}
+    for g, m in enumerate(moments):
+        kept[f"sums.{g}"], kept[f"count.{g}"] = m.sums, m.count
+    file = EMSFile(
+        lambdas=torch.tensor(job.lambdas, dtype=torch.float64),
+        guidance=torch.tensor(job.guidance, dtype=torch.float64),
+        meta=meta,
+        errors=errors if all(torch.isfinite(e).all() for e in errors.values()) else None,
+        moments=kept,
+        **stacked,
+    )
+    return replace(file.compacted(), moments=kept if keep_moments else {})
+
+
+def _meta(source: Source, job: Job, plan: CalibrationPlan | None, samples: tuple[int, ...]) -> EMSMeta:
+    """What the file says of its model and of how it was estimated; `samples` for each guidance scale."""
+    from .. import __version__
+
     sigma_min, sigma_max = source.noise_range()
-    meta = EMSMeta(
+    return EMSMeta(
         space=job.space.value,
         sigma_min=sigma_min,
         sigma_max=sigma_max,
@@ -318,7 +340,7 @@ def statistics_file(
         model=dict(source.identity),
         grid={"points": len(job.lambdas), "kind": "uniform in lambda" if source.levels is None else "the host's own levels"},
         estimate={
-            "samples": tuple(m.samples for m in moments),
+            "samples": samples,
             "probes": job.probes,
             "probe_method": "difference",
             "points": "trajectory",
@@ -333,24 +355,8 @@ def statistics_file(
             "report_noises": plan.report if plan else 0,
             "reference_steps": plan.reference_steps if plan else 0,
         },
-        evidence=tuple(row for r in rows for row in _evidence(r)),
-        recommendation=tuple(RecommendedSetting(r.guidance, r.schedule, r.lambdas, r.settings) for r in rows),
         program=__version__,
-        date=date,
     )
-    finite = all(torch.isfinite(e).all() for e in errors.values())
-    kept = {}
-    for g, m in enumerate(moments):
-        kept[f"sums.{g}"], kept[f"count.{g}"] = m.sums, m.count
-    file = EMSFile(
-        lambdas=torch.tensor(job.lambdas, dtype=torch.float64),
-        guidance=torch.tensor(job.guidance, dtype=torch.float64),
-        meta=meta,
-        errors=errors if finite else None,
-        moments=kept,
-        **stacked,
-    )
-    return replace(file.compacted(), moments=kept if keep_moments else {})
 
 
 def _evidence(row: Row) -> tuple[EvidenceRow, ...]:

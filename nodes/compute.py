@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from . import host
 from .graph import Place, Prompt
 from .model import latent_of, words_of_guider
 from .protocols import Clip, Conditioning, Guider, Latent, Patcher
+
+if TYPE_CHECKING:
+    from ..ems_tools.file.contents import EMSFile
 
 __all__ = ["ComputeNode"]
 
@@ -28,62 +34,7 @@ class ComputeNode:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, object]:
-        from ..ems_tools.compute import EFFORTS
-        from ..ems_tools.hosting import PROMPTS, effort_in_words
-
-        return {
-            "required": {
-                "model": ("MODEL",),
-                "positive": ("CONDITIONING", {"tooltip": "Your prompt, with ControlNet and the like if you always use it."}),
-                "negative": ("CONDITIONING",),
-                "latent_size": (
-                    "LATENT",
-                    {"tooltip": "An empty latent of the usual size; smaller is faster; the EMS fit every size."},
-                ),
-                "guidance_scales": ("STRING", {"default": "1, 4, 7.5", "tooltip": "CFG scales, in between is interpolated."}),
-                "effort": (list(EFFORTS), {"default": "quick", "tooltip": effort_in_words()}),
-                "name": ("STRING", {"default": "", "tooltip": "File name in output/ems. Empty: the checkpoint's name."}),
-                "batch_size": (
-                    "INT",
-                    {"default": 4, "min": 1, "max": 64, "tooltip": "Samples at once. Halved when memory runs out."},
-                ),
-                # Not called "seed": the front end would change that after every run, and the same job goes on by its seed.
-                "start_seed": (
-                    "INT",
-                    {"default": 0, "min": 0, "max": 2**31 - 1, "tooltip": "Another seed to merge with Merge EMS."},
-                ),
-                "keep_moments": (
-                    "BOOLEAN",
-                    {"default": False, "tooltip": "Keep what Merge EMS needs. Makes the file much larger."},
-                ),
-            },
-            "optional": {
-                "clip": (
-                    "CLIP",
-                    {"tooltip": f"Adds {len(PROMPTS)} built-in prompts: the EMS are not your prompt's alone."},
-                ),
-                "schedulers": (
-                    "STRING",
-                    {
-                        "default": "auto",
-                        "tooltip": "Schedulers on which settings are chosen and judged, comma-separated. auto: normal and "
-                        "karras, or simple and beta for flow models.",
-                    },
-                ),
-                "steps": (
-                    "STRING",
-                    {"default": "auto", "tooltip": "Step counts to fit, such as 5, 8, 20. auto: those of the effort."},
-                ),
-                "guider": (
-                    "GUIDER",
-                    {
-                        "tooltip": "If you sample with a guider other than plain CFG: compute under it. Its model, negative "
-                        "prompt and its own settings are used, with the guidance scales given here."
-                    },
-                ),
-            },
-            "hidden": {"unique_id": "UNIQUE_ID", "prompt": "PROMPT"},
-        }
+        return {"required": _required(), "optional": _optional(), "hidden": {"unique_id": "UNIQUE_ID", "prompt": "PROMPT"}}
 
     def compute(
         self,
@@ -106,10 +57,8 @@ class ComputeNode:
     ) -> dict[str, object]:
         """EMS, path, plot IMAGE and report. Raises HostError or EstimateError with what to do."""
         from ..ems_tools.hosting import one_line, scales_of
-        from ..ems_tools.hosting.runs import GUIDER
-        from ..ems_tools.show.describe import gain_of, lines_of
-        from .find import Handle, identity_of, trust
-        from .pictures import ems_picture
+        from ..ems_tools.show.describe import gain_of
+        from .find import identity_of, trust
         from .session import Request, measure
 
         run = plain_guider(model, positive, negative) if guider is None else guider
@@ -118,14 +67,11 @@ class ComputeNode:
             raise host.HostError("several latents in one (video with sound, say) cannot be measured: no EMS for this model")
         identity = identity_of(run.model_patcher, Place(prompt or {}, str(unique_id)))
         prompts = [positive, *_built_in(clip, positive)]
-        facts = {**identity.facts(), "prompts": f"{len(prompts)}: the user's and {len(prompts) - 1} built in"}
-        if words := words_of_guider(run, run.model_patcher):
-            facts[GUIDER] = words
         request = Request(
             guider=run,
             prompts=prompts,
             shape=tuple(latent.shape[1:]),
-            identity=facts,
+            identity={**identity.facts(), **_facts(run, len(prompts))},
             scales=scales_of(guidance_scales),
             effort=effort,
             name=name or identity.name or "model",
@@ -139,9 +85,70 @@ class ComputeNode:
         file, path = measure(request)
         trust().computed(file)
         host.say(one_line("Compute EMS: done", gain_of(file), path.name), str(unique_id))
-        text = "\n".join([str(path), *lines_of(file)])
-        result = (Handle(file, path.name, path), str(path), ems_picture(file, path.name), text)
-        return {"ui": {"text": [text]}, "result": result}
+        return _outputs(file, path)
+
+
+def _required() -> dict[str, tuple[object, ...]]:
+    """What every graph with this node gives, in the order of the node's face."""
+    from ..ems_tools.compute import EFFORTS
+    from ..ems_tools.hosting import effort_in_words
+
+    return {
+        "model": ("MODEL",),
+        "positive": ("CONDITIONING", {"tooltip": "Your prompt, with ControlNet and the like if you always use it."}),
+        "negative": ("CONDITIONING",),
+        "latent_size": (
+            "LATENT",
+            {"tooltip": "An empty latent of the usual size; smaller is faster; the EMS fit every size."},
+        ),
+        "guidance_scales": ("STRING", {"default": "1, 4, 7.5", "tooltip": "CFG scales, in between is interpolated."}),
+        "effort": (list(EFFORTS), {"default": "quick", "tooltip": effort_in_words()}),
+        "name": ("STRING", {"default": "", "tooltip": "File name in output/ems. Empty: the checkpoint's name."}),
+        "batch_size": (
+            "INT",
+            {"default": 4, "min": 1, "max": 64, "tooltip": "Samples at once. Halved when memory runs out."},
+        ),
+        # Not called "seed": the front end would change that after every run, and the same job goes on by its seed.
+        "start_seed": (
+            "INT",
+            {"default": 0, "min": 0, "max": 2**31 - 1, "tooltip": "Another seed to merge with Merge EMS."},
+        ),
+        "keep_moments": (
+            "BOOLEAN",
+            {"default": False, "tooltip": "Keep what Merge EMS needs. Makes the file much larger."},
+        ),
+    }
+
+
+def _optional() -> dict[str, tuple[object, ...]]:
+    """What was added since, or is for some models only."""
+    from ..ems_tools.hosting import PROMPTS
+
+    return {
+        "clip": (
+            "CLIP",
+            {"tooltip": f"Adds {len(PROMPTS)} built-in prompts: the EMS are not your prompt's alone."},
+        ),
+        "schedulers": (
+            "STRING",
+            {
+                "default": "auto",
+                "tooltip": "Schedulers on which settings are chosen and judged, comma-separated. auto: normal and "
+                "karras, or simple and beta for flow models.",
+            },
+        ),
+        "steps": (
+            "STRING",
+            {"default": "auto", "tooltip": "Step counts to fit, such as 5, 8, 20. auto: those of the effort."},
+        ),
+        "guider": (
+            "GUIDER",
+            {
+                "tooltip": "If you sample with a guider other than plain CFG: compute under it. Its model, negative "
+                "prompt and its own settings are used, with the guidance scales given here."
+            },
+        ),
+    }
 
 
 def plain_guider(model: Patcher, positive: Conditioning, negative: Conditioning) -> Guider:
@@ -151,6 +158,26 @@ def plain_guider(model: Patcher, positive: Conditioning, negative: Conditioning)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     return guider
+
+
+def _outputs(file: EMSFile, path: Path) -> dict[str, object]:
+    """What the node gives and shows of the finished file."""
+    from ..ems_tools.show.describe import lines_of
+    from .find import Handle
+    from .pictures import ems_picture
+
+    text = "\n".join([str(path), *lines_of(file)])
+    result = (Handle(file, path.name, path), str(path), ems_picture(file, path.name), text)
+    return {"ui": {"text": [text]}, "result": result}
+
+
+def _facts(run: Guider, prompts: int) -> dict[str, str]:
+    """What the file says of the run that it was measured in, beside its model."""
+    from ..ems_tools.hosting.runs import GUIDER
+
+    facts = {"prompts": f"{prompts}: the user's and {prompts - 1} built in"}
+    words = words_of_guider(run, run.model_patcher)
+    return facts | ({GUIDER: words} if words else {})
 
 
 def _listed(text: str) -> tuple[str, ...]:

@@ -132,12 +132,18 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
         lower_order_at_end: bool | str = AUTO,
         strength: float | str = AUTO,
     ) -> None:
-        if prediction_type == "flow_prediction":
+        self._begin()
+
+    def _begin(self) -> None:
+        """Take up the configuration: read its statistics file, and stand at the steps that the model was trained on."""
+        config = self.config
+        if config.prediction_type == "flow_prediction":
             self.register_to_config(use_flow_sigmas=True)
-        self._file: EMSFile | None = None if ems is None else load_ems_file(ems)
-        self.register_to_config(ems=beside.absolute(ems))
+        self._file: EMSFile | None = None if config.ems is None else load_ems_file(config.ems)
+        self.register_to_config(ems=beside.absolute(config.ems))
         self._noise = noise_of(self.config)
-        trained = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float64) / num_train_timesteps
+        count = config.num_train_timesteps
+        trained = torch.arange(count, 0, -1, dtype=torch.float64) / count
         schedule = self._noise.schedule
         self._settle(schedule.level_at(trained.clamp(schedule.time_min, schedule.time_max)), 0.0, None)
         self.num_inference_steps: int | None = None

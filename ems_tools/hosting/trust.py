@@ -158,9 +158,8 @@ def sample_on_trial(
         tell(refusal)
         return run(model, None)
     space, levels = Space.of(space), sigmas.detach().to("cpu", torch.float64)
-    fitted = ems.recommendation is not None and ems.recommendation.fitted_for(space.lambda_of(levels).tolist()) is not None
     chosen = {name: options.get(name, AUTO) for name in _OPTIONS}
-    fitted = fitted and all(value == AUTO for value in chosen.values())
+    fitted = all(value == AUTO for value in chosen.values()) and _are_fitted(ems, space.lambda_of(levels))
     if not fitted and settings_for(levels, space, ems, chosen, guidance).strength == 0:
         return run(model, ems)  # data prediction, whatever the file says
     case = f"guidance {guidance}, {len(levels) - 1} steps{', fitted' if fitted else ''}"
@@ -181,6 +180,11 @@ def sample_on_trial(
     end = run(model, None)  # raises where it is the model that fails: then nothing is held against the file
     book.note(origin, case, failure)
     return end
+
+
+def _are_fitted(ems: EMS, lambdas: Tensor) -> bool:
+    """Whether the file holds steps fitted to this schedule."""
+    return ems.recommendation is not None and ems.recommendation.fitted_for(lambdas.tolist()) is not None
 
 
 def _failure(origin: Origin, case: str, verdict: Verdict) -> str:
