@@ -1,12 +1,15 @@
 """What the pack costs inside a real ComfyUI: at its start, and per step over dpmpp_2m on the embedded model.
 
-    python benchmarks/comfyui.py [COMFYUI_FOLDER]      (default: the newest of .venv/comfyui)
+    python benchmarks/comfyui.py                        (the newest of .venv/comfyui)
+    python benchmarks/comfyui.py --against CHECKOUT     (another version of this repository beside this one, in turns)
+    python benchmarks/comfyui.py --comfyui FOLDER
 
 Both samplers run in one process on the same model, in turns; the ratio is of medians. The model's own time is in both.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+STARTS = 9
 
 
 def load(name: str, path: Path) -> Any:
@@ -31,18 +35,34 @@ def load(name: str, path: Path) -> Any:
 
 
 def main() -> None:
-    trees = sorted((ROOT / ".venv" / "comfyui").glob("0*"))
-    tree = Path(sys.argv[1]) if len(sys.argv) > 1 else trees[-1]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    newest = max((ROOT / ".venv" / "comfyui").glob("0*"), default=Path())
+    parser.add_argument("--comfyui", type=Path, default=newest, help="the ComfyUI to start")
+    parser.add_argument("--against", type=Path, help="a checkout of another version")
+    parser.add_argument("--steps", type=Path, help=argparse.SUPPRESS)  # this program in a process of its own: the pack
+    args = parser.parse_args()
+    if args.steps:
+        steps(args.comfyui, args.steps)
+        return
     startup = load("startup", ROOT / "tests" / "comfyui" / "test_startup.py").startup
-    seconds = [startup(tree)["seconds"] for _ in range(9)]
-    words = f"median {1000 * statistics.median(seconds):.0f}, {1000 * min(seconds):.0f} to {1000 * max(seconds):.0f} ms"
-    print(f"import of the pack in 9 starts: {words}")
-    print(subprocess.run([sys.executable, __file__, "--steps", str(tree)], capture_output=True, text=True).stdout, end="")
+    packs = [pack.resolve() for pack in (args.against, ROOT) if pack]
+    seconds: dict[Path, list[float]] = {pack: [] for pack in packs}
+    for _ in range(STARTS):
+        for pack in packs:
+            seconds[pack].append(1000 * startup(args.comfyui, pack)["seconds"])
+    for pack, found in seconds.items():
+        words = f"median {statistics.median(found):.0f}, {min(found):.0f} to {max(found):.0f} ms"
+        print(f"{pack.name}: import of the pack in {STARTS} starts: {words}", flush=True)
+    for pack in [*packs, *packs]:
+        command = [sys.executable, __file__, "--comfyui", str(args.comfyui), "--steps", str(pack)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        print(f"{pack.name}:\n{done.stdout}", end="", flush=True)
 
 
-def steps(tree: Path) -> None:
+def steps(tree: Path, checkout: Path) -> None:
+    """Print the time per step of the pack in `checkout`."""
     os.chdir(tree)
-    sys.path.insert(0, str(tree))
+    sys.path[:0] = [str(tree), str(tree / "site")]
     sys.argv = ["main.py", "--cpu"]
     import comfy.options
 
@@ -56,7 +76,7 @@ def steps(tree: Path) -> None:
 
     torch.set_num_threads(1)
     folder_paths.set_output_directory("/nonexistent")
-    load("dpm_v3_in_comfyui", ROOT / "__init__.py")
+    load("dpm_v3_in_comfyui", checkout / "__init__.py")
     pack = load("test_pack", ROOT / "tests" / "comfyui" / "pack" / "__init__.py")
     model = pack.build(pack.Emoji(), "EPS")
     cond = [[[torch.full((1, 1, 1), float(k)), {}]] for k in (3, 9)]
@@ -72,11 +92,8 @@ def steps(tree: Path) -> None:
             median = {name: statistics.median(found[1:]) for name, found in times.items()}
             ratio = median["dpm_solver_v3"] / median["dpmpp_2m"]
             words = ", ".join(f"{name} {1000 * value:.2f} ms" for name, value in median.items())
-            print(f"latent {json.dumps(shape)}, 20 steps, per step: {words}, ratio {ratio:.3f}")
+            print(f"  latent {json.dumps(shape)}, 20 steps, per step: {words}, ratio {ratio:.3f}")
 
 
 if __name__ == "__main__":
-    if "--steps" in sys.argv:
-        steps(Path(sys.argv[2]))
-    else:
-        main()
+    main()
