@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,16 @@ TARGETS = {"no file": 1.1, "linked, no file": 1.1, "file": 1.05, "linked, file":
 class Bench:
     """One model in the host, from one start noise and one label."""
 
-    def __init__(self, pack: Any, test_pack: Any, prediction: str, batch: int, seed: int, label: int) -> None:
+    def __init__(self, pack: Any, test_pack: Any, prediction: str, batch: int, seed: int, labels: list[int]) -> None:
         import torch
 
-        self.torch, self.model = torch, test_pack.build(test_pack.Emoji(), prediction)
+        self.bare = test_pack.build(test_pack.Emoji(), prediction)
         if prediction == "FLOW":
             import comfy_extras.nodes_model_advanced as advanced
 
-            self.model = advanced.ModelSamplingSD3().patch(self.model, 3.0)[0]
+            self.bare = advanced.ModelSamplingSD3().patch(self.bare, 3.0)[0]
         self.pack, self.find, self.clip = pack, sys.modules[f"{pack.__name__}.nodes.find"], test_pack.Clip()
-        self.positive, self.negative = ([[torch.full((1, 1, 1), float(k)), {}]] for k in (label, 9))
+        *self.positives, self.negative = ([[torch.full((1, 1, 1), float(k)), {}]] for k in (*labels, 9))
         self.latent = torch.zeros((batch, 3, 32, 32))
         self.seed = seed
 
@@ -48,7 +49,7 @@ class Bench:
         """Statistics as the node computes them for this model."""
         node = self.pack.NODE_CLASS_MAPPINGS["DPMSolverV3_ComputeEMS"]()
         words = {"guidance_scales": ", ".join(map(str, scales)), "steps": ", ".join(map(str, steps)), "effort": effort}
-        wires = {"model": self.model, "positive": self.positive, "negative": self.negative, "clip": self.clip}
+        wires = {"model": self.bare, "positive": self.positives[0], "negative": self.negative, "clip": self.clip}
         latent = {"samples": self.latent[:1]}
         return node.compute(
             **wires, latent_size=latent, **words, name=prediction, batch_size=8, start_seed=0, keep_moments=False
@@ -61,31 +62,50 @@ class Bench:
 
     def attached(self, handle: Any) -> Any:
         """The model with these statistics, or with none."""
-        return self.find.attach(self.model, self.find.Attached(handle))
+        return self.find.attach(self.bare, self.find.Attached(handle))
 
-    def sample(self, model: Any, steps: int, cfg: float, sampler: str, scheduler: str) -> Any:
+    def sample(self, model: Any, steps: int, scale: float, sampler: str, scheduler: str) -> Any:
         """What the KSampler node makes."""
         import comfy.sample
 
-        noise = comfy.sample.prepare_noise(self.latent, self.seed)
-        given = (steps, cfg, sampler, scheduler, self.positive, self.negative, self.latent)
-        return comfy.sample.sample(model, noise, *given, disable_pbar=True, seed=self.seed)
+        def run(noise: Any, positive: Any) -> Any:
+            given = (steps, scale, sampler, scheduler, positive, self.negative, self.latent)
+            return comfy.sample.sample(model, noise, *given, disable_pbar=True, seed=self.seed)
 
-    def on_basic(self, model: Any, steps: int, cfg: float) -> Any:
-        """The same where only the sampler knows the cfg."""
+        return self.over_labels(run)
+
+    def on_basic(self, model: Any, steps: int, scale: float) -> Any:
+        """The same where only the sampler knows the cfg: the scheduler finds none in the variables of its callers."""
         import comfy.sample
         import comfy.samplers
 
-        noise = comfy.sample.prepare_noise(self.latent, self.seed)
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), FITTED, steps)
-        given = (cfg, comfy.samplers.sampler_object(OURS), sigmas, self.positive, self.negative, self.latent)
-        return comfy.sample.sample_custom(model, noise, *given, disable_pbar=True, seed=self.seed)
+
+        def run(noise: Any, positive: Any) -> Any:
+            given = (scale, comfy.samplers.sampler_object(OURS), sigmas, positive, self.negative, self.latent)
+            return comfy.sample.sample_custom(model, noise, *given, disable_pbar=True, seed=self.seed)
+
+        return self.over_labels(run)
+
+    def over_labels(self, run: Callable[[Any, Any], Any]) -> Any:
+        """`run(noise, positive)` for each label from the same start noise, in one batch."""
+        import comfy.sample
+        import torch
+
+        noise = comfy.sample.prepare_noise(self.latent, self.seed)
+        return torch.cat([run(noise, positive) for positive in self.positives])
 
 
 def error_of(x: Any, exact: Any) -> float:
     """Geometric mean over the batch; infinite where a run diverged."""
     value = float((x - exact).double().square().flatten(1).mean(1).clamp(min=1e-30).log().mean().exp())
     return value if math.isfinite(value) else math.inf
+
+
+def said(handle: Any, scale: float, steps: int) -> str:
+    """What the file claims for its fitted steps."""
+    found = [] if handle is None else [r for r in handle.file.meta.fitted if (r.guidance, r.steps) == (scale, steps)]
+    return f" (says {found[0].ratio[0]:.2f})" if found else ""
 
 
 def measure(bench: Bench, args: argparse.Namespace, prediction: str) -> list[tuple[str, float]]:
@@ -98,25 +118,25 @@ def measure(bench: Bench, args: argparse.Namespace, prediction: str) -> list[tup
     models = {name: bench.attached(handle) for name, handle in files.items()}
     schedules = [name for name in comfy.samplers.SCHEDULER_NAMES if name != FITTED]
     rows = []
-    for cfg in args.cfg:
-        exact = bench.sample(models["no file"], 300, cfg, "dpmpp_2m", "karras" if prediction != "FLOW" else "beta")
+    for scale in args.cfg:
+        exact = bench.sample(models["no file"], 300, scale, "dpmpp_2m", "karras" if prediction != "FLOW" else "beta")
         for steps in args.steps:
             # None of the built-in samplers looks at a file.
             built_in = {
-                (sampler, schedule): error_of(bench.sample(bench.model, steps, cfg, sampler, schedule), exact)
+                (sampler, schedule): error_of(bench.sample(bench.bare, steps, scale, sampler, schedule), exact)
                 for sampler in RIVALS
                 for schedule in schedules
             }
             for name, model in models.items():
-                usual = {(OURS, s): error_of(bench.sample(model, steps, cfg, OURS, s), exact) for s in schedules}
+                usual = {(OURS, s): error_of(bench.sample(model, steps, scale, OURS, s), exact) for s in schedules}
                 pair, best = min((built_in | usual).items(), key=lambda item: item[1])
-                mine = {name: error_of(bench.sample(model, steps, cfg, OURS, FITTED), exact)}
+                mine = {name: error_of(bench.sample(model, steps, scale, OURS, FITTED), exact)}
                 if name != "shipped":
-                    mine[f"linked, {name}"] = error_of(bench.on_basic(model, steps, cfg), exact)
+                    mine[f"linked, {name}"] = error_of(bench.on_basic(model, steps, scale), exact)
                 for kind, value in mine.items():
                     rows.append((kind, value / best))
-                    start = f"{prediction:12} cfg {cfg:<4g} {steps:3} steps, {kind + ':':16} {value:8.3g}"
-                    over = f"{value / best:6.2f} of {'/'.join(pair)} {best:.3g}"
+                    start = f"{prediction:12} cfg {scale:<4g} {steps:3} steps, {kind + ':':16} {value:8.3g}"
+                    over = f"{value / best:6.2f} of {'/'.join(pair)} {best:.3g}{said(files[name], scale, steps)}"
                     print(f"{start} = {over}; {value / min(built_in.values()):.2f} of the host's best", flush=True)
     return rows
 
@@ -148,9 +168,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["FLOW", "EPS", "V_PREDICTION"])
     parser.add_argument("--steps", nargs="+", type=int, default=[4, 8, 20])
     parser.add_argument("--cfg", nargs="+", type=float, default=[1.0, 4.0])
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=3, help="pictures of each label")
     parser.add_argument("--seed", type=int, default=5, help="of the start noise that is judged on")
-    parser.add_argument("--label", type=int, default=3, help="of the pictures that are judged on")
+    parser.add_argument("--labels", nargs="+", type=int, default=[3, 6], help="of the pictures that are judged on")
     parser.add_argument("--effort", default="quick", help="of the files that are computed first")
     args = parser.parse_args()
     tree = (args.tree or sorted((ROOT / ".venv" / "comfyui").glob("0*"))[-1]).resolve()
@@ -162,7 +182,7 @@ def main() -> None:
         torch.set_num_threads(1)
         with torch.inference_mode():
             for prediction in args.models:
-                bench = Bench(pack, test_pack, prediction, args.batch, args.seed, args.label)
+                bench = Bench(pack, test_pack, prediction, args.batch, args.seed, args.labels)
                 rows += measure(bench, args, prediction)
     for kind, target in TARGETS.items():
         found = sorted(ratio for name, ratio in rows if name == kind)

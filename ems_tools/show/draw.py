@@ -92,13 +92,25 @@ def _page(rows: list[list[Panel]], title: str, new_pen: Callable[[int, int], Pen
     heights = [HEIGHT + _LEGEND_LINE * max(map(len, row)) for row in legends]
     width = WIDTH * max(len(row) for row in rows)
     pen = new_pen(width, HEAD + sum(heights))
-    pen.text((width / 2, HEAD / 2 + 2), title, _BIG)
+    _draw_title(pen, title, width)
     top = HEAD
     for row, lines, height in zip(rows, legends, heights, strict=True):
         for column, (panel, legend) in enumerate(zip(row, lines, strict=True)):
             _draw_panel(pen, _Axes.of(panel, column * WIDTH, top), legend)
         top += height
     return pen.finish()
+
+
+def _draw_title(pen: Pen, title: str, width: int) -> None:
+    """The whole title where it fits at some size, else its two ends: names of files differ at either."""
+    room, sizes = width - 2 * _RIGHT, range(_BIG, _SMALL - 3, -1)
+    size = next((size for size in sizes if pen.width_of(title, size) <= room), sizes[-1])
+    kept = len(title)
+    shown = title
+    while kept > 2 and pen.width_of(shown, size) > room:
+        kept -= 1
+        shown = f"{title[: (kept + 1) // 2]}\u2026{title[len(title) - kept // 2 :]}"
+    pen.text((width / 2, HEAD / 2 + 2), shown, size)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,17 @@ def test_the_legend_covers_no_line():
     assert len({texts[name] for name in NAMES}) == 5
 
 
+@pytest.mark.parametrize("name", ["short", "juggernautXL_v9Rundiffusion", "a very " + "long " * 40 + "name"])
+def test_a_title_stays_on_the_page(name):
+    """Inspect EMS showed the middle of a long name."""
+    pytest.importorskip("PIL.Image")
+    title, pen = f"{name}.ems.safetensors", PNGPen(420, 400, 1.6)
+    texts = ET.fromstring(svg_of([[STEEP]], title)).iter(f"{SVG}text")
+    ((shown, size),) = [(t.text, int(t.get("font-size", ""))) for t in texts if t.text and t.text.endswith("tensors")]
+    assert pen.width_of(shown, size) <= 420
+    assert shown.startswith(name[:5]) and (shown == title) == (len(name) < 60)
+
+
 def test_zoom_enlarges_the_page():
     Image = pytest.importorskip("PIL.Image")
     sizes = [Image.open(io.BytesIO(png_of([[STEEP]], "plot", zoom))).size for zoom in (1.0, 1.6)]
