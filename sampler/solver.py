@@ -168,6 +168,7 @@ class Run:
         self._levels = torch.tensor(plan.levels, dtype=torch.float64).to(x.device, dtype).unbind()
         self._steps = _ready(plan, x.device, dtype, x.ndim)
         self._history: dict[int, Tensor] = {}  # node -> m
+        self._lent: Tensor | None = None  # a copy of x for a model that may write into it, as the first call shows
         self._free: list[Tensor] = []  # memory of nodes that no later step looks back to: new pages would cost as much as a sum
 
     @property
@@ -177,8 +178,14 @@ class Run:
 
     @property
     def x(self) -> Tensor:
-        """The state [B, C, ...] in the host's dtype: what the model is to be called with, and the result when done."""
-        return self._x.to(self._host_dtype)
+        """The state [B, C, ...] in the host's dtype: what the model is to be called with, and the result when done.
+
+        At the first step, and later if the model wrote into that one, it is a copy.
+        """
+        x = self._x.to(self._host_dtype)
+        if x is self._x and (self.i == 0 or self._lent is not None) and not self.done:
+            x = self._lent = x.clone()
+        return x
 
     @property
     def level(self) -> Tensor:
@@ -196,6 +203,8 @@ class Run:
                 f"the model returned a tensor of shape {tuple(denoised.shape)} for a latent of shape {tuple(self._x.shape)}: "
                 f"it must return the denoised latent, in the latent's own shape"
             )
+        if self.i == 0 and self._lent is not None and torch.equal(self._lent, self._x):
+            self._lent = None
         if not _sum_is_finite(denoised):
             _check_finite(self._x, denoised, self.i, self.plan)
         # A copy: a model may write its next output over this one, from whichever call on (CUDA graphs do so once recorded).

@@ -600,6 +600,18 @@ def test_a_model_that_returns_another_shape_is_told(mixture, y_start, sigmas) ->
         run(lambda x, sigma: mixture(x, sigma)[:, :1], y_start, sigmas(4))
 
 
+def test_a_model_that_writes_into_its_input_gives_the_same_picture(mixture, y_start, sigmas) -> None:
+    def writes(x: Tensor, sigma: Tensor) -> Tensor:
+        denoised = mixture(x, sigma)
+        x.zero_()
+        return denoised
+
+    start = y_start.clone()
+    for options in ({}, {"order": 3, "corrector": "pseudo"}):
+        assert torch.equal(run(writes, start, sigmas(6), **options), run(mixture, y_start, sigmas(6), **options))
+    assert torch.equal(start, y_start)
+
+
 @pytest.mark.parametrize(("buffers", "first"), [(1, 0), (1, 2), (2, 0)])
 def test_a_model_that_reuses_its_output_gives_the_same_picture(buffers, first, mixture, y_start, sigmas) -> None:
     """One buffer, one from the third call on (as after a warm-up), or two in turn."""
