@@ -98,6 +98,7 @@ def record(p: Processing | None, choice: Choice, title: str, settings: Settings 
     parameters = getattr(p, "extra_generation_params", None)
     if not isinstance(parameters, dict):
         return
+    title = title.rpartition("/")[2]  # pictures are shown to others, and the names of folders are private
     used = {"EMS": title, **{name: AUTO if settings is None else getattr(settings, name) for name in ("order", "corrector")}}
     if choice.ems == AUTOMATIC and not part:
         used[_CHOICE] = AUTOMATIC

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from dpm_solver_v3.ems_tools import compute
 from dpm_solver_v3.ems_tools.cli.main import main
 from dpm_solver_v3.ems_tools.embedded.denoiser import WEIGHTS
-from dpm_solver_v3.ems_tools.estimate.run import Job, JobState, estimate_moments, uniform_grid
+from dpm_solver_v3.ems_tools.estimate.run import EstimateError, Job, JobState, estimate_moments, uniform_grid
+from dpm_solver_v3.ems_tools.estimate.source import Source
 from dpm_solver_v3.ems_tools.file.reader import load_ems_file
 from dpm_solver_v3.ems_tools.judge.calibrate import (
     CalibrationPlan,
@@ -104,6 +106,17 @@ def test_another_models_job_is_not_continued(folder, capsys) -> None:
     capsys.readouterr()
     assert run("--out b.ems.safetensors") == 1
     assert "another model" in capsys.readouterr().err
+
+
+def test_a_job_with_another_fit_is_not_continued() -> None:
+    """Each field of the fit counts, the rounds of refinement among them."""
+    source = Source({1.0: lambda x, sigma: x}, (2, 4, 4), EDM(0.05, 20.0), {})
+    plan, state = compute.plan_for(source, compute.EFFORTS["standard"]), JobState()
+    assert plan.fit is not None
+    compute._check_same(state, source, plan)
+    compute._check_same(state, source, plan)
+    with pytest.raises(EstimateError, match="another fit"):
+        compute._check_same(state, source, replace(plan, fit=replace(plan.fit, rounds=plan.fit.rounds + 1)))
 
 
 def test_killed_job_resumes(folder) -> None:

@@ -89,6 +89,15 @@ def test_statistics_by_checkpoint(host: Any, by: str, capsys: pytest.CaptureFixt
     assert f"EMS mine.ems.safetensors, {reason}" in said and "guidance 4" in said
 
 
+def test_the_picture_does_not_name_the_users_folders(host: Any) -> None:
+    host.start()
+    write(host, "for anna/mine", {"name": "pretty"})
+    page, p = host.accordion(), host.make()
+    mark = find.fingerprint(host.data / "models" / "ems" / "for anna" / "mine.ems.safetensors")
+    assert recorded(p)["EMS"] == f"mine [{mark}]"
+    assert page.infotext_fields[0][1]({f"{NAME} EMS": f"mine [{mark}]"}) == f"for anna/mine [{mark}]"
+
+
 def test_same_architecture_only_if_allowed(host: Any) -> None:
     host.start()
     identity = model.identity_of(model.running(cast("Any", type("D", (), {"inner_model": None, "p": None}))))
