@@ -5,7 +5,8 @@
 Each trial is the first run of a user with a file of somebody else's: a scale, a number of steps, a schedule, a class and a
 noise drawn at random. Right files are the shipped one, its l, s and b drawn anew within their standard errors, as other seeds
 would give them. Forgeries: s x 3, b + 0.05, l = -2, fitted decay x 1.15. "harm" is the squared error of the picture that the
-file gives, over that without it, on that one noise; the reference is a run of 80 steps.
+file gives, over that without it, on that one noise; the reference is a run of 80 steps. A false alarm is a right file that is
+refused though its picture is at most 1.5 times as far off ("harm <= 1.5"): some right ones are further off on single noises.
 """
 
 from __future__ import annotations

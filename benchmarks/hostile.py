@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from dpm_solver_v3.ems_tools.file import EMSFile, EMSMeta, EvidenceRow, FittedRow, RecommendedSetting, decode_ems_file
+from dpm_solver_v3.ems_tools.file.contents import MAX_VALUES
 from dpm_solver_v3.ems_tools.file.rows import MAX_DECAY, MAX_ERROR, MAX_START, MAX_WEIGHT
 from dpm_solver_v3.ems_tools.hosting import Origin, TrustBook, sample_on_trial
 from dpm_solver_v3.ems_tools.judge import consistency_problems
@@ -107,7 +108,7 @@ def hostile(draw: random.Random) -> EMSFile:
 
 def _table(draw: random.Random, name: str, shape: tuple[int, ...]) -> Tensor:
     base = {"l": 0.8, "s": 0.0, "b": 0.0}[name]
-    kind, most = draw.randrange(4), {"l": 100.0, "s": 100.0, "b": 1e4}[name]
+    kind, most = draw.randrange(4), MAX_VALUES[name]
     if kind == 0:
         return torch.full(shape, extreme(draw, most))
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(draw.randrange(2**31)))

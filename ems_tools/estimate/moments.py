@@ -27,9 +27,9 @@ MOMENTS = ("y", "D", "D'", "yy", "yD", "DD", "yD'", "DD'", "vJv")
 SMOOTHING = 0.4
 """Half width in lambda of the local cubic fit that gives the slope l' (the paper: an 11-point moving average)."""
 _WINDOW = 64
-S_LIMIT = 10.0
-"""|s| is held to this. f grows or decays by e^(s h) over a step h: more means that f hardly varies, and s is a ratio of two
-rounding errors. (The largest |s| of the embedded model is 1.1.)"""
+L_LIMIT, S_LIMIT = 5.0, 10.0
+"""|l| and |s| are held to these. l is about 0 to 1 of any model. f grows or decays by e^(s h) over a step h: more means that f
+hardly varies, and s is a ratio of two rounding errors. (The largest |s| of the embedded model is 1.1.)"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +125,8 @@ class Moments:
 def _solve(lambdas: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """l, s, b [N+1, C, ...] from mean moments [9, N+1, C, ...]."""
     y, D, Dp, yy, yD, DD, yDp, DDp, vJv = mean
-    l, slope = 1 - vJv, smoothed_slope(lambdas, 1 - vJv)
+    l = (1 - vJv).clamp(-L_LIMIT, L_LIMIT)
+    slope = smoothed_slope(lambdas, l)
     q = 1 - l
     p = -slope - q
     c_yy, c_yD, c_DD = yy - y * y, yD - y * D, DD - D * D

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...sampler import FittedSteps, NoiseSchedule
 from ..estimate.job import Job, JobState, Meter, Model, Progress, snapped_grid
 from ..file.layout import fitted_row, fitted_values
-from ..file.rows import FittedRow
+from ..file.rows import FittedRow, insane
 from ..trajectory import Runner, kept_trajectories
 from .candidates import Bench, best_entrant, best_spacing
 from .judge import judged_row
@@ -81,7 +81,9 @@ def fit_steps(
             continue
         spacing, rival = _nearest(choices, n)
         rival_steps = rival.steps(n, bench.snap)
-        fitted = _fitted(bench, spacing, n) or rival_steps
+        fitted = _fitted(bench, spacing, n)
+        if fitted is None or insane(fitted):  # a file could not hold it, and the whole computation would be lost
+            fitted = rival_steps
         rows[n] = judged_row(runner, judge_on, judge, guidance, fitted, rounded(rival_steps), rival.name)
         state.facts.setdefault("fit", []).append(fitted_values(rows[n]))
         state.save()

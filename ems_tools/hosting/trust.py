@@ -12,6 +12,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -19,7 +20,20 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ...sampler import AUTO, EMS, SamplingError, Settings, SolverOptions, Space, StepInfo, sample_dpm_solver_v3, settings_for
+from ...sampler import (
+    AUTO,
+    EDM,
+    EMS,
+    SamplingError,
+    Settings,
+    SolverOptions,
+    Space,
+    StepInfo,
+    karras,
+    plan_for,
+    sample_dpm_solver_v3,
+    settings_for,
+)
 from ..file.contents import EMSFile
 from ..file.layout import fitted_values
 from ..file.storage import write_atomic
@@ -153,30 +167,30 @@ def sample_on_trial(
 
     if ems is None or origin is None:
         return run(model, ems)
-    refusal = book.refusal(origin)
-    if refusal:
+    if refusal := book.refusal(origin):
         tell(refusal)
         return run(model, None)
     space, levels = Space.of(space), sigmas.detach().to("cpu", torch.float64)
     chosen = {name: options.get(name, AUTO) for name in _OPTIONS}
-    fitted = all(value == AUTO for value in chosen.values()) and _are_fitted(ems, space.lambda_of(levels))
+    fitted = _are_fitted(ems, space.lambda_of(levels)) and all(value == AUTO for value in chosen.values())
     if not fitted and settings_for(levels, space, ems, chosen, guidance).strength == 0:
         return run(model, ems)  # data prediction, whatever the file says
     case = f"guidance {guidance}, {len(levels) - 1} steps{', fitted' if fitted else ''}"
     if len(levels) < 3 or book.is_trusted(origin, case):
         return run(model, ems)
-    trial = Trial(model, space, fitted, x)
+    trial = Trial(model, space, x)
     try:
         end = run(trial, ems)
-        verdict = trial.verdict(end, float(levels[-1]), extra_args or {})
+        others = _usual(levels, space, origin.file.meta.sigma_min) if fitted else None
+        plan_of = partial(plan_for, space=space, guidance=guidance, **options)
+        verdict = trial.verdict(end, levels, others, plan_of, origin.file.meta.sigma_min, extra_args or {})
     except SamplingError:
         end, verdict = x, Verdict(float("inf"))
     if verdict.passed:
         if verdict.ratio is not None:
             book.note(origin, case)
         return end
-    failure = _failure(origin, case, verdict)
-    tell(failure)
+    tell(failure := _failure(origin, case, verdict))
     end = run(model, None)  # raises where it is the model that fails: then nothing is held against the file
     book.note(origin, case, failure)
     return end
@@ -185,6 +199,14 @@ def sample_on_trial(
 def _are_fitted(ems: EMS, lambdas: Tensor) -> bool:
     """Whether the file holds steps fitted to this schedule."""
     return ems.recommendation is not None and ems.recommendation.fitted_for(lambdas.tolist()) is not None
+
+
+def _usual(levels: Tensor, space: Space, low: float) -> Tensor:
+    """The steps down to sigma `low` that a user without fitted ones takes from the same level on, as many."""
+    high = float((-space.lambda_of(levels[:1])).exp())
+    usual = karras(EDM(min(low, high / 2), high), len(levels) - 1, to_zero=True)
+    usual = usual / (1 + usual) if space is Space.FLOW else usual
+    return torch.cat([levels[:1], usual[1:]])
 
 
 def _failure(origin: Origin, case: str, verdict: Verdict) -> str:

@@ -1,44 +1,50 @@
-"""Whether statistics suit a model, judged by the first sampling run with them: almost no extra evaluations.
+"""Whether statistics suit a model, judged by the first sampling run with them and at most EXTRA evaluations more.
 
-In z = e^lambda y the ODE is dz/dlambda = e^lambda D (paper, eq. 7, with l = 1, s = b = 0), whatever the statistics. So the D
-that a run evaluated, interpolated between neighbouring nodes on both sides, tell where it should have been at every node:
+Judged twice, for one measure is fine and the other robust:
 
-    q_i = sigma_i (z_0 + integral from lambda_0 to lambda_i of e^lambda D)
+- The run with the statistics ends in a picture. What it evaluated, and a few evaluations more, give a finer solution of the
+  same ODE from the same start (`judge.reference`). Around that solution the run that the user would have had without the
+  statistics is followed without evaluations. The squared distances of both pictures from the finer one are compared.
+- Where a run goes far astray, a solution that leans on it is no help. But the D that it evaluated, interpolated between
+  neighbouring nodes on both sides, tell where it should have been at every node: q_i = y_0 e^(lambda_0 - lambda_i) plus the
+  integral of e^(lambda - lambda_i) D. How far it was from there is compared with how far data prediction would have been,
+  given the same D.
 
-How far it was from there, |y_i - q_i|, is compared with how far data prediction would have been, given the same D. Where the
-statistics are right the ratio of the squares is below 1 near the clean end; wrong ones push y away from what D says, by more
-than data prediction's own error. Fitted steps end in a sum that no statistics give, so for them three evaluations go on from
-the last node towards sigma = 0, and the result is compared with what they find. benchmarks/forged.py measures both error rates.
+benchmarks/first_run.py measures both error rates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ...sampler import Space
+from ...sampler.plan import Plan
+from .reference import Node, Reference, chosen_nodes, integral
 
 __all__ = ["EXTRA", "Trial", "Verdict"]
 
-LIMIT, LIMIT_CORRECTED, LIMIT_ANYWHERE = 1.5, 2.25, 8.0
-LIMIT_FITTED, LIMIT_FITTED_ANYWHERE, FEW_STEPS = 4.3, 200.0, 10
-"""Largest ratio of squared residuals that passes: at the last node, there over data prediction with a corrector, and anywhere.
-
-The first two are for FEW_STEPS steps. With fewer, data prediction is so far off that right statistics stay below 0.1; with
-more, both residuals are next to nothing, and what a file's standard errors leave counts. Fitted steps may stray on the way
-(right ones up to 41), for they make up for it at the end (right ones up to 4).
-"""
-EXTRA = 3
+EXTRA = 8
 """Evaluations beyond those of the run, at most."""
-_REACH = 0.8
-"""Step in lambda of the extra evaluations."""
-_SAMPLES, _ELEMENTS = 4, 4096
-_POINTS, _FACTORS = np.polynomial.legendre.leggauss(6)
+MANY_STEPS = 10
+"""Evaluations of a run from which some are repeated instead of others made between them; fitted steps have theirs between."""
+LIMIT, LIMIT_MANY, LIMIT_OTHER = 2.2, 11.0, 12.0
+"""Largest ratio of the squared distances that passes: with evaluations between the run's; with repeated ones, for then the
+solution is hardly finer than the run without statistics; and over a run on other steps than those that a fit brings with it."""
+LIMIT_ASTRAY, LIMIT_CORRECTED, LIMIT_ANYWHERE = 2.4, 3.6, 13.0
+LIMIT_FITTED, LIMIT_FITTED_ANYWHERE = 7.0, 320.0
+"""The same of the second measure: at the last node, there over data prediction with a corrector, and anywhere. The first
+two are for FEW_STEPS steps. With fewer, data prediction is so far off that right statistics stay below 0.1; with more, both are
+next to nothing, and what a file's standard errors leave counts. Fitted steps may stray on the way, for they make up for it;
+of fewer than six the interpolation tells little: the shipped file's four steps at guidance 1 would now and then be refused."""
+FEW_STEPS = 10
+FURTHER = 2.4
+"""How far in lambda the solution is followed beyond the last evaluation of a run to sigma = 0, at most."""
 
 
 @dataclass(frozen=True)
@@ -46,143 +52,141 @@ class Verdict:
     """What a run showed.
 
     Args:
-        ratio: of the squared residual with the statistics over that of data prediction, in units of what passes, the largest
-            of those that count; None where a run is too short to tell.
-        limit: the largest ratio that passes.
+        ratio: of the squared distances of the pictures with and without the statistics from the finer solution's, in units of
+            what passes; None where a run is too short to tell.
         evaluations: beyond those of the run.
     """
 
     ratio: float | None
-    limit: float = 1.0
     evaluations: int = 0
 
     @property
     def passed(self) -> bool:
         """Whether nothing speaks against the statistics."""
-        return self.ratio is None or self.ratio <= self.limit
+        return self.ratio is None or self.ratio <= 1
 
 
 @dataclass
 class Trial:
-    """A denoiser D(x, level, ...) that remembers where it was evaluated, for one run from `x` [B, C, ...].
+    """A denoiser D(x, level, ...) that remembers what it was asked, for one run from `x` [B, C, ...].
 
     Args:
         model: the denoiser; positional x and level, any further keyword arguments.
         space: the host's.
-        fitted: whether the run takes fitted steps.
-        start: the run's x, if known: fitted steps begin with a multiple of it.
+        start: the run's x; fitted steps begin with a multiple of it.
     """
 
     model: Callable[..., Tensor]
     space: Space
-    fitted: bool
-    start: Tensor | None = None
-    _at_first_call: bool = False
-    _lambdas: list[float] = field(default_factory=list)
-    _y: list[Tensor] = field(default_factory=list)
-    _denoised: list[Tensor] = field(default_factory=list)
-    _last: tuple[Tensor, Tensor] | None = None
+    start: Tensor
+    _nodes: list[Node] = field(default_factory=list)
+    _skipped: bool = False
 
     def __call__(self, x: Tensor, level: Tensor, **extra_args: object) -> Tensor:
-        """The model's denoised; a few thousand elements of it are kept."""
+        """The model's denoised, which is kept."""
+        before = _kept(x)
         denoised = self.model(x, level, **extra_args)
-        self._keep(x, level, denoised)
-        self._last = (x, denoised)
+        lam, alpha = self._place(level)
+        if math.isfinite(lam):
+            self._nodes.append(Node(lam, before / alpha, _kept(denoised)))
+        else:
+            self._skipped = True  # a flow's start at t = 1 has no y
         return denoised
 
-    def _keep(self, x: Tensor, level: Tensor, denoised: Tensor) -> None:
+    def _place(self, level: Tensor) -> tuple[float, float]:
         first = level.reshape(-1)[:1].detach().to("cpu", torch.float64)
-        lam = float(self.space.lambda_of(first))
-        if math.isfinite(lam):  # a flow's start at t = 1 has no y
-            self._at_first_call |= self._last is None
-            self._lambdas.append(lam)
-            self._y.append(_some(x) / float(self.space.alpha_of(first)))
-            self._denoised.append(_some(denoised))
+        return float(self.space.lambda_of(first)), float(self.space.alpha_of(first))
 
-    def verdict(self, end: Tensor, level: float, extra_args: Mapping[str, object]) -> Verdict:
-        """Judge the finished run, whose result is `end` [B, C, ...] at host level `level`.
+    def verdict(
+        self,
+        end: Tensor,
+        levels: Tensor,
+        others: Tensor | None,
+        plan_of: Callable[[Tensor], Plan],
+        sigma_min: float,
+        extra_args: Mapping[str, object],
+    ) -> Verdict:
+        """Judge the finished run, whose result is `end` [B, C, ...].
 
-        Evaluates at most EXTRA times. Raises what the model raises.
+        Args:
+            end: of the run with the statistics.
+            levels: of the run, [n + 1].
+            others: other levels from the same start, if the statistics brought these with them.
+            plan_of: what the sampler does on given levels without statistics.
+            sigma_min: where the model's noise ends.
+            extra_args: the model's.
+
+        Raises what the model raises.
         """
-        if len(self._lambdas) < 4 or not all(b > a for a, b in zip(self._lambdas, self._lambdas[1:])):
+        nodes = self._nodes
+        if len(nodes) < 2 or not all(b.lam > a.lam for a, b in pairwise(nodes)):
             return Verdict(None)
         if not torch.isfinite(end).all():
             return Verdict(math.inf)
-        nodes, ratios, used = len(self._lambdas), [], 0
-        if level > 0:
-            self(end, end.new_full((len(end),), level), **extra_args)
-            nodes, used = nodes + 1, 1
-        elif self.fitted:
-            used = self._go_on(extra_args)
-            target = self._denoised[-1]
-            ratios.append(_ratio(_some(end) - target, self._denoised[nodes - 1] - target, target))
-        plain, corrected = self._residuals(nodes)
-        if self.fitted:
-            strayed = max(plain) / LIMIT_FITTED_ANYWHERE
-            return Verdict(max(*(r / LIMIT_FITTED for r in (*ratios, *plain[-2:])), strayed), 1.0, used)
-        steps = nodes / FEW_STEPS
-        last, third = LIMIT * steps ** (2 if steps < 1 else 1.5), LIMIT_CORRECTED * max(steps, 1.0) ** 3
-        return Verdict(max(plain[-1] / last, corrected / third, max(plain) / LIMIT_ANYWHERE), 1.0, used)
+        assert nodes[0].y is not None
+        begin = nodes[0].y if self._skipped else _kept(self.start) / self._place(levels)[1]
+        last, alpha = self._place(levels[-1:])
+        between = others is not None or len(nodes) < MANY_STEPS
+        clean = min(-math.log(sigma_min), nodes[-1].lam + FURTHER) if math.isinf(last) else nodes[-1].lam
+        solution = Reference(chosen_nodes(nodes, clean, EXTRA, between), begin, self._asked(end, extra_args))
+        truth, mine = solution.end(last), _kept(end) / (alpha or 1.0)
 
-    def _go_on(self, extra_args: Mapping[str, object]) -> int:
-        """EXTRA steps of data prediction of order 2 from the last node towards sigma = 0."""
-        assert self._last is not None
-        x, denoised = self._last
-        before: Tensor | None = None
-        for _ in range(EXTRA):
-            lam = self._lambdas[-1]
-            levels = self.space.level_of(torch.tensor([lam, lam + _REACH], dtype=torch.float64))
-            alphas = self.space.alpha_of(levels).tolist()
-            ahead = denoised if before is None else denoised + (denoised - before) / 2
-            shrink = math.exp(-_REACH)
-            x = alphas[1] * (shrink * x / alphas[0] + (1 - shrink) * ahead)
-            before = denoised
-            denoised = self(x, x.new_full((len(x),), float(levels[1])), **extra_args)
-        return EXTRA
+        def ratio_to(levels: Tensor, limit: float) -> float:
+            rival = solution.end_of(plan_of(levels[1:] if self._skipped else levels), self.space)
+            return _ratio(mine - truth, rival - truth, truth) / limit
 
-    def _residuals(self, nodes: int) -> tuple[list[float], float]:
-        """Ratio of the squared residuals at nodes 1 to `nodes` - 1; and at the last one over those with a corrector."""
-        lambdas, D, count = self._lambdas, self._denoised, len(self._lambdas)
-        right = plain = corrected = self._first * math.exp(lambdas[0])
-        found, last = [], math.inf
-        for i in range(nodes - 1):
-            first = min(max(i - 1, 0), count - 4)
-            right = right + _integral(lambdas, D, range(first, first + 4), i)
-            plain = plain + _integral(lambdas, D, range(max(i - 1, 0), i + 1), i)
-            corrected = corrected + _integral(lambdas, D, range(max(i - 1, 0), i + 1 if i == nodes - 2 else i + 2), i)
-            sigma = math.exp(-lambdas[i + 1])
-            mine = self._y[i + 1] - sigma * right
-            found.append(_ratio(mine, sigma * (plain - right), D[i + 1]))
-            last = _ratio(mine, sigma * (corrected - right), D[i + 1])
-        return found, last
+        ratios = [ratio_to(levels, LIMIT if between else LIMIT_MANY)]
+        if others is not None:
+            ratios.append(ratio_to(others, LIMIT_OTHER))
+        ratios.append(_astray(nodes, begin, others is not None))
+        return Verdict(max(ratios), solution.evaluations)
 
-    @property
-    def _first(self) -> Tensor:
-        """Y at the first node, before any factor that fitted steps begin with."""
-        level = self.space.level_of(torch.tensor([self._lambdas[0]], dtype=torch.float64))
-        known = self.start is not None and self._at_first_call
-        return _some(self.start) / float(self.space.alpha_of(level)) if known and self.start is not None else self._y[0]
+    def _asked(self, like: Tensor, extra_args: Mapping[str, object]) -> Callable[[Tensor, float], Tensor]:
+        """D of y at a lambda, on the model's device and in the run's dtype."""
+
+        def ask(y: Tensor, lam: float) -> Tensor:
+            level = self.space.level_of(torch.tensor([lam], dtype=torch.float64))
+            x = (y * float(self.space.alpha_of(level))).to(like)
+            return _kept(self.model(x, level.to(like).expand(len(x)), **extra_args))
+
+        return ask
 
 
-def _some(x: Tensor) -> Tensor:
-    """A few thousand elements [K, M] of x [B, C, ...], spread evenly, in float64 on the CPU."""
-    flat = x[:_SAMPLES].detach().flatten(1)
-    return flat[:, :: max(flat.shape[1] // _ELEMENTS, 1)].to("cpu", torch.float64)
+def _astray(nodes: Sequence[Node], begin: Tensor, fitted: bool) -> float:
+    """The second measure, in units of what passes; `begin` is y at the first node as it should be."""
+    lambdas, n = [node.lam for node in nodes], len(nodes)
+    y, denoised = zip(*((_some(node.y), _some(node.denoised)) for node in nodes), strict=True)
+    right = plain = corrected = _some(begin)
+    ratios, last = [], 0.0
+    for i, (low, high) in enumerate(pairwise(lambdas)):
+
+        def advanced(state: Tensor, first: int, end: int, low: float = low, high: float = high) -> Tensor:
+            return state * math.exp(low - high) + integral(dict(zip(lambdas[first:end], denoised[first:end])), low, high)
+
+        first, before = min(max(i - 1, 0), max(n - 4, 0)), max(i - 1, 0)
+        right, plain = advanced(right, first, first + 4), advanced(plain, before, i + 1)
+        corrected = advanced(corrected, before, i + 1 if i == n - 2 else i + 2)
+        ratios.append(_ratio(y[i + 1] - right, plain - right, denoised[i + 1]))
+        last = _ratio(y[i + 1] - right, corrected - right, denoised[i + 1])
+    if n < 4:  # the solution is no better than data prediction
+        return 0.0
+    if fitted:
+        return max(max(ratios[-2:]) / (LIMIT_FITTED * max(6 / n, 1.0) ** 5), max(ratios) / LIMIT_FITTED_ANYWHERE)
+    steps = n / FEW_STEPS
+    at_end = ratios[-1] / (LIMIT_ASTRAY * steps ** (2 if steps < 1 else 1.5))
+    return max(at_end, last / (LIMIT_CORRECTED * max(steps, 1.0) ** 3), max(ratios) / LIMIT_ANYWHERE)
 
 
-def _integral(lambdas: list[float], denoised: list[Tensor], nodes: range, i: int) -> Tensor:
-    """The integral from lambda_i to lambda_{i+1} of e^lambda times the polynomial through D at `nodes`."""
-    low, high = lambdas[i], lambdas[i + 1]
-    at = (low + high) / 2 + (high - low) / 2 * _POINTS
-    factors = (high - low) / 2 * _FACTORS * np.exp(at)
-    total = torch.zeros_like(denoised[i])
-    for k in nodes:
-        basis = np.ones_like(at)
-        for j in nodes:
-            if j != k:
-                basis = basis * (at - lambdas[j]) / (lambdas[k] - lambdas[j])
-        total = total + float((factors * basis).sum()) * denoised[k]
-    return total
+def _some(x: Tensor | None) -> Tensor:
+    """A few thousand elements [K, M] of x [B, C, ...], spread evenly, in float64."""
+    assert x is not None
+    flat = x[:4].flatten(1)
+    return flat[:, :: max(flat.shape[1] // 4096, 1)].double()
+
+
+def _kept(x: Tensor) -> Tensor:
+    """A copy in float32 on the CPU."""
+    return x.detach().to("cpu", torch.float32, copy=True)
 
 
 def _ratio(mine: Tensor, theirs: Tensor, scale: Tensor) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dpm_solver_v3.sampler import (
     DEFAULTS,

@@ -1,0 +1,202 @@
+"""A finer solution beside a run of few steps, from what the run evaluated and a few evaluations more.
+
+The run left y_i and D_i = D(y_i, lambda_i) at its nodes. The solution sought passes somewhere near:
+
+    y(lambda) = y_k e^(lambda_k - lambda) + integral from lambda_k to lambda of e^(mu - lambda) D(y(mu), mu) dmu  (eq. 7)
+
+It is followed from node to node, with D interpolated between neighbours on both sides, past and to come. Where the
+solution is off the run by e = y - y_i, the denoiser answers D_i + response(lambda) e, with the response of typical models
+(`sampler.typical`) and its remainder as it was measured last. What is evaluated anew:
+
+- few steps: points between the run's, in the widest gaps, for what D does between the nodes counts most;
+- many steps: some of the run's own nodes, for there the answers to e do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...sampler import Space
+from ...sampler.plan import Plan
+from ...sampler.typical import load_trajectories
+
+__all__ = ["Node", "Reference", "chosen_nodes", "integral"]
+
+_SHORTEST, _ORDER = 0.15, 4
+_SAME = 5e-3
+"""Difference in lambda below which two levels are one: half-precision hosts round them."""
+_POINTS, _FACTORS = np.polynomial.legendre.leggauss(6)
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A point of the solution: the run's `y` and `denoised` [B, C, ...], None between its nodes; whether D is asked for."""
+
+    lam: float
+    y: Tensor | None = None
+    denoised: Tensor | None = None
+    asked: bool = False
+
+
+def chosen_nodes(run: Sequence[Node], clean: float, evaluations: int, between: bool) -> list[Node]:
+    """The run's nodes, and where D is asked for, at most `evaluations` times, as the module says.
+
+    Args:
+        run: at least two, by increasing lambda.
+        clean: lambda up to which the solution is followed beyond the last node.
+        evaluations: at most.
+        between: ask between the run's nodes, else at them.
+    """
+    if not between:
+        asked = {1 + round(k * (len(run) - 2) / (evaluations - 1)) for k in range(evaluations)}
+        return [Node(n.lam, n.y, n.denoised, i in asked) for i, n in enumerate(run)]
+    new = [clean] if clean > run[-1].lam + _SHORTEST else []
+    while len(new) < evaluations:
+        at = sorted([n.lam for n in run] + new)
+        gap, low = max((b - a, a) for a, b in pairwise(at))
+        if gap < 2 * _SHORTEST:
+            break
+        new.append(low + gap / 2)
+    return sorted([*run, *(Node(lam, asked=True) for lam in new)], key=lambda n: n.lam)
+
+
+def response(lam: float) -> float:
+    """What a typical denoiser answers to an error of y: 0 under much noise, towards 1 at the clean end."""
+    return float(load_trajectories().at(lam)[2].median())
+
+
+@dataclass
+class Reference:
+    """The solution from y at the first node on: `y` and `denoised` at every node so far.
+
+    Args:
+        nodes: by increasing lambda; the first is one of the run's.
+        start: y [B, C, ...] there.
+        ask: D of y [B, C, ...] at a lambda.
+    """
+
+    nodes: list[Node]
+    start: Tensor
+    ask: Callable[[Tensor, float], Tensor]
+    y: list[Tensor] = field(default_factory=list)
+    denoised: list[Tensor] = field(default_factory=list)
+    evaluations: int = 0
+
+    def __post_init__(self) -> None:
+        self._responses = [response(n.lam) for n in self.nodes]
+        self._measured: tuple[Tensor, Tensor] | None = None  # D less the run's, and y less the run's, where asked last
+        self.y, self.denoised = [self.start], [self._answer(0, self._off(0, self.start))]
+        for k in range(len(self.nodes) - 1):
+            self._advance(k)
+
+    def _off(self, i: int, y: Tensor) -> Tensor:
+        at = self.nodes[i].y
+        assert at is not None
+        return y - at
+
+    def _answer(self, i: int, off: Tensor) -> Tensor:
+        """D at node i of the run where the solution is off it by `off`."""
+        denoised = self.nodes[i].denoised
+        assert denoised is not None
+        if self._measured is None:
+            return denoised + self._responses[i] * off
+        return denoised + self._measured[0] + self._responses[i] * (off - self._measured[1])
+
+    def _coming(self, k: int, off: Tensor) -> dict[int, Tensor]:
+        """D at the run's next nodes beyond k, if the solution keeps off it as an error decays."""
+        own = [i for i in range(k + 1, len(self.nodes)) if self.nodes[i].y is not None][: _ORDER - min(k + 1, 2)]
+        found = {}
+        for i in own:
+            kept = math.exp((self._responses[i] - 1) * (self.nodes[i].lam - self.nodes[k].lam))
+            found[i] = self._answer(i, off * kept)
+        return found
+
+    def _advance(self, k: int) -> None:
+        """From node k to the next one: predicted, D there, corrected."""
+        last = max(i for i in range(k + 1) if self.nodes[i].y is not None)
+        off = self._off(last, self.y[last])
+        known = {i: self.denoised[i] for i in range(max(k - 1, 0), k + 1)} | self._coming(k, off)
+        node, response = self.nodes[k + 1], self._responses[k + 1]
+        y = self._step(k, known)
+        if node.asked:
+            denoised = self.ask(y, node.lam)
+            self.evaluations += 1
+            if node.denoised is not None:
+                self._measured = denoised - node.denoised, self._off(k + 1, y)
+        else:
+            denoised = self._answer(k + 1, self._off(k + 1, y))
+        if node.y is None and len(known) >= _ORDER:
+            known.pop(max(known))
+        elif node.y is not None:
+            known |= self._coming(k + 1, self._off(k + 1, y))
+        corrected = self._step(k, dict(sorted({**known, k + 1: denoised}.items())[:_ORDER]))
+        self.y.append(corrected)
+        self.denoised.append(denoised + response * (corrected - y))
+
+    def _step(self, k: int, known: dict[int, Tensor]) -> Tensor:
+        low, high = self.nodes[k].lam, self.nodes[k + 1].lam
+        return self.y[k] * math.exp(low - high) + integral({self.nodes[i].lam: d for i, d in known.items()}, low, high)
+
+    def end(self, lam: float) -> Tensor:
+        """The solution at a lambda beyond the last node: y there, at an infinite one the picture."""
+        last, before = self.nodes[-1].lam, self.nodes[-2].lam
+        if math.isinf(lam):
+            there, away = math.exp(-last), math.exp(-before)
+            return self.denoised[-1] + (self.denoised[-1] - self.denoised[-2]) * (there / (away - there))
+        known = {node.lam: d for node, d in zip(self.nodes[-3:], self.denoised[-3:])}
+        return self.y[-1] * math.exp(last - lam) + integral(known, last, lam)
+
+    def at(self, lam: float) -> tuple[Tensor, Tensor]:
+        """Y and D of the solution at any lambda from the first node on."""
+        n = len(self.nodes)
+        i = min(max(sum(node.lam <= lam + _SAME for node in self.nodes) - 1, 0), n - 1)
+        low = self.nodes[i].lam
+        if abs(low - lam) < 2 * _SAME:
+            return self.y[i], self.denoised[i]
+        first = min(max(i - 1, 0), max(n - _ORDER, 0))
+        known = {self.nodes[k].lam: self.denoised[k] for k in range(first, min(first + _ORDER, n))}
+        basis = _lagrange(list(known), np.array([lam]))
+        denoised = _combined(basis[:, 0].tolist(), list(known.values()))
+        return self.y[i] * math.exp(low - lam) + integral(known, low, lam), denoised
+
+    def end_of(self, plan: Plan, space: Space) -> Tensor:
+        """Where a run of another plan from the same start would end, as far as the solution and the response tell: y there.
+
+        The plan's first level is the first node's.
+        """
+        levels = torch.tensor(plan.levels, dtype=torch.float64)
+        lambdas, alphas = space.lambda_of(levels).tolist(), space.alpha_of(levels).tolist()
+        x, m = self.start * (alphas[0] * plan.start), {}
+        for i, update in enumerate(plan.updates()):
+            y, denoised = self.at(lambdas[i])
+            m[i] = denoised + response(lambdas[i]) * (x / alphas[i] - y)
+            x = x * float(update.decay) + _combined([float(w) for w in update.weights], [m[n] for n in update.nodes])
+        return x / (alphas[-1] or 1.0)
+
+
+def _combined(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    total = torch.zeros_like(values[0])
+    for weight, value in zip(weights, values, strict=True):
+        total.add_(value, alpha=float(weight))
+    return total
+
+
+def _lagrange(nodes: Sequence[float], at: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Values [nodes, points] of the polynomials that are 1 at one node and 0 at the others."""
+    rows = [np.prod([(at - b) / (a - b) for b in nodes if b != a], axis=0) * np.ones_like(at) for a in nodes]
+    return np.array(rows)
+
+
+def integral(known: dict[float, Tensor], low: float, high: float) -> Tensor:
+    """The integral from `low` to `high` of e^(lambda - high) times the polynomial through D at the lambdas of `known`."""
+    at = (low + high) / 2 + (high - low) / 2 * _POINTS
+    factors = (high - low) / 2 * _FACTORS * np.exp(at - high)
+    return _combined((_lagrange(list(known), at) * factors).sum(1).tolist(), list(known.values()))
