@@ -112,7 +112,9 @@ def measure(bench: Bench, args: argparse.Namespace, prediction: str) -> list[tup
     """Print every row of one model; (kind of row, ratio to the best other pair) of each."""
     import comfy.samplers
 
-    files = {"no file": None, "file": bench.computed(args.cfg, args.steps, args.effort, prediction)}
+    files = {"no file": None}
+    if args.effort != "none":
+        files["file"] = bench.computed(args.cfg, args.steps, args.effort, prediction)
     if prediction != "FLOW":
         files["shipped"] = bench.shipped()
     models = {name: bench.attached(handle) for name, handle in files.items()}
@@ -171,7 +173,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=3, help="pictures of each label")
     parser.add_argument("--seed", type=int, default=5, help="of the start noise that is judged on")
     parser.add_argument("--labels", nargs="+", type=int, default=[3, 6], help="of the pictures that are judged on")
-    parser.add_argument("--effort", default="quick", help="of the files that are computed first")
+    parser.add_argument("--effort", default="quick", help="of the files that are computed first, none to compute none")
     args = parser.parse_args()
     tree = (args.tree or sorted((ROOT / ".venv" / "comfyui").glob("0*"))[-1]).resolve()
     rows: list[tuple[str, float]] = []
