@@ -1,16 +1,19 @@
 """Without a file, are we ever worse than the best built-in sampler on the same schedule? On the networks of the zoo.
 
     COMFYUI_PATH=... python benchmarks/defaults.py [--networks signals shapes latents] [--guidance 1 4 7.5] [--steps 5 8 20]
-        [--schedules karras time ...] [--noises 12] [--weights FOLDER] [--threads 2]
+        [--schedules karras time ...] [--denoise 0.3 0.5 0.75] [--noises 12] [--weights FOLDER] [--threads 2]
 
 Prints, for every network, guidance scale, schedule and number of steps, our squared error with every option at "auto" and that
 with the formula steps of `settings.defaults_for`, over the best of `rivals.RIVALS` and of ComfyUI's samplers (`entrants`, where
 COMFYUI_PATH is set): geometric means over samples; the best is chosen in hindsight, cell by cell. Then median, 90 % and worst.
+With --denoise, runs begin as image to image does: at the last n + 1 levels of a schedule of n / denoise steps, from pictures of
+the model with fresh noise.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -48,19 +51,21 @@ def _flow(high: float, n: int) -> Tensor:
 
 def cells(network: Loaded, guidance: float, args: argparse.Namespace) -> list[tuple[float, float]]:
     """Ratios (auto, formula) to the best rival in every cell of this network and guidance scale, printed as they come."""
-    denoiser, (high, low) = network.denoiser(guidance), network.ends
-    noise = torch.randn(args.noises, *network.entry.shape, generator=torch.Generator().manual_seed(SEED))
-    fine = torch.linspace(math.log(high), math.log(min(low, 0.006)), 140, dtype=torch.float64).exp()
-    fine = torch.cat([fine, torch.zeros(1, dtype=torch.float64)])
-    exact = sample_dpm_solver_v3(denoiser, noise * high, fine, disable=True, order=3, corrector="none")
+    denoiser, (high, _) = network.denoiser(guidance), network.ends
+    first, again = (
+        torch.randn(args.noises, *network.entry.shape, generator=torch.Generator().manual_seed(SEED + k)) for k in (0, 1)
+    )
+    pictures = _converged(network, guidance, first * high, high)
     rivals = {**RIVALS, **comfyui_rivals()}
     ratios = []
     for name, schedule in schedules_of(network).items():
         if args.schedules and name not in args.schedules:
             continue
-        for n in args.steps:
-            sigmas = schedule(n)
-            x = noise * sigmas[0].item()
+        for denoise, n in itertools.product(args.denoise, args.steps):
+            sigmas = schedule(n) if denoise == 1 else schedule(int(n / denoise))[-n - 1 :]
+            top = sigmas[0].item()
+            x = first * top if denoise == 1 else pictures + again * top
+            exact = pictures if denoise == 1 else _converged(network, guidance, x, top)
             error = {r: _error(run(denoiser, x, sigmas), exact) for r, run in rivals.items()}
             best = min(error, key=error.__getitem__)
             auto, formula = (
@@ -68,8 +73,16 @@ def cells(network: Loaded, guidance: float, args: argparse.Namespace) -> list[tu
                 for options in ({"guidance": guidance}, defaults_for(guidance).__dict__)
             )
             ratios.append((auto, formula))
-            print(f"{network.name:10} {guidance:4g} {name:12} {n:3} {auto:8.2f} {formula:8.2f}   {best}", flush=True)
+            part = f"{name} {denoise:g}" if denoise != 1 else name
+            print(f"{network.name:10} {guidance:4g} {part:16} {n:3} {auto:8.2f} {formula:8.2f}   {best}", flush=True)
     return ratios
+
+
+def _converged(network: Loaded, guidance: float, x: Tensor, top: float) -> Tensor:
+    """The end of the ODE from x at sigma `top`."""
+    fine = torch.linspace(math.log(top), math.log(min(network.ends[1], 0.006)), 140, dtype=torch.float64).exp()
+    fine = torch.cat([fine, torch.zeros(1, dtype=torch.float64)])
+    return sample_dpm_solver_v3(network.denoiser(guidance), x, fine, disable=True, order=3, corrector="none")
 
 
 def _error(x: Tensor, exact: Tensor) -> float:
@@ -83,6 +96,7 @@ def main() -> None:
     parser.add_argument("--guidance", nargs="+", type=float, default=[1.0, 4.0, 7.5])
     parser.add_argument("--steps", nargs="+", type=int, default=[5, 8, 12, 20, 30])
     parser.add_argument("--schedules", nargs="+", help="some of them (default: all)")
+    parser.add_argument("--denoise", nargs="+", type=float, default=[1.0], help="of image to image")
     parser.add_argument("--noises", type=int, default=12)
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="of the zoo (default: out/zoo)")
     parser.add_argument("--threads", type=int, default=2)

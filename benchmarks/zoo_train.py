@@ -1,4 +1,4 @@
-"""Train the networks of the zoo that are missing, one after the other, each for its minutes of one core's time, whatever else runs.
+"""Train the networks of the zoo that are missing, one after the other, each for its minutes of one core's own time.
 
     python benchmarks/zoo_train.py --data FOLDER [--only NAME ...] [--share 1.0]
 
