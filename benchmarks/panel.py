@@ -93,7 +93,7 @@ def report(cells: Cells, count: int) -> None:
     for name in cover(cells, count):
         print(f"    {name}")
     now = [f"{s} / {f}" for s, f in panel._GOOD]
-    for left_out in networks:
+    for left_out in networks if len(networks) > 1 else []:
         theirs = {k: v for k, v in cells.items() if k.split()[0] == left_out}
         order = cover({k: v for k, v in cells.items() if k not in theirs}, count)
         words = []

@@ -30,7 +30,7 @@ from dpm_solver_v3.ems_tools.compute import EFFORTS, Effort, job_for
 from dpm_solver_v3.ems_tools.estimate.source import Source
 from dpm_solver_v3.ems_tools.file.rows import FittedRow
 from dpm_solver_v3.ems_tools.fit import steps as fit_steps_module
-from dpm_solver_v3.ems_tools.fit.panel import formula_steps
+from dpm_solver_v3.ems_tools.fit.formulas import formula_steps
 from dpm_solver_v3.ems_tools.fit.spacing import Range, Spacing
 from dpm_solver_v3.sampler import FittedSteps
 
@@ -92,7 +92,7 @@ def ablation(names: Sequence[str], size: Size) -> None:
                 after()
                 ratios[what] += [geometric_mean(bench.fitted_errors(_own(r))).item() / base[r.steps] for r in rows]
             for n, row in whole.items():
-                plain = formula_steps(row.lambdas, -math.log(bench.low), "order 2")
+                plain = formula_steps(row.lambdas, -math.log(bench.low), "DPM-Solver++ 2M")
                 error = geometric_mean(bench.fitted_errors(plain)).item()
                 ratios["the second-order formula on the same spacing"].append(error / base[n])
     for what, values in ratios.items():

@@ -65,7 +65,7 @@ class Bench:
         self.high, self.low = network.ends
         self.judged = list(range(1000, 1000 + size.noises))
         self.chosen_on = list(range(500, 500 + size.selection))
-        self.clean = {k: x for ids in (self.judged, self.chosen_on) for k, x in zip(ids, self._solve(ids), strict=True)}
+        self.clean = {k: x for ids in (self.judged, self.chosen_on) for k, x in zip(ids, self.solve(ids), strict=True)}
 
     def denoiser(self, samples: Sequence[int], part: str = "judge") -> torch.nn.Module:
         """D for these samples; sample k has the class k mod n of those that are judged."""
@@ -78,7 +78,8 @@ class Bench:
         shape = self.network.entry.shape
         return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
-    def _solve(self, samples: list[int]) -> Tensor:
+    def solve(self, samples: list[int]) -> Tensor:
+        """Converged solutions [K, C, ...]."""
         lam = torch.linspace(-math.log(self.high), -math.log(self.low), FINE + 1, dtype=torch.float64)
         tail = torch.logspace(math.log10(self.low), math.log10(0.002), 25, dtype=torch.float64)[1:]
         sigmas = torch.cat([(-lam).exp(), tail if self.low > 0.004 else lam[:0], lam.new_zeros(1)])

@@ -20,7 +20,8 @@ from dpm_solver_v3.ems_tools.file.layout import fitted_row, fitted_values
 from dpm_solver_v3.ems_tools.file.reader import decode_ems_file
 from dpm_solver_v3.ems_tools.file.rows import EMSMeta, FittedRow
 from dpm_solver_v3.ems_tools.fit import run as fit_module
-from dpm_solver_v3.ems_tools.fit.panel import FORMULAS, entrants, formula_steps
+from dpm_solver_v3.ems_tools.fit.formulas import FORMULAS, formula_steps
+from dpm_solver_v3.ems_tools.fit.panel import entrants
 from dpm_solver_v3.ems_tools.fit.refine import refine
 from dpm_solver_v3.ems_tools.fit.run import FitPlan, evaluations_of_fit, fit_steps
 from dpm_solver_v3.ems_tools.fit.spacing import CANDIDATES, Range, Spacing
@@ -185,22 +186,42 @@ def test_what_does_not_carry_over_is_not_learnt() -> None:
     assert c[-1] == pytest.approx(0.5, abs=0.05) and known < alone - 3
 
 
-@pytest.mark.parametrize("formula", [name for name in FORMULAS if name != "iPNDM"])
+LIKE = {
+    "DPM-Solver++ 2M": "dpmpp_2m",
+    "UniPC 2": "unipc_bh2_2",
+    "UniPC 3": "unipc_bh2_3",
+    "DEIS 2": "deis_2",
+    "DEIS 3": "deis_3",
+    "iPNDM": "ipndm",
+}
+"""Formulas of the panel and the samplers of k-diffusion and diffusers that they are."""
+
+
 @pytest.mark.parametrize("to_zero", [True, False])
-def test_a_formula_as_coefficients_is_the_formula(mixture, formula, to_zero) -> None:
-    """Against the sampler itself; where it ends above sigma = 0, the noise that is left is taken out."""
+@pytest.mark.parametrize("formula", sorted(LIKE))
+def test_a_formula_is_the_librarys_sampler(mixture, formula, to_zero) -> None:
+    """Where it ends above sigma = 0, the noise that is left is taken out. diffusers' iPNDM knows no end at 0."""
+    if formula == "iPNDM" and to_zero:
+        pytest.skip("ComfyUI's ends with a first-order step there, diffusers' does not")
     lambdas, end = (-3.0, -1.5, -0.2, 1.0, 2.2), math.inf if to_zero else 3.0
     steps = formula_steps(lambdas, end, formula)
     levels = levels_of((*lambdas, end))[: len(lambdas) + 1]
     x = torch.randn(3, 2, 2, 2, dtype=torch.float64) * levels[0]
-    options = dict(FORMULAS[formula])
-    ends = torch.tensor([-100.0, 100.0], dtype=torch.float64)
-    zero = torch.zeros(2, 1, dtype=torch.float64)
-    ems = EMS(ends, zero, zero - 1, zero) if options.pop("ems", None) else None
-    found = sample_dpm_solver_v3(mixture, x, levels, ems=ems, strength=1.0, disable=True, predictor="true", **options)
+    found = benchmark("rivals").RIVALS[LIKE[formula]](mixture, x, levels)
     left = levels[-1] / levels[0]
     mine = errors_of(mixture, steps, x, (found - left * x) / (1 - left), levels[0])
     assert mine.max() < 1e-16
+
+
+@pytest.mark.parametrize("formula", sorted(FORMULAS))
+def test_a_formula_keeps_what_never_changes(formula) -> None:
+    """Where D is the same everywhere, each formula ends at it, on any steps."""
+    for lambdas, end in (((-3.0, -1.5, -0.2, 1.0, 2.2), 3.0), ((-2.0, 0.0, 0.1, 4.0), math.inf)):
+        steps = formula_steps(lambdas, end, formula)
+        y, D = torch.tensor(7.0, dtype=torch.float64), torch.tensor(-0.4, dtype=torch.float64)
+        for decay, weights in zip(steps.decay, steps.weights):
+            y = decay * y + sum(weights) * D
+        assert y.item() == pytest.approx(-0.4, abs=1e-9)
 
 
 def test_ipndm_is_adams_and_bashforths_method() -> None:
@@ -334,7 +355,7 @@ def test_the_panel_stands_in_for_a_fit_that_loses(mixture, job, monkeypatch) -> 
     assert row.ratio == (1.0, 1.0, 1.0) and row.fitted == row.fixed
     span = Range.of(job.lambdas, None)
     panel = {e.name: e for e in entrants(15, span, {"own": lambda n: ([0.0], 1.0)})}
-    assert "order 2, UniC on own" in panel
+    assert "UniPC 2 on own" in panel
     if "own" not in row.fixed_schedule:
         assert row.coefficients == rounded(panel[row.fixed_schedule].steps(8, list))
 
