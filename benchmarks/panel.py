@@ -4,8 +4,8 @@
 
 Every formula of the panel runs on every schedule, on every network of development, guidance scale and step count. Entrants are
 then taken one by one, each the one that lowers most what the best entrant so far loses to the best of k-diffusion's and
-diffusers' samplers on some twenty schedules (mean log of the ratio over cells, every network of the same weight). What the
-first 4, 8, 14 lose is printed for the network that took no part in the choice. Cells that the file names are not run again.
+diffusers' samplers on some twenty schedules (mean log of the ratio over cells, no better than equal counted, every network of the same weight). What the
+first 2, 8, 14 lose is printed for the network that took no part in the choice. Cells that the file names are not run again.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _mean(cells: Cells, chosen: list[str]) -> float:
     """Mean over networks of the mean over cells of the best chosen entrant's log ratio, no better than equal counted."""
     by_network: dict[str, list[float]] = {}
     for key, scores in cells.items():
-        by_network.setdefault(key.split()[0], []).append(best_of(scores, chosen))
+        by_network.setdefault(key.split()[0], []).append(max(best_of(scores, chosen), 0.0))
     means = [sum(v) / len(v) for v in by_network.values()]
     return sum(means) / len(means)
 

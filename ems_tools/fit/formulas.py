@@ -1,8 +1,9 @@
 """Formulas of known samplers as coefficients of the fitted form.
 
 Every multistep method is linear in y and the denoised values, so one run of a formula on symbols (unit vectors in place of y_0,
-D_0, D_1, ...) yields its coefficients, whatever it is. A formula that ends above sigma = 0 leaves a known share of the start
-noise in the picture, which its last step here takes out again at no evaluation.
+D_0, D_1, ...) yields its coefficients, whatever it is. A formula that ends above sigma = 0 leaves that much noise in the picture,
+as the sampler itself does. (Taking it out again at no evaluation, by the start noise or by the last slopes, was measured on three
+networks of the zoo: the error is 0.8 to 2.2 times as large, more often above 1 than below.)
 
 | formula         | what it is                                                                                          |
 |-----------------|-----------------------------------------------------------------------------------------------------|
@@ -36,10 +37,8 @@ _Rows = Callable[[tuple[float, ...], float], list[Tensor]]
 @lru_cache(maxsize=4096)
 def formula_steps(lambdas: tuple[float, ...], end: float, formula: str) -> FittedSteps:
     """Coefficients of a formula that evaluates at these lambdas and ends at `end` (inf: sigma = 0); see the module."""
-    rows = FORMULAS[formula](lambdas, end)
-    last = torch.cat([rows[-1][:1] * 0, rows[-1][1:] / (1 - rows[-1][0].item())])  # without the noise that is left
     decay, weights = [], []
-    for i, (now, then) in enumerate(pairwise([*rows[:-1], last])):
+    for i, (now, then) in enumerate(pairwise(FORMULAS[formula](lambdas, end))):
         share = (then[0] / now[0]).item()
         decay.append(share)
         weights.append(tuple((then[1 : i + 2] - share * now[1 : i + 2]).tolist()))

@@ -67,10 +67,13 @@ def evaluations_of_fit(plan: FitPlan, grid: int, scales: int, known: int = 0) ->
 
 
 def panel_heats(plan: FitPlan, entrants: int) -> tuple[int, int]:
-    """Noises on which all entrants run first, and how many of them then run on all noises; few entrants run on all at once."""
+    """Noises on which all entrants run first, and how many of them then run on all noises; few entrants run on all at once.
+
+    On one noise formulas differ by what they are: the best on many noises is among the best on it.
+    """
     if entrants <= 4 or plan.panel_noises < 2:
         return max(plan.panel_noises, 1), 0
-    return -(-plan.panel_noises // 2), max(entrants // 3, 2)
+    return max(plan.panel_noises // 3, 1), max(entrants // 4, 3)
 
 
 def _cost_of_refinement(plan: FitPlan, steps: int) -> int:
