@@ -4,8 +4,9 @@
 
 Every formula of the panel runs on every schedule, on every network of development, guidance scale and step count. Entrants are
 then taken one by one, each the one that lowers most what the best entrant so far loses to the best of k-diffusion's and
-diffusers' samplers on some twenty schedules (mean log of the ratio over cells, no better than equal counted, every network of the same weight). What the
-first 2, 8, 14 lose is printed for the network that took no part in the choice. Cells that the file names are not run again.
+diffusers' samplers on some twenty schedules (mean log of the ratio over cells, no better than equal counted, every network of
+the same weight). What the first 2, 8, 14 lose is printed for a network that took no part in the choice. Cells that the file
+names are not run again.
 """
 
 from __future__ import annotations
