@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -34,8 +36,12 @@ def forged(kind: str) -> EMSFile:
     rows = []
     for row in file.meta.fitted:
         assert row.coefficients is not None
-        decay = tuple(1.15 * v for v in row.coefficients.decay)
-        rows.append(dataclasses.replace(row, coefficients=dataclasses.replace(row.coefficients, decay=decay)))
+        decay, weights = tuple(1.15 * v for v in row.coefficients.decay), row.coefficients.weights
+        if kind == "first order":  # a formula that suits every model, and is far worse than the steps without a file
+            decay = (*(math.exp(a - b) for a, b in pairwise(row.lambdas)), 0.0)
+            weights = tuple((*(0.0,) * i, 1 - d) for i, d in enumerate(decay))
+        steps = dataclasses.replace(row.coefficients, decay=decay, weights=weights)
+        rows.append(dataclasses.replace(row, coefficients=steps))
     return dataclasses.replace(file, meta=dataclasses.replace(file.meta, fitted=tuple(rows)))
 
 
@@ -60,7 +66,13 @@ def sample(
 
 @pytest.mark.parametrize(
     ("kind", "levels"),
-    [("s x 3", FIXED), ("l = -2", FIXED), ("b + 0.05", karras(VPDiscrete.linear(), 20, to_zero=True)), ("decay x 1.15", None)],
+    [
+        ("s x 3", FIXED),
+        ("l = -2", FIXED),
+        ("b + 0.05", karras(VPDiscrete.linear(), 20, to_zero=True)),
+        ("decay x 1.15", None),
+        ("first order", None),
+    ],
 )
 def test_a_forged_file_is_found_out_by_its_first_run(tmp_path: Path, kind: str, levels: Tensor | None) -> None:
     levels = SHIPPED.fitted_sigmas(8, GUIDANCE) if levels is None else levels
@@ -95,6 +107,15 @@ def test_a_right_file_passes_once_and_is_believed_then(tmp_path: Path, fitted: b
     assert second.calls == len(levels) - 1
     x = (levels[0] * torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))).float()
     assert torch.equal(got, sample_dpm_solver_v3(Counted(), x, levels, disable=True, ems=SHIPPED.at(2.0), guidance=2.0))
+
+
+def test_four_steps_of_the_shipped_file_pass() -> None:
+    """Of so few D a polynomial tells little: the residual alone refused these."""
+    levels, told = SHIPPED.fitted_sigmas(4, 1.0), list[str]()
+    x = (levels[0] * torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1004))).float()
+    origin, model, ems = Origin(SHIPPED, "theirs"), load_denoiser(torch.tensor([7]), 1.0), SHIPPED.at(1.0)
+    sample_on_trial(TrustBook(None), origin, told.append, model, x, levels, disable=True, ems=ems, guidance=1.0)
+    assert not told
 
 
 def test_what_was_computed_here_needs_no_trial() -> None:
