@@ -6,10 +6,7 @@ The run left y_i and D_i = D(y_i, lambda_i) at its nodes. The solution sought pa
 
 It is followed from node to node, with D interpolated between neighbours on both sides, past and to come. Where the
 solution is off the run by e = y - y_i, the denoiser answers D_i + response(lambda) e, with the response of typical models
-(`sampler.typical`) and its remainder as it was measured last. What is evaluated anew:
-
-- few steps: points between the run's, in the widest gaps, for what D does between the nodes counts most;
-- many steps: some of the run's own nodes, for there the answers to e do.
+(`sampler.typical`). What is evaluated anew lies between the run's nodes, in the widest gaps.
 """
 
 from __future__ import annotations
@@ -38,26 +35,21 @@ _POINTS, _FACTORS = np.polynomial.legendre.leggauss(6)
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """A point of the solution: the run's `y` and `denoised` [B, C, ...], None between its nodes; whether D is asked for."""
+    """A point of the solution: the run's `y` and `denoised` [B, C, ...]; None between its nodes, where D is asked for."""
 
     lam: float
     y: Tensor | None = None
     denoised: Tensor | None = None
-    asked: bool = False
 
 
-def chosen_nodes(run: Sequence[Node], clean: float, evaluations: int, between: bool) -> list[Node]:
-    """The run's nodes, and where D is asked for, at most `evaluations` times, as the module says.
+def chosen_nodes(run: Sequence[Node], clean: float, evaluations: int) -> list[Node]:
+    """The run's nodes, and where D is asked for, at most `evaluations` times.
 
     Args:
         run: at least two, by increasing lambda.
         clean: lambda up to which the solution is followed beyond the last node.
         evaluations: at most.
-        between: ask between the run's nodes, else at them.
     """
-    if not between:
-        asked = {1 + round(k * (len(run) - 2) / (evaluations - 1)) for k in range(evaluations)}
-        return [Node(n.lam, n.y, n.denoised, i in asked) for i, n in enumerate(run)]
     new = [clean] if clean > run[-1].lam + _SHORTEST else []
     while len(new) < evaluations:
         at = sorted([n.lam for n in run] + new)
@@ -65,7 +57,7 @@ def chosen_nodes(run: Sequence[Node], clean: float, evaluations: int, between: b
         if gap < 2 * _SHORTEST:
             break
         new.append(low + gap / 2)
-    return sorted([*run, *(Node(lam, asked=True) for lam in new)], key=lambda n: n.lam)
+    return sorted([*run, *map(Node, new)], key=lambda n: n.lam)
 
 
 def response(lam: float) -> float:
@@ -92,7 +84,6 @@ class Reference:
 
     def __post_init__(self) -> None:
         self._responses = [response(n.lam) for n in self.nodes]
-        self._measured: tuple[Tensor, Tensor] | None = None  # D less the run's, and y less the run's, where asked last
         self.y, self.denoised = [self.start], [self._answer(0, self._off(0, self.start))]
         for k in range(len(self.nodes) - 1):
             self._advance(k)
@@ -106,9 +97,7 @@ class Reference:
         """D at node i of the run where the solution is off it by `off`."""
         denoised = self.nodes[i].denoised
         assert denoised is not None
-        if self._measured is None:
-            return denoised + self._responses[i] * off
-        return denoised + self._measured[0] + self._responses[i] * (off - self._measured[1])
+        return denoised + self._responses[i] * off
 
     def _coming(self, k: int, off: Tensor) -> dict[int, Tensor]:
         """D at the run's next nodes beyond k, if the solution keeps off it as an error decays."""
@@ -126,16 +115,13 @@ class Reference:
         known = {i: self.denoised[i] for i in range(max(k - 1, 0), k + 1)} | self._coming(k, off)
         node, response = self.nodes[k + 1], self._responses[k + 1]
         y = self._step(k, known)
-        if node.asked:
+        if node.y is None:
             denoised = self.ask(y, node.lam)
             self.evaluations += 1
-            if node.denoised is not None:
-                self._measured = denoised - node.denoised, self._off(k + 1, y)
+            if len(known) >= _ORDER:
+                known.pop(max(known))
         else:
             denoised = self._answer(k + 1, self._off(k + 1, y))
-        if node.y is None and len(known) >= _ORDER:
-            known.pop(max(known))
-        elif node.y is not None:
             known |= self._coming(k + 1, self._off(k + 1, y))
         corrected = self._step(k, dict(sorted({**known, k + 1: denoised}.items())[:_ORDER]))
         self.y.append(corrected)

@@ -31,11 +31,10 @@ __all__ = ["EXTRA", "Trial", "Verdict"]
 
 EXTRA = 8
 """Evaluations beyond those of the run, at most."""
+LIMIT, LIMIT_MANY, LIMIT_FIT, LIMIT_OTHER = 3.5, 4.5, 2.2, 12.0
+"""Largest ratio of the squared distances that passes: up to MANY_STEPS - 1 evaluations; with more, for then the solution is
+hardly finer than the run without statistics; of fitted steps; and of those over a run on other steps than the fit's own."""
 MANY_STEPS = 10
-"""Evaluations of a run from which some are repeated instead of others made between them; fitted steps have theirs between."""
-LIMIT, LIMIT_MANY, LIMIT_OTHER = 2.2, 11.0, 12.0
-"""Largest ratio of the squared distances that passes: with evaluations between the run's; with repeated ones, for then the
-solution is hardly finer than the run without statistics; and over a run on other steps than those that a fit brings with it."""
 LIMIT_ASTRAY, LIMIT_CORRECTED, LIMIT_ANYWHERE = 2.4, 3.6, 13.0
 LIMIT_FITTED, LIMIT_FITTED_ANYWHERE = 7.0, 320.0
 """The same of the second measure: at the last node, there over data prediction with a corrector, and anywhere. The first
@@ -126,16 +125,16 @@ class Trial:
         assert nodes[0].y is not None
         begin = nodes[0].y if self._skipped else _kept(self.start) / self._place(levels)[1]
         last, alpha = self._place(levels[-1:])
-        between = others is not None or len(nodes) < MANY_STEPS
         clean = min(-math.log(sigma_min), nodes[-1].lam + FURTHER) if math.isinf(last) else nodes[-1].lam
-        solution = Reference(chosen_nodes(nodes, clean, EXTRA, between), begin, self._asked(end, extra_args))
+        solution = Reference(chosen_nodes(nodes, clean, EXTRA), begin, self._asked(end, extra_args))
         truth, mine = solution.end(last), _kept(end) / (alpha or 1.0)
 
         def ratio_to(levels: Tensor, limit: float) -> float:
             rival = solution.end_of(plan_of(levels[1:] if self._skipped else levels), self.space)
             return _ratio(mine - truth, rival - truth, truth) / limit
 
-        ratios = [ratio_to(levels, LIMIT if between else LIMIT_MANY)]
+        limit = LIMIT_FIT if others is not None else LIMIT if len(nodes) < MANY_STEPS else LIMIT_MANY
+        ratios = [ratio_to(levels, limit)]
         if others is not None:
             ratios.append(ratio_to(others, LIMIT_OTHER))
         ratios.append(_astray(nodes, begin, others is not None))
@@ -173,7 +172,7 @@ def _astray(nodes: Sequence[Node], begin: Tensor, fitted: bool) -> float:
     if fitted:
         return max(max(ratios[-2:]) / (LIMIT_FITTED * max(6 / n, 1.0) ** 5), max(ratios) / LIMIT_FITTED_ANYWHERE)
     steps = n / FEW_STEPS
-    at_end = ratios[-1] / (LIMIT_ASTRAY * steps ** (2 if steps < 1 else 1.5))
+    at_end = ratios[-1] / (LIMIT_ASTRAY * steps ** (1 if steps < 1 else 1.5))
     return max(at_end, last / (LIMIT_CORRECTED * max(steps, 1.0) ** 3), max(ratios) / LIMIT_ANYWHERE)
 
 
