@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-STARTS = 9
 
 
 def load(name: str, path: Path) -> Any:
@@ -39,6 +38,7 @@ def main() -> None:
     newest = max((ROOT / ".venv" / "comfyui").glob("0*"), default=Path())
     parser.add_argument("--comfyui", type=Path, default=newest, help="the ComfyUI to start")
     parser.add_argument("--against", type=Path, help="a checkout of another version")
+    parser.add_argument("--starts", type=int, default=9, help="of ComfyUI, for each version")
     parser.add_argument("--steps", type=Path, help=argparse.SUPPRESS)  # this program in a process of its own: the pack
     args = parser.parse_args()
     if args.steps:
@@ -47,12 +47,12 @@ def main() -> None:
     startup = load("startup", ROOT / "tests" / "comfyui" / "test_startup.py").startup
     packs = [pack.resolve() for pack in (args.against, ROOT) if pack]
     seconds: dict[Path, list[float]] = {pack: [] for pack in packs}
-    for _ in range(STARTS):
+    for _ in range(args.starts):
         for pack in packs:
             seconds[pack].append(1000 * startup(args.comfyui, pack)["seconds"])
     for pack, found in seconds.items():
         words = f"median {statistics.median(found):.0f}, {min(found):.0f} to {max(found):.0f} ms"
-        print(f"{pack.name}: import of the pack in {STARTS} starts: {words}", flush=True)
+        print(f"{pack.name}: import of the pack in {args.starts} starts: {words}", flush=True)
     for pack in [*packs, *packs]:
         command = [sys.executable, __file__, "--comfyui", str(args.comfyui), "--steps", str(pack)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)

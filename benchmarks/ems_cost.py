@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dpm_solver_v3.ems_tools.embedded import SHAPE, load_denoiser
-from dpm_solver_v3.ems_tools.estimate.run import Job, JobState, Progress, estimate_moments, evaluations_of, uniform_grid
+from dpm_solver_v3.ems_tools.estimate.job import Job, JobState, Progress, evaluations_of, uniform_grid
+from dpm_solver_v3.ems_tools.estimate.run import estimate_moments
 from dpm_solver_v3.sampler import EMS, sample_dpm_solver_v3
 
 STEPS = (5, 6, 8, 10)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dpm_solver_v3.ems_tools import embedded
 from dpm_solver_v3.ems_tools.compute import EFFORTS, compute_ems, job_for, plan_for
-from dpm_solver_v3.ems_tools.estimate.run import Job
+from dpm_solver_v3.ems_tools.estimate.job import Job
 from dpm_solver_v3.ems_tools.estimate.source import Source
 from dpm_solver_v3.ems_tools.file.contents import EMSFile
 from dpm_solver_v3.ems_tools.file.reader import decode_ems_file, load_ems_file

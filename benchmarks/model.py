@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dpm_solver_v3.ems_tools.embedded import SHAPE, GuidedDenoiser, load_denoiser, load_network
 from dpm_solver_v3.ems_tools.embedded.denoiser import WEIGHTS
-from dpm_solver_v3.ems_tools.estimate.run import Job, JobState, estimate_moments, uniform_grid
+from dpm_solver_v3.ems_tools.estimate.job import Job, JobState, uniform_grid
+from dpm_solver_v3.ems_tools.estimate.run import estimate_moments
 from dpm_solver_v3.sampler import sample_dpm_solver_v3
 
 SEED, STEPS, BATCH = 3, 40, 25

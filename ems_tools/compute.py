@@ -25,17 +25,9 @@ from ..sampler import (
     uniform_lambda,
     uniform_time,
 )
+from .estimate.job import EstimateError, Job, JobState, Progress, evaluations_of, snapped_grid, uniform_grid
 from .estimate.moments import Moments
-from .estimate.run import (
-    EstimateError,
-    Job,
-    JobState,
-    Progress,
-    estimate_moments,
-    evaluations_of,
-    snapped_grid,
-    uniform_grid,
-)
+from .estimate.run import estimate_moments
 from .estimate.source import Source
 from .file.contents import EMSFile
 from .file.rows import MAX_FITTED_STEPS, EMSMeta, EvidenceRow, FittedRow, RecommendedSetting
@@ -249,28 +241,32 @@ def with_fit(file: EMSFile, source: Source, job: Job, fit: FitPlan, state: JobSt
 
 
 def is_result_of(file: EMSFile, source: Source, job: Job, plan: CalibrationPlan | None) -> bool:
-    """Whether the file is what this request makes, fitted steps and kept moments aside."""
+    """Whether the file is what this request makes, kept moments and the number of samples (see `until`) aside."""
     mine = _empty_file(source, job, plan)
+    fit = plan.fit if plan is not None else None
     facts = {k: v for k, v in mine.meta.estimate.items() if k != "samples"}
     same = all(file.meta.estimate.get(k) == v for k, v in facts.items()) and dict(file.meta.model) == dict(mine.meta.model)
     same = same and file.guidance.tolist() == mine.guidance.tolist() and file.lambdas.tolist() == mine.lambdas.tolist()
-    steps = set(plan.fit.steps) if plan is not None and plan.fit is not None else set()
-    return same and {row.steps for row in file.meta.fitted} == steps
+    noises = (fit.noises, fit.held_out) if fit else (None, None)
+    same = same and noises == tuple(file.meta.estimate.get(key) for key in ("fit_noises", "fit_held_out"))
+    return same and {row.steps for row in file.meta.fitted} == (set(fit.steps) if fit else set())
 
 
 def _empty_file(source: Source, job: Job, plan: CalibrationPlan | None) -> EMSFile:
-    """What the request makes, with statistics of nothing. Raises EMSError if no file can hold it."""
+    """What the request makes, with statistics of nothing. Raises EstimateError if no file can hold it."""
     empty = Moments.empty(torch.tensor(job.lambdas, dtype=torch.float64), job.shape, job.per_element, job.groups)
     moments = [replace(empty, count=empty.count + 1) for _ in job.guidance]
-    return statistics_file(source, job, moments, [], datetime.date.today().isoformat(), plan, False)
+    try:
+        file = statistics_file(source, job, moments, [], datetime.date.today().isoformat(), plan, False)
+        file.encode()
+    except EMSError as error:
+        raise EstimateError(f"this computation could not be kept in a file, so it was not begun: {error}") from error
+    return file
 
 
 def _check_before(source: Source, job: Job, plan: CalibrationPlan | None, path: Path) -> None:
     """What the file cannot hold, and where it cannot be written, shows before evaluation 1. Raises EstimateError."""
-    try:
-        _empty_file(source, job, plan).encode()
-    except EMSError as error:
-        raise EstimateError(f"this computation could not be kept in a file, so it was not begun: {error}") from error
+    _empty_file(source, job, plan)
     if path.exists() and not path.is_file():
         raise EstimateError(f"{path} is no file that could be written, so the computation was not begun: give another name")
 

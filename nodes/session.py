@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..ems_tools.compute import EFFORTS, compute_ems, job_for, plan_for
-from ..ems_tools.estimate.run import EstimateError, Job, Progress
+from ..ems_tools.estimate.job import EstimateError, Job, Progress
 from ..ems_tools.estimate.source import Source
 from ..ems_tools.file.contents import EMSFile
 from ..ems_tools.hosting import Watch, place_for, request_facts

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..ems_tools.cli.plugs import Commands
-from ..ems_tools.estimate.run import EstimateError
+from ..ems_tools.estimate.job import EstimateError
 from ..ems_tools.estimate.source import Source
 from ..ems_tools.hosting.jobs import PROMPTS
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..ems_tools.estimate.run import EstimateError
+from ..ems_tools.estimate.job import EstimateError
 from ..ems_tools.file.storage import write_atomic
 from ..ems_tools.show.draw import png_of, svg_of
 from ..ems_tools.show.panels import Curve, Panel, style_of

@@ -19,7 +19,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..ems_tools.estimate.run import EstimateError
+from ..ems_tools.estimate.job import EstimateError
 from .layout import Layout, layout_for
 from .noise import FlowNoise, Noise
 from .protocols import Config, Pipeline, Scheduler

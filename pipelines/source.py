@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..ems_tools.embedded.denoiser import WEIGHTS
-from ..ems_tools.estimate.run import EstimateError
+from ..ems_tools.estimate.job import EstimateError
 from ..ems_tools.estimate.source import Source
 from ..ems_tools.hosting.jobs import request_facts
 from ..ems_tools.share.identity import ModelIdentity

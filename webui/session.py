@@ -15,7 +15,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..ems_tools.compute import EFFORTS, compute_ems, job_for, plan_for
-from ..ems_tools.estimate.run import EstimateError, Progress
+from ..ems_tools.estimate.job import EstimateError, Progress
 from ..ems_tools.estimate.source import Source
 from ..ems_tools.file import EMSFile
 from ..ems_tools.hosting import (

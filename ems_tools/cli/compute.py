@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..compute import EFFORTS, compute_ems, evaluations, is_result_of, job_for, plan_for, with_fit
-from ..estimate.run import EstimateError, Job, JobState, Progress
+from ..estimate.job import EstimateError, Job, JobState, Progress
 from ..estimate.source import Source
 from ..file.contents import EMSFile
 from ..file.layout import SUFFIX

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ...sampler import EMSError, SamplingError
-from ..estimate.run import EstimateError
+from ..estimate.job import EstimateError
 from .compute import add_compute, add_fit
 from .files import add_convert, add_inspect, add_merge, add_plot, add_verify
 from .plugs import Commands, plugs

@@ -15,7 +15,7 @@ import torch
 from ...sampler import EDM, Flow, NoiseSchedule, Space, VPDiscrete
 from .. import embedded
 from ..embedded.denoiser import WEIGHTS
-from ..estimate.run import EstimateError, Job, Model, denoiser_for, sample_noise
+from ..estimate.job import EstimateError, Job, Model, denoiser_for, sample_noise
 from ..estimate.source import Source
 from .plugs import plugs
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -123,19 +122,17 @@ def snapped_grid(grid: tuple[float, ...], levels: Tensor, space: Space = Space.S
 
 @dataclass(frozen=True)
 class Progress:
-    """Where one stage of a job stands, in denoiser evaluations (`earlier` ones were made before this run) and seconds."""
+    """Where one stage of a job stands, in denoiser evaluations; `earlier` ones were made before this run."""
 
     stage: str
     done: int
     total: int
-    seconds: float
-    seconds_left: float
     note: str = ""
     earlier: int = 0
 
 
 class Meter:
-    """Counts the denoiser evaluations of one stage and reports them with the time left.
+    """Counts the denoiser evaluations of one stage and reports them.
 
     The count stands in the job's state too, so whenever that is saved it says what the saved results have cost: a job that
     goes on counts on from there, and a stage that was finished before is reported as finished.
@@ -145,17 +142,14 @@ class Meter:
         self.progress, self.stage, self.total, self.note = progress, stage, total, note
         self._counts: dict[str, int] = state.facts.setdefault("counts", {})
         self.done = self.before = self._counts.get(note, 0)
-        self.began = time.monotonic()
         if self.done:
             self.tick(0)
 
     def tick(self, evaluations: int) -> None:
-        """So many more are done."""
+        """Count these and report."""
         self.done += evaluations
         self._counts[self.note] = self.done
-        seconds, new = time.monotonic() - self.began, self.done - self.before
-        left = seconds / new * max(self.total - self.done, 0) if new else math.inf
-        self.progress(Progress(self.stage, self.done, self.total, seconds, left, self.note, self.before))
+        self.progress(Progress(self.stage, self.done, self.total, self.note, self.before))
 
 
 @dataclass

@@ -7,46 +7,17 @@ ends with the same file. Extending a job is resuming it with a larger n; merging
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from ..trajectory import Path, elements_of
-from .job import (
-    EstimateError,
-    Job,
-    JobState,
-    Meter,
-    Model,
-    Progress,
-    denoiser_for,
-    evaluations_of,
-    in_batches,
-    sample_noise,
-    snapped_grid,
-    uniform_grid,
-)
+from .job import Job, JobState, Model, Progress, denoiser_for, evaluations_of, in_batches, sample_noise
 from .moments import Moments
 from .points import sample_moments
 
-__all__ = [
-    "EstimateError",
-    "Job",
-    "JobState",
-    "Meter",
-    "Model",
-    "Progress",
-    "denoiser_for",
-    "estimate_moments",
-    "evaluations_of",
-    "in_batches",
-    "sample_noise",
-    "snapped_grid",
-    "uniform_grid",
-]
+__all__ = ["estimate_moments"]
 
 
 def estimate_moments(
@@ -122,13 +93,13 @@ def _batch_moments(
 
 
 class _Counter:
-    """Counts evaluations and tells time left from the mean since this run began."""
+    """Counts the evaluations of the estimate and reports them; a batch that runs out of memory does not count."""
 
     def __init__(self, job: Job, progress: Callable[[Progress], None]) -> None:
         self.progress, self.total = progress, evaluations_of(job)
         self.per_sample = self.total // (job.samples * len(job.guidance))
         self.done = self.skipped = self.before_batch = 0
-        self.note, self.began = "", time.monotonic()
+        self.note = ""
 
     def skip(self, samples: int) -> None:
         self.done += samples * self.per_sample
@@ -142,7 +113,4 @@ class _Counter:
 
     def tick(self, evaluations: int) -> None:
         self.done += evaluations
-        seconds = time.monotonic() - self.began
-        new = self.done - self.skipped
-        left = seconds / new * (self.total - self.done) if new > 0 else math.inf
-        self.progress(Progress("estimate", self.done, self.total, seconds, max(left, 0.0), self.note, self.skipped))
+        self.progress(Progress("estimate", self.done, self.total, self.note, self.skipped))

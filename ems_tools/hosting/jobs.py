@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ...sampler import VPDiscrete
-from ..compute import EFFORTS, evaluations, job_for, plan_for
-from ..estimate.run import EstimateError, Job, Progress, evaluations_of
+from ..compute import EFFORTS, evaluations, is_result_of, job_for, plan_for
+from ..estimate.job import EstimateError, Job, Progress, evaluations_of
 from ..estimate.source import Source
 from ..file.contents import EMSFile
 from ..file.layout import SUFFIX
@@ -130,32 +130,10 @@ def place_for(
         except EMSFileError as error:
             log(str(error))
             continue
-        if _same(file, source, job, plan) and (file.moments or not keep_moments):
+        if is_result_of(file, source, job, plan) and (file.moments or not keep_moments):
             log(f"{path} was computed before with the same settings: used as it is")
             return path, file
     raise EstimateError(f"{folder} holds 999 files called {stem}: choose another name")
-
-
-def _same(file: EMSFile, source: Source, job: Job, plan: CalibrationPlan) -> bool:
-    """Whether `file` is what this request would make."""
-    facts = file.meta.estimate
-    fit = plan.fit
-    mine: dict[str, object] = {
-        "samples": tuple(job.samples for _ in job.guidance),
-        "probes": job.probes,
-        "seed": job.seed,
-        "resolution": job.shape,
-        "calibration_noises": plan.calibration,
-        "report_noises": plan.report,
-        "reference_steps": plan.reference_steps,
-        "evaluations": evaluations(job, plan),
-        "fit_noises": fit.noises if fit else None,
-        "fit_held_out": fit.held_out if fit else None,
-    }
-    same = all(facts.get(key) == value for key, value in mine.items())
-    fitted = {row.steps for row in file.meta.fitted} == (set(fit.steps) if fit else set())
-    same = same and fitted and len(file.lambdas) == len(job.lambdas)
-    return same and dict(file.meta.model) == dict(source.identity) and tuple(file.guidance.tolist()) == job.guidance
 
 
 @dataclass

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...sampler import EMS, SamplingError, Settings, sample_dpm_solver_v3
-from ..estimate.run import Job, JobState, Meter, Model, Progress, denoiser_for, in_batches, sample_noise
+from ..estimate.job import Job, JobState, Meter, Model, Progress, denoiser_for, in_batches, sample_noise
 from ..fit.run import FitPlan
 
 __all__ = ["HELD_OUT", "CalibrationPlan", "Row", "calibrate", "endpoint_errors", "evaluations_of_calibration", "reference"]

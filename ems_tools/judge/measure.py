@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ...sampler import StepInfo, sample_dpm_solver_v3
+from ..estimate.job import Job, Model, denoiser_for, in_batches, sample_noise
 from ..estimate.points import PROBE_STEP, difference_weights
-from ..estimate.run import Job, Model, denoiser_for, in_batches, sample_noise
 
 __all__ = ["SAMPLES", "Measured", "measure", "nodes_of"]
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ...sampler import EMSError, SamplingError, Settings, sample_dpm_solver_v3
+from ..estimate.job import Job, Model, denoiser_for, in_batches, sample_noise
 from ..estimate.moments import smoothed_slope
-from ..estimate.run import Job, Model, denoiser_for, in_batches, sample_noise
 from ..estimate.source import Source
 from ..file.contents import EMSFile
 from ..file.rows import EvidenceRow, RecommendedSetting, advice_by_case

@@ -15,7 +15,8 @@ import torch
 from dpm_solver_v3.ems_tools import compute
 from dpm_solver_v3.ems_tools.cli.main import main
 from dpm_solver_v3.ems_tools.embedded.denoiser import WEIGHTS
-from dpm_solver_v3.ems_tools.estimate.run import EstimateError, Job, JobState, estimate_moments, uniform_grid
+from dpm_solver_v3.ems_tools.estimate.job import EstimateError, Job, JobState, uniform_grid
+from dpm_solver_v3.ems_tools.estimate.run import estimate_moments
 from dpm_solver_v3.ems_tools.estimate.source import Source
 from dpm_solver_v3.ems_tools.file.reader import load_ems_file
 from dpm_solver_v3.ems_tools.judge.calibrate import (

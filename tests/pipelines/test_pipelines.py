@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dpm_solver_v3.diffusers import DPMSolverV3Scheduler, EmbeddedPipeline
 from dpm_solver_v3.ems_tools.embedded import load_denoiser
-from dpm_solver_v3.ems_tools.estimate.run import EstimateError
+from dpm_solver_v3.ems_tools.estimate.job import EstimateError
 from dpm_solver_v3.ems_tools.file.contents import EMSFile
 from dpm_solver_v3.ems_tools.file.reader import load_ems_file
 from dpm_solver_v3.ems_tools.file.rows import EMSMeta

@@ -13,7 +13,8 @@ import torch
 
 from dpm_solver_v3.ems_tools.cli.main import main
 from dpm_solver_v3.ems_tools.compute import with_fit
-from dpm_solver_v3.ems_tools.estimate.run import Job, JobState, estimate_moments, uniform_grid
+from dpm_solver_v3.ems_tools.estimate.job import Job, JobState, uniform_grid
+from dpm_solver_v3.ems_tools.estimate.run import estimate_moments
 from dpm_solver_v3.ems_tools.estimate.source import Source
 from dpm_solver_v3.ems_tools.file.contents import EMSFile
 from dpm_solver_v3.ems_tools.file.layout import fitted_row, fitted_values

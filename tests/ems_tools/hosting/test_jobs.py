@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dpm_solver_v3.ems_tools.compute import EFFORTS, compute_ems, evaluations, job_for, plan_for
-from dpm_solver_v3.ems_tools.estimate.run import EstimateError, Progress
+from dpm_solver_v3.ems_tools.estimate.job import EstimateError, Progress
 from dpm_solver_v3.ems_tools.estimate.source import Source
 from dpm_solver_v3.ems_tools.file import SUFFIX
 from dpm_solver_v3.ems_tools.hosting import (

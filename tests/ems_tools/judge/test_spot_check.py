@@ -12,7 +12,8 @@ import torch
 from scipy import stats
 
 from dpm_solver_v3.ems_tools import cli
-from dpm_solver_v3.ems_tools.estimate.run import Job, JobState, estimate_moments
+from dpm_solver_v3.ems_tools.estimate.job import Job, JobState
+from dpm_solver_v3.ems_tools.estimate.run import estimate_moments
 from dpm_solver_v3.ems_tools.estimate.source import Source
 from dpm_solver_v3.ems_tools.file.contents import EMSFile
 from dpm_solver_v3.ems_tools.file.reader import load_ems_file
