@@ -81,7 +81,9 @@ def save_weights(state: dict[str, Tensor], config: UNetConfig, path: Path) -> No
     os.replace(temporary, path)
 
 
-def train(archive: Path, out: Path, steps: int, batch: int, lr: float, bf16: bool, compiled: bool, seed: int) -> None:
+def train(  # noqa: PLR0913 - what the command line gives
+    archive: Path, out: Path, steps: int, batch: int, lr: float, bf16: bool, compiled: bool, seed: int
+) -> None:
     """Run or resume the training."""
     out.mkdir(parents=True, exist_ok=True)
     images, labels, weights = load_emoji(archive)

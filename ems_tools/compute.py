@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from ..sampler import (
     uniform_lambda,
     uniform_time,
 )
-from .estimate.job import EstimateError, Job, JobState, Progress, evaluations_of, snapped_grid, uniform_grid
+from .estimate.job import EstimateError, Evaluating, Job, JobState, Progress, evaluations_of, snapped_grid, uniform_grid
 from .estimate.moments import Moments
 from .estimate.run import estimate_moments
 from .estimate.source import Source
@@ -160,19 +160,17 @@ def evaluations(job: Job, plan: CalibrationPlan | None) -> int:
     return evaluations_of(job) + evaluations_of_calibration(plan, scales) + fit
 
 
-def compute_ems(
+def compute_ems(  # noqa: PLR0913 - what to compute, and options by name
     source: Source,
     job: Job,
     plan: CalibrationPlan | None,
     path: Path,
     *,
-    batch: int = 16,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
     until: float | None = None,
     keep_moments: bool = False,
     extend: EMSFile | None = None,
     progress: Callable[[Progress], None] = lambda p: None,
+    **options: Unpack[Evaluating],
 ) -> EMSFile:
     """Compute, judge and write a statistics file; continue the job if it was begun.
 
@@ -191,48 +189,33 @@ def compute_ems(
     if state.path is not None and not state.path.exists():
         state.save()  # claims the name: another job of this name is refused from now on
     keep = plan.fit.noises if plan is not None and plan.fit is not None else 0
-    moments = estimate_moments(
-        source.models, job, state, batch=batch, device=device, dtype=dtype, until=until, keep=keep, progress=progress
-    )
+    moments = estimate_moments(source.models, job, state, until=until, keep=keep, progress=progress, **options)
     rows: list[Row] = []
     if plan is not None:
         for guidance, ems in zip(job.guidance, map(_ems, moments), strict=True):
-            rows += calibrate(
-                source.models[guidance],
-                ems,
-                job,
-                guidance,
-                plan,
-                state,
-                batch=batch,
-                device=device,
-                dtype=dtype,
-                progress=progress,
-            )
+            rows += calibrate(source.models[guidance], ems, job, guidance, plan, state, progress=progress, **options)
     file = statistics_file(source, job, moments, rows, str(state.facts["date"]), plan, keep_moments)
     if plan is not None and plan.fit is not None:
-        options: _FitOptions = {"batch": batch, "device": device, "dtype": dtype, "progress": progress}
-        file = with_fit(file, source, job, plan.fit, state, **options)
+        file = with_fit(file, source, job, plan.fit, state, progress=progress, **options)
     file.save(path)
     state.delete()
     return file
 
 
-class _FitOptions(TypedDict, total=False):
-    """How the model is run, as `fit_steps` takes it."""
-
-    batch: int
-    device: torch.device | str
-    dtype: torch.dtype
-    progress: Callable[[Progress], None]
-
-
-def with_fit(file: EMSFile, source: Source, job: Job, fit: FitPlan, state: JobState, **options: Unpack[_FitOptions]) -> EMSFile:
+def with_fit(
+    file: EMSFile,
+    source: Source,
+    job: Job,
+    fit: FitPlan,
+    state: JobState,
+    *,
+    progress: Callable[[Progress], None] = lambda p: None,
+    **options: Unpack[Evaluating],
+) -> EMSFile:
     """The file with schedules and coefficients fitted at each of its guidance scales; `options` are those of `fit_steps`."""
     rows: list[FittedRow] = []
     for guidance in job.guidance:
-        model, schedule, levels = source.models[guidance], source.schedule, source.levels
-        rows += fit_steps(model, job, guidance, fit, state, schedule=schedule, levels=levels, **options)
+        rows += fit_steps(source, job, guidance, fit, state, progress=progress, **options)
     used = evaluations_of_fit(fit, len(job.lambdas), len(job.guidance), min(job.samples, fit.noises))
     facts = {"fit_noises": fit.noises, "fit_held_out": fit.held_out, "fit_evaluations": used}
     file = replace(file, meta=replace(file.meta, fitted=tuple(rows), estimate={**file.meta.estimate, **facts}))

@@ -67,7 +67,7 @@ def entrants(replay: Replay, file: Path | None, guidance: float) -> dict[str, Sc
     return found
 
 
-def compare(
+def compare(  # noqa: PLR0913 - what to compare, and options by name
     replay: Replay,
     schedulers: dict[str, Scheduler],
     guidance: float,

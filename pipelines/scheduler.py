@@ -22,7 +22,7 @@ from torch import Tensor
 from ..ems_tools.file.contents import EMSFile
 from ..ems_tools.file.reader import load_ems_file
 from ..ems_tools.hosting.runs import Run, choose_statistics, choose_steps, unfitted_steps
-from ..sampler import AUTO, EMS, SolverOptions
+from ..sampler import AUTO, EMS, SolverOptions, plan_for
 from . import beside
 from .layout import layout_for
 from .noise import EDMNoise, FlowNoise, VPNoise, noise_of
@@ -355,7 +355,9 @@ class DPMSolverV3Scheduler(SchedulerMixin, ConfigMixin):
             ems = found.ems
         chosen = cast("SolverOptions", {name: config[ours] for name, ours in _OPTIONS.items()})
         limit = (config.dynamic_thresholding_ratio, config.sample_max_value) if config.thresholding else None
-        return Stepping(self._levels[first:], self._noise, config.prediction_type, layout, ems, chosen, run.guidance, limit)
+        levels = self._levels[first:]
+        plan = plan_for(levels, ems=ems, space=self._noise.space, guidance=run.guidance, **chosen)
+        return Stepping(levels, self._noise, config.prediction_type, layout, plan, limit)
 
     # --- noise for the beginning
 

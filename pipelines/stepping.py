@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..sampler import EMS, Run, SolverOptions, plan_for
+from ..sampler import Plan, Run
 from .layout import Layout
 from .noise import Noise
 
@@ -25,9 +25,7 @@ class Stepping:
         noise: of the model.
         prediction: what the model's output is.
         layout: of the pipeline's latents.
-        ems: the model's statistics, or None.
-        chosen: the sampler's options, see `sampler.settings_for`.
-        guidance: the guidance scale, if known.
+        plan: what the sampler does at these levels.
         threshold: (ratio, maximum) of dynamic thresholding, or None.
     """
 
@@ -37,16 +35,13 @@ class Stepping:
         noise: Noise,
         prediction: str,
         layout: Layout,
-        ems: EMS | None,
-        chosen: SolverOptions,
-        guidance: float | None,
+        plan: Plan,
         threshold: tuple[float, float] | None,
     ) -> None:
         self._levels = levels.tolist()
         self._noise, self._prediction, self._layout, self._threshold = noise, prediction, layout, threshold
-        self.ems = ems
         self._done = 0
-        self._plan = plan_for(levels, ems=ems, space=noise.space, guidance=guidance, **chosen)
+        self._plan = plan
         self._run: Run | None = None
         self._given: Tensor | None = None  # what the pipeline got from the last step
 

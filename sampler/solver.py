@@ -50,7 +50,7 @@ class StepInfo(TypedDict):
 
 
 @torch.no_grad()
-def sample_dpm_solver_v3(
+def sample_dpm_solver_v3(  # noqa: PLR0913 - the first six are k-diffusion's, the others are options by name
     model: Callable[..., Tensor],
     x: Tensor,
     sigmas: Tensor,

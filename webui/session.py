@@ -83,7 +83,7 @@ class Request:
     seed: int = 0
 
 
-def request_of(
+def request_of(  # noqa: PLR0913 - gradio hands over one argument for each field of the page
     prompt: str,
     more: bool,
     negative: str,

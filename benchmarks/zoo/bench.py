@@ -189,7 +189,7 @@ def fit(network: Loaded, guidance: float, effort: Effort, steps: tuple[int, ...]
     assert plan.fit is not None
     began = time.perf_counter()
     estimate_moments(source.models, job, state, batch=32, keep=plan.fit.noises)
-    rows = fit_steps(model, job, guidance, plan.fit, state, schedule=entry.schedule, batch=32)
+    rows = fit_steps(source, job, guidance, plan.fit, state, batch=32)
     planned = evaluations(job, replace(plan, schedules={}))
     if spent[0] > planned:
         raise AssertionError(f"{spent[0]} evaluations, announced were {planned}")

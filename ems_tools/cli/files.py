@@ -168,12 +168,10 @@ def add_convert(commands: Commands) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from ... import __version__
-
     _check_output(args.out)
     span = lambda_range(args.preset) if args.preset else tuple(args.range)
     model = {"name": args.name or args.preset or args.l.resolve().parent.name}
-    kept = {"per_element": args.per_element, "program": __version__, "date": args.date}
+    kept = {"per_element": args.per_element, "date": args.date}
     file = convert_npz(args.l, args.sb, span, guidance=args.guidance, model=model, **kept)
     file.save(args.out)
     size = f"{args.out.stat().st_size / 1024:.1f} KiB"

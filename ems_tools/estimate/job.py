@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .moments import Moments
 
 __all__ = [
     "EstimateError",
+    "Evaluating",
     "Job",
     "JobState",
     "Meter",
@@ -51,6 +52,14 @@ class Model(Protocol):
     def __call__(self, x: Tensor, sigma: Tensor, /) -> Tensor:
         """D [B, C, ...] of x [B, C, ...] at host levels [B]."""
         ...
+
+
+class Evaluating(TypedDict, total=False):
+    """How a model is evaluated, as the options of functions that run it: what each says, and defaults, see `Runner`."""
+
+    batch: int
+    device: torch.device | str
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from ...sampler import EMSError
 from ..file.contents import EMSFile
 from ..file.reader import EMSFileError
 from ..file.rows import Scalar
+from .job import EstimateError
 from .moments import MOMENTS, Moments
-from .run import EstimateError
 
 __all__ = ["merge_files", "moments_problem"]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...sampler import LambdaDenoiser, SamplingError
 from ..trajectory import solve_finely
-from .job import probed_points
+from .job import Job, probed_points
 from .moments import MOMENTS
 
 __all__ = ["PROBE_STEP", "difference_weights", "sample_moments"]
@@ -64,13 +64,9 @@ def difference_weights(lambdas: Tensor) -> tuple[Tensor, Tensor]:
 
 def sample_moments(
     denoiser: LambdaDenoiser,
-    lambdas: Tensor,
+    job: Job,
     noise: Tensor,
     generators: list[torch.Generator],
-    *,
-    probes: int = 1,
-    probe_every: int = 1,
-    per_element: bool = False,
     tick: Callable[[int], None] = lambda evaluations: None,
     watch: Callable[[int, Tensor, Tensor], None] = lambda i, y, D: None,
 ) -> Tensor:
@@ -78,31 +74,31 @@ def sample_moments(
 
     Args:
         denoiser: D(y, lambda) that is measured along its own trajectories.
-        lambdas: [N+1] increasing grid, N >= 2.
+        job: its grid of lambda [N+1]; `probes`, Hutchinson probes a point; `probe_every`, probe at every so many grid points
+            (and the last): v * (J v) is linear in lambda in between; `per_element`, keep positions apart.
         noise: [B, C, ...] unit start noise.
         generators: one per sample, for its probes: a sample's result does not depend on its batch.
-        probes: Hutchinson probes per point.
-        probe_every: probe at every so many grid points (and the last); v * (J v) is linear in lambda in between.
-        per_element: keep positions apart.
         tick: called with the number of samples just evaluated (one per sample and call), for progress and cancelling.
         watch: called with (i, y, D) at every point of the trajectories.
 
     Raises:
         SamplingError: the model returned NaN, or a trajectory left the region of plausible values; names sigma.
     """
-    kept = noise.shape[1:] if per_element else noise.shape[1:2]
+    lambdas, probes = torch.tensor(job.lambdas, dtype=torch.float64), job.probes
+    kept = noise.shape[1:] if job.per_element else noise.shape[1:2]
     values = torch.zeros(len(MOMENTS), len(noise), len(lambdas), *kept, dtype=torch.float64, device=noise.device)
-    sums = _Sums(values, per_element)
-    probed = probed_points(len(lambdas), probe_every)
+    sums = _Sums(values, job.per_element)
+    probed = probed_points(len(lambdas), job.probe_every)
 
     def probe(i: int, y: Tensor, D: Tensor) -> None:
+        watch(i, y, D)
         for _ in range(probes if i in probed else 0):
             v = _signs(y, generators)
             jv = _jacobian_product(denoiser, y, lambdas[i].item(), v, D)
             tick(len(y))
             sums.put_probe(i, v * jv, 1 / probes)
 
-    _along_trajectory(denoiser, lambdas, noise, sums, probe, tick, watch)
+    _along_trajectory(denoiser, lambdas, noise, sums, probe, tick)
     _between_probes(sums.values[MOMENTS.index("vJv")], lambdas, probed)
     return sums.values
 
@@ -122,9 +118,8 @@ def _along_trajectory(
     sums: _Sums,
     probe: Callable[[int, Tensor, Tensor], None],
     tick: Callable[[int], None],
-    watch: Callable[[int, Tensor, Tensor], None],
 ) -> None:
-    """Fill `sums` while solving; D' from the last three values of D."""
+    """Fill `sums` while solving, with a call of `probe` at every point; D' from the last three values of D."""
     first, weights = difference_weights(lambdas)
     window: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -137,7 +132,6 @@ def _along_trajectory(
     def visit(i: int, y: Tensor, D: Tensor) -> None:
         _check_plausible(y, D, lambdas[i].item())
         window[i] = (y, D)
-        watch(i, y, D)
         probe(i, y, D)
         if i >= 2:
             settle(i - 1)

@@ -8,14 +8,18 @@ ends with the same file. Extending a job is resuming it with a larger n; merging
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..trajectory import Path, elements_of
-from .job import Job, JobState, Model, Progress, denoiser_for, evaluations_of, in_batches, sample_noise
+from ..trajectory import Path, Runner, elements_of
+from .job import Evaluating, Job, JobState, Model, Progress, denoiser_for, evaluations_of, in_batches, sample_noise
 from .moments import Moments
 from .points import sample_moments
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["estimate_moments"]
 
@@ -25,22 +29,20 @@ def estimate_moments(
     job: Job,
     state: JobState,
     *,
-    batch: int = 16,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
     until: float | None = None,
     keep: int = 0,
     progress: Callable[[Progress], None] = lambda p: None,
+    **options: Unpack[Evaluating],
 ) -> list[Moments]:
     """Moments for every guidance scale of the job, resuming from `state`.
 
     Args:
         models: the denoiser of each scale of `job.guidance`.
         job, state: what to do, and what was done.
-        batch: samples per batch; halved (and the batch run again) when the device is out of memory.
         until: stop a scale once the root-mean-square standard errors of l, s and b are all at most this.
         keep: so many samples' trajectories stay in the state, as "fit.<guidance>", for a fit to learn from.
         progress: called after every evaluation; whatever it raises (a host's cancel) leaves the saved state intact.
+        options: batch, device and dtype, see `Runner`.
 
     Raises:
         EstimateError: out of memory with a batch of one; a state that has other settings.
@@ -51,13 +53,16 @@ def estimate_moments(
     for g, guidance in enumerate(job.guidance):
         moments = state.moments(job, g)
         counter.skip(moments.samples)
+        runner = Runner(job, models[guidance], tick=counter.tick, **options)
 
-        def run(samples: list[int], guidance: float = guidance) -> tuple[Tensor, Path]:
+        def run(samples: list[int], guidance: float = guidance, runner: Runner = runner) -> tuple[Tensor, Path]:
             counter.begin_batch(f"guidance {guidance:g}, samples {samples[0]} to {samples[-1]} of {job.samples}")
             path = Path(elements_of(job))
-            return _batch_moments(models[guidance], job, samples, device, dtype, counter.tick, path.add), path
+            return _batch_moments(runner, samples, path), path
 
-        for samples, (values, path) in in_batches(list(range(moments.samples, job.samples)), batch, run, counter.cancel_batch):
+        for samples, (values, path) in in_batches(
+            list(range(moments.samples, job.samples)), runner.batch, run, counter.cancel_batch
+        ):
             moments.add(samples, values)
             state.keep(g, moments)
             path.save(state, f"fit.{guidance:g}", samples[0], keep)
@@ -68,28 +73,13 @@ def estimate_moments(
     return result
 
 
-def _batch_moments(
-    model: Model,
-    job: Job,
-    samples: list[int],
-    device: torch.device | str,
-    dtype: torch.dtype,
-    tick: Callable[[int], None],
-    watch: Callable[[int, Tensor, Tensor], None],
-) -> Tensor:
+def _batch_moments(runner: Runner, samples: list[int], path: Path) -> Tensor:
+    """Moments [9, B, N+1, C, ...] of these samples, on the CPU; their trajectories go into `path`."""
+    job = runner.job
     noise, generators = sample_noise(job, samples)
+    denoiser, start = denoiser_for(runner.model, samples, job.space), noise.to(runner.device, runner.dtype)
     with torch.no_grad():
-        return sample_moments(
-            denoiser_for(model, samples, job.space),
-            torch.tensor(job.lambdas, dtype=torch.float64),
-            noise.to(device, dtype),
-            generators,
-            probes=job.probes,
-            probe_every=job.probe_every,
-            per_element=job.per_element,
-            tick=tick,
-            watch=watch,
-        ).cpu()
+        return sample_moments(denoiser, job, start, generators, runner.tick, path.add).cpu()
 
 
 class _Counter:

@@ -69,7 +69,6 @@ def convert_npz(
     guidance: float = 1.0,
     per_element: bool = False,
     model: Mapping[str, Fact] | None = None,
-    program: str = "",
     date: str = "",
 ) -> EMSFile:
     """The authors' two files as one statistics file, without evidence.
@@ -79,12 +78,14 @@ def convert_npz(
         lambdas: at the noisy and at the clean end, increasing.
         guidance: the scale that the statistics were computed for.
         per_element: keep [C, H, W] (one latent size only) instead of pooling to [C].
-        model, program, date: as in `EMSMeta`.
+        model, date: as in `EMSMeta`.
 
     Raises:
         EMSFileError: a file that is not such a file.
         EMSError: values or a range that no statistics have.
     """
+    from ... import __version__
+
     first, last = lambdas
     if not -MAX_LAMBDA <= first < last <= MAX_LAMBDA:
         limits = f"within [{-MAX_LAMBDA:g}, {MAX_LAMBDA:g}]"
@@ -113,7 +114,7 @@ def convert_npz(
             "resolution": shape[2:],
             "pooled": "no" if per_element else "mean over positions of l, s, b; approximate for s and b",
         },
-        program=program,
+        program=__version__,
         date=date,
     )
     return EMSFile(grid, torch.tensor([guidance], dtype=torch.float64), values["l"], values["s"], values["b"], meta)

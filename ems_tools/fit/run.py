@@ -14,12 +14,13 @@ Every run's result is kept in the job's state, so a cancelled fit goes on where 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from ...sampler import FittedSteps, NoiseSchedule
-from ..estimate.job import Job, JobState, Meter, Model, Progress, snapped_grid
+from ...sampler import FittedSteps
+from ..estimate.job import Evaluating, Job, JobState, Meter, Progress, snapped_grid
+from ..estimate.source import Source
 from ..file.layout import fitted_row, fitted_values
 from ..file.rows import FittedRow, insane
 from ..trajectory import Runner, kept_trajectories
@@ -31,6 +32,9 @@ from .refine import refine, with_last_step
 from .spacing import CANDIDATES, Range, Spacing
 from .steps import closed_loop, objective, rounded
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["JUDGE_NOISE", "FitPlan", "evaluations_of_fit", "fit_steps"]
 
 JUDGE_NOISE = 2_000_000_000
@@ -39,24 +43,19 @@ JUDGE_NOISE = 2_000_000_000
 
 
 def fit_steps(
-    model: Model,
+    source: Source,
     job: Job,
     guidance: float,
     plan: FitPlan,
     state: JobState,
     *,
-    schedule: NoiseSchedule | None = None,
-    levels: Tensor | None = None,
-    batch: int = 16,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
     progress: Callable[[Progress], None] = lambda p: None,
+    **options: Unpack[Evaluating],
 ) -> list[FittedRow]:
     """Fitted rows for one guidance scale; trajectories, runs and rows already in `state` are not computed again.
 
-    Args:
-        schedule: the model's own noise schedule, for spacings in its time.
-        levels: the host's own noise levels, if it rounds to them; evaluations are then placed on these.
+    Spacings in the model's own time are those of the source's schedule; where the host rounds to levels of its own,
+    evaluations are placed on these. `options`: batch, device and dtype, see `Runner`.
 
     Raises whatever the model and `progress` raise; finished runs are in the saved state by then.
     """
@@ -68,12 +67,12 @@ def fit_steps(
     meter = Meter(progress, "fit", total, f"fit at guidance {name}", state)
     if all(n in rows for n in wanted):
         return [rows[n] for n in wanted]
-    runner = Runner(job, model, device, dtype, batch, meter.tick)
+    runner = Runner(job, source.models[guidance], tick=meter.tick, **options)
     judge_on = range(JUDGE_NOISE, JUDGE_NOISE + plan.held_out)
     teacher = kept_trajectories(runner, state, f"fit.{name}", range(plan.noises))
     judge = kept_trajectories(runner, state, f"judge.{name}", judge_on)
-    span = Range.of(job.lambdas, schedule)
-    bench = Bench(runner, plan, range(plan.noises), teacher, span, _snapping(levels, job), state, name)
+    span = Range.of(job.lambdas, source.schedule)
+    bench = Bench(runner, plan, range(plan.noises), teacher, span, _snapping(source.levels, job), state, name)
     panel = entrants(plan.panel, span, _host_lambdas(plan.fixed, job))
     choices = {n: (best_spacing(bench, n), best_entrant(bench, panel, n)) for n in searched_steps(plan)}
     for n in wanted:

@@ -130,7 +130,7 @@ def _texts(value: object) -> list[str]:
     return [v for v in value if isinstance(v, str)] if isinstance(value, list) else []
 
 
-def sample_on_trial(
+def sample_on_trial(  # noqa: PLR0913 - nine are the sampler's
     book: TrustBook,
     origin: Origin | None,
     tell: Callable[[str], None],

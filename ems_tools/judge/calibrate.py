@@ -14,13 +14,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...sampler import EMS, SamplingError, Settings, sample_dpm_solver_v3
-from ..estimate.job import Job, JobState, Meter, Model, Progress, denoiser_for, in_batches, sample_noise
+from ..estimate.job import Evaluating, Job, JobState, Meter, Model, Progress, denoiser_for, in_batches, sample_noise
 from ..fit.run import FitPlan
+from ..trajectory import Runner
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["HELD_OUT", "CalibrationPlan", "Row", "calibrate", "endpoint_errors", "evaluations_of_calibration", "reference"]
 
@@ -87,16 +92,11 @@ class Row:
 
 @dataclass
 class _Bench:
-    """One guidance scale's denoiser with noises and reference end points, and a count of evaluations."""
+    """One guidance scale's denoiser with reference end points, and what of it the job's state keeps under `name`."""
 
-    job: Job
-    model: Model
-    device: torch.device | str
-    dtype: torch.dtype
-    batch: int
-    tick: Callable[[int], None]
-    state: JobState = field(default_factory=JobState)
-    name: str = "evidence"
+    runner: Runner
+    state: JobState
+    name: str
     ends: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def kept(self, key: str, error: Callable[[], float]) -> float:
@@ -111,17 +111,16 @@ class _Bench:
 
     def solve(self, samples: list[int], levels: Tensor, ems: EMS | None, settings: Settings) -> Tensor:
         """X [B, C, ...] at the end of `levels`."""
-        noise, _ = sample_noise(self.job, samples)
-        denoiser = denoiser_for(self.model, samples, self.job.space)
-        space = self.job.space
+        runner, space = self.runner, self.runner.job.space
+        noise = sample_noise(runner.job, samples)[0].to(runner.device, runner.dtype)
         top = levels[:1].to(torch.float64)
-        start = noise.to(self.device, self.dtype) * (space.alpha_of(top) * (-space.lambda_of(top)).exp()).nan_to_num(1.0).item()
+        start = noise * (space.alpha_of(top) * (-space.lambda_of(top)).exp()).nan_to_num(1.0).item()
         return sample_dpm_solver_v3(
-            denoiser.model,
+            denoiser_for(runner.model, samples, space).model,
             start,
-            levels.to(self.device),
+            levels.to(runner.device),
             None,
-            lambda info: self.tick(len(samples)),
+            lambda info: runner.tick(len(samples)),
             True,
             ems=ems,
             space=space,
@@ -134,7 +133,7 @@ def reference(bench: _Bench, samples: list[int], steps: int) -> None:
 
     They stand in the job's state while it needs them: those that it has are not solved again.
     """
-    job = bench.job
+    runner, job = bench.runner, bench.runner.job
     lam = torch.linspace(job.lambdas[0], job.lambdas[-1], steps + 1, dtype=torch.float64)
     levels = job.space.level_of(lam)
     settings = Settings(order=3, corrector="none", lower_order_final=False)
@@ -143,13 +142,13 @@ def reference(bench: _Bench, samples: list[int], steps: int) -> None:
         x = bench.solve(part, levels, None, settings)
         y = x / job.space.alpha_of(levels[-1:]).item()
         with torch.no_grad():
-            D = denoiser_for(bench.model, part, job.space)(y, lam[-1].item())
-        bench.tick(len(part))
+            D = denoiser_for(runner.model, part, job.space)(y, lam[-1].item())
+        runner.tick(len(part))
         return x, D
 
     kept, names = bench.state.tensors, (f"{bench.name}.x", f"{bench.name}.D")
     known = len(kept[names[0]]) if names[0] in kept else 0
-    for _, ends in in_batches(samples[known:], bench.batch, run):
+    for _, ends in in_batches(samples[known:], runner.batch, run):
         for name, values in zip(names, ends, strict=True):
             values = values.cpu()
             kept[name] = torch.cat([kept[name], values]) if name in kept else values
@@ -166,7 +165,7 @@ def endpoint_errors(bench: _Bench, samples: list[int], levels: Tensor, ems: EMS 
         ends = torch.stack([bench.ends[k][1 if levels[-1] == 0 else 0] for k in part])
         return (x.cpu() - ends).double().square().flatten(1).mean(1)
 
-    return torch.cat([errors for _, errors in in_batches(samples, bench.batch, run)])
+    return torch.cat([errors for _, errors in in_batches(samples, bench.runner.batch, run)])
 
 
 def evaluations_of_calibration(plan: CalibrationPlan, scales: int) -> int:
@@ -187,10 +186,8 @@ def calibrate(
     plan: CalibrationPlan,
     state: JobState,
     *,
-    batch: int = 16,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
     progress: Callable[[Progress], None] = lambda p: None,
+    **options: Unpack[Evaluating],
 ) -> list[Row]:
     """Evidence rows for one guidance scale; rows already in `state` are not computed again.
 
@@ -200,18 +197,15 @@ def calibrate(
     wanted = [(name, n) for name in plan.schedules for n in plan.steps]
     if not wanted:
         return []
-    chosen_on = list(range(HELD_OUT, HELD_OUT + plan.calibration))
-    reported_on = list(range(HELD_OUT + plan.calibration, HELD_OUT + plan.calibration + plan.report))
     meter = Meter(progress, "evidence", evaluations_of_calibration(plan, 1), f"evidence at guidance {guidance:g}", state)
     if all(key in rows for key in wanted):
         return [rows[key] for key in wanted]
-    bench = _Bench(job, model, device, dtype, batch, meter.tick, state, f"evidence.{guidance:g}")
-    reference(bench, chosen_on + reported_on, plan.reference_steps)
+    bench = _Bench(Runner(job, model, tick=meter.tick, **options), state, f"evidence.{guidance:g}")
+    reference(bench, [k for part in _noises(plan) for k in part], plan.reference_steps)
     for name, steps in wanted:
         if (name, steps) in rows:
             continue
-        levels = plan.schedules[name](steps)
-        row = _row(bench, ems, guidance, name, steps, levels, plan, chosen_on, reported_on)
+        row = _row(bench, ems, guidance, name, steps, plan)
         rows[name, steps] = row
         state.facts.setdefault("evidence", []).append(row_to_json(row))
         bench.forget(ends=False)
@@ -221,17 +215,23 @@ def calibrate(
     return [rows[key] for key in wanted]
 
 
+def _noises(plan: CalibrationPlan) -> tuple[list[int], list[int]]:
+    """The samples on which settings are chosen, and those on which they are reported."""
+    middle = HELD_OUT + plan.calibration
+    return list(range(HELD_OUT, middle)), list(range(middle, middle + plan.report))
+
+
 def _row(
     bench: _Bench,
     ems: EMS,
     guidance: float,
     name: str,
     steps: int,
-    levels: Tensor,
     plan: CalibrationPlan,
-    chosen_on: list[int],
-    reported_on: list[int],
 ) -> Row:
+    """The row of one schedule and step count: every candidate on the calibration noises, the chosen ones on the report's."""
+    levels, chosen_on, reported_on = plan.schedules[name](steps), *_noises(plan)
+
     def error(samples: list[int], settings: Settings, of: str = "choice") -> float:
         def run() -> float:
             try:
@@ -254,7 +254,7 @@ def _row(
         shrunk[settings] = error(chosen_on, settings)
     everything = {**data, **full, **shrunk}
     winner = min(everything, key=everything.__getitem__)
-    lambdas = bench.job.space.lambda_of(levels)
+    lambdas = bench.runner.job.space.lambda_of(levels)
     at_full = replace(best_data, strength=1.0)
     return Row(
         guidance,

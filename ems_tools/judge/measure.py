@@ -6,14 +6,17 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ...sampler import StepInfo, sample_dpm_solver_v3
-from ..estimate.job import Job, Model, denoiser_for, in_batches, sample_noise
+from ..estimate.job import Evaluating, Job, Model, denoiser_for, in_batches, sample_noise
 from ..estimate.points import PROBE_STEP, difference_weights
+from ..trajectory import Runner, solve_finely
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["SAMPLES", "Measured", "measure", "nodes_of"]
 
@@ -48,20 +51,19 @@ def measure(
     guidance: float,
     *,
     samples: int = SAMPLES,
-    batch: int = 16,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
     tick: Callable[[int], None] = lambda evaluations: None,
+    **options: Unpack[Evaluating],
 ) -> Measured:
     """Trajectories on part of `job.lambdas`, with what `judge` needs of them. Raises SamplingError, EstimateError."""
+    runner = Runner(job, model, tick=tick, **options)
     nodes, places = nodes_of(len(job.lambdas))
     kept: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
 
     def run(part: list[int]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        return _trajectories(model, job, part, nodes, places, device, dtype, tick)
+        return _trajectories(runner, part, nodes, places)
 
     indices = list(range(samples))
-    for _, found in in_batches(indices, batch, run):
+    for _, found in in_batches(indices, runner.batch, run):
         kept.append(found)
     moments = torch.cat([m for m, _ in kept], 1)
     ends = torch.cat([e[0] for _, e in kept]), torch.cat([e[1] for _, e in kept])
@@ -80,47 +82,33 @@ def nodes_of(points: int) -> tuple[list[int], tuple[int, ...]]:
 
 
 def _trajectories(
-    model: Model,
-    job: Job,
-    samples: list[int],
-    nodes: list[int],
-    places: tuple[int, ...],
-    device: torch.device | str,
-    dtype: torch.dtype,
-    tick: Callable[[int], None],
+    runner: Runner, samples: list[int], nodes: list[int], places: tuple[int, ...]
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Moments [9, B, places, C, ...] and the ends (x, D) of these samples, on the CPU."""
+    job = runner.job
     noise, generators = sample_noise(job, samples)
-    denoiser = denoiser_for(model, samples, job.space)
+    denoiser = denoiser_for(runner.model, samples, job.space)
     lambdas = torch.tensor(job.lambdas, dtype=torch.float64)[nodes]
-    levels = job.space.level_of(lambdas)
-    start = noise.to(device, dtype) * (job.space.alpha_of(levels[0]) * (-lambdas[0]).exp()).item()
-    points: list[tuple[Tensor, Tensor, Tensor]] = []  # x, y, D
-
-    def on_step(info: StepInfo) -> None:
-        x, D = info["x"], info["denoised"]
-        assert isinstance(x, Tensor) and isinstance(D, Tensor)
-        alpha = job.space.alpha_of(levels[len(points)]).item()
-        points.append((x, x / alpha, D))
-        tick(len(x))
-
+    points: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
-        end = torch.cat([levels, levels.new_zeros(1)]).to(device)
-        run = partial(sample_dpm_solver_v3, denoiser.model, start, end, denoiser.extra_args, on_step, True)
-        run(space=denoiser.space, order=3, predictor="true", corrector="none", lower_order_final=False)
+        start = noise.to(runner.device, runner.dtype)
+        solve_finely(denoiser, lambdas, start, lambda i, y, D: points.append((y, D)), runner.tick)
         rows = []
         for place in places:
             at = nodes.index(place)
-            y, D = (v.to(torch.float64) for v in points[at][1:])
+            y, D = (v.to(torch.float64) for v in points[at])
             weights = difference_weights(lambdas[at - 1 : at + 2])[1][1].tolist()
-            slope = sum((w * points[at + k - 1][2].to(torch.float64) for k, w in enumerate(weights)), torch.zeros_like(D))
+            slope = sum((w * points[at + k - 1][1].to(torch.float64) for k, w in enumerate(weights)), torch.zeros_like(D))
             v = torch.stack([torch.randint(0, 2, job.shape, generator=g, dtype=torch.int8) for g in generators])
-            v = v.to(device, dtype) * 2 - 1
+            v = v.to(start) * 2 - 1
             step = PROBE_STEP * math.exp(-lambdas[at].item())
-            jv = (denoiser(points[at][1] + step * v, lambdas[at].item()) - points[at][2]) / step
-            tick(len(v))
+            jv = (denoiser(points[at][0] + step * v, lambdas[at].item()) - points[at][1]) / step
+            runner.tick(len(v))
             products = (y, D, slope, y * y, y * D, D * D, y * slope, D * slope, v.double() * jv.double())
             rows.append(torch.stack([_pooled(p, job.per_element) for p in products]))
-    return torch.stack(rows, 2).cpu(), (points[-1][0].cpu(), points[-1][2].cpu())
+    y, D = points[-1]
+    alpha = job.space.alpha_of(job.space.level_of(lambdas[-1])).item()
+    return torch.stack(rows, 2).cpu(), ((y * alpha).cpu(), D.cpu())
 
 
 def _pooled(v: Tensor, per_element: bool) -> Tensor:

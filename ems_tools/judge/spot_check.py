@@ -16,21 +16,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypedDict
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...sampler import EMSError, SamplingError, Settings, sample_dpm_solver_v3
-from ..estimate.job import Job, Model, denoiser_for, in_batches, sample_noise
+from ..estimate.job import Evaluating, Job, Model, denoiser_for, in_batches, sample_noise
 from ..estimate.moments import smoothed_slope
 from ..estimate.source import Source
 from ..file.contents import EMSFile
 from ..file.rows import EvidenceRow, RecommendedSetting, advice_by_case
+from ..trajectory import Runner
 from .consistency import case_of, numbers_in
 from .measure import SAMPLES, Measured, measure
 from .student import p_value
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "ALPHA",
@@ -95,10 +99,8 @@ def spot_check(
     seed: int,
     samples: int = SAMPLES,
     alpha: float = ALPHA,
-    batch: int = 16,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
     tick: Callable[[int], None] = lambda evaluations: None,
+    **options: Unpack[Evaluating],
 ) -> SpotCheck:
     """Try the file on the model, at every guidance scale that it covers; see the module.
 
@@ -115,20 +117,22 @@ def spot_check(
     file.at(file.guidance[0].item()).check_fits((1, *source.shape))
     if len(file.lambdas) < 5:
         raise EMSError(f"a spot check needs at least 5 points of lambda, the file has {len(file.lambdas)}")
-    options: _Options = {"batch": batch, "device": device, "dtype": dtype, "tick": tick}
-    first = _one_check(file, source, seed, seed, samples, alpha, options)
-    if not first.problems:
-        return first
-    return confirmed(first, _one_check(file, source, seed + 500_009, seed, samples, alpha, options))
 
+    def check(noise: int) -> SpotCheck:
+        checks: list[Check] = []
+        evaluations = 0
+        for guidance in file.guidance.tolist():
+            grid, space = tuple(file.lambdas.tolist()), source.schedule.space
+            job = Job(source.shape, grid, space, samples, (guidance,), noise, per_element=file.per_element)
+            model = source.models[guidance]
+            measured = measure(model, job, guidance, samples=samples, tick=tick, **options)
+            found, used = judge(file, model, measured, seed, tick=tick, **options)
+            checks += found
+            evaluations += measured.evaluations + used
+        return SpotCheck(tuple(checks), evaluations, alpha)
 
-class _Options(TypedDict):
-    """How the model is run."""
-
-    batch: int
-    device: torch.device | str
-    dtype: torch.dtype
-    tick: Callable[[int], None]
+    first = check(seed)
+    return confirmed(first, check(seed + 500_009)) if first.problems else first
 
 
 def confirmed(first: SpotCheck, second: SpotCheck) -> SpotCheck:
@@ -137,37 +141,14 @@ def confirmed(first: SpotCheck, second: SpotCheck) -> SpotCheck:
     return SpotCheck(tuple(max(pair, key=lambda c: c.p) for pair in pairs), first.evaluations + second.evaluations, first.alpha)
 
 
-def _one_check(file: EMSFile, source: Source, seed: int, case: int, samples: int, alpha: float, options: _Options) -> SpotCheck:
-    checks: list[Check] = []
-    evaluations = 0
-    for guidance in file.guidance.tolist():
-        job = Job(
-            source.shape,
-            tuple(file.lambdas.tolist()),
-            source.schedule.space,
-            samples,
-            (guidance,),
-            seed,
-            per_element=file.per_element,
-        )
-        model = source.models[guidance]
-        measured = measure(model, job, guidance, samples=samples, **options)
-        found, used = judge(file, model, measured, case, **options)
-        checks += found
-        evaluations += measured.evaluations + used
-    return SpotCheck(tuple(checks), evaluations, alpha)
-
-
 def judge(
     file: EMSFile,
     model: Model,
     measured: Measured,
     case: int = 0,
     *,
-    batch: int = 16,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
     tick: Callable[[int], None] = lambda evaluations: None,
+    **options: Unpack[Evaluating],
 ) -> tuple[list[Check], int]:
     """Tests of one guidance scale, and the evaluations that the evidence took; `case` picks the one of it that is tried."""
     checks = statistics_checks(file, measured)
@@ -175,9 +156,9 @@ def judge(
     if found is None:
         return checks, 0
     row, entry = found
-    errors = []
-    for settings in (entry.settings, Settings(order=2, corrector="none", strength=0.0)):
-        errors.append(_errors(file, model, measured, entry, row.steps, settings, batch, device, dtype, tick))
+    runner = Runner(measured.job, model, tick=tick, **options)
+    both = (entry.settings, Settings(order=2, corrector="none", strength=0.0))
+    errors = [_errors(runner, file, measured, replace(entry, settings=settings), row.steps) for settings in both]
     return [*checks, *_evidence_checks(file, row, *errors)], 2 * len(measured.samples) * row.steps
 
 
@@ -238,18 +219,7 @@ def _evidence_case(file: EMSFile, guidance: float, pick: int) -> _Case | None:
     return cases[pick % len(cases)] if cases else None
 
 
-def _errors(
-    file: EMSFile,
-    model: Model,
-    measured: Measured,
-    entry: RecommendedSetting,
-    steps: int,
-    settings: Settings,
-    batch: int,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    tick: Callable[[int], None],
-) -> Tensor:
+def _errors(runner: Runner, file: EMSFile, measured: Measured, entry: RecommendedSetting, steps: int) -> Tensor:
     """Mean squared errors [K] against the measured trajectories' ends, as `calibrate` takes them; infinite if it overflows."""
     job, ems = measured.job, file.at(measured.guidance)
     to_zero = len(entry.lambdas) == steps
@@ -259,24 +229,22 @@ def _errors(
     ends = measured.ends[1 if to_zero else 0]
 
     def run(part: list[int]) -> Tensor:
-        start = sample_noise(job, part)[0].to(device, dtype) * scale
-        denoiser = denoiser_for(model, part, job.space)
         x = sample_dpm_solver_v3(
-            denoiser.model,
-            start,
-            levels.to(device),
+            denoiser_for(runner.model, part, job.space).model,
+            sample_noise(job, part)[0].to(runner.device, runner.dtype) * scale,
+            levels.to(runner.device),
             None,
-            lambda info: tick(len(part)),
+            lambda info: runner.tick(len(part)),
             True,
-            ems=ems if settings.strength else None,
+            ems=ems if entry.settings.strength else None,
             space=job.space,
-            **settings.__dict__,
+            **entry.settings.__dict__,
         )
         return (x.cpu() - ends[part]).double().square().flatten(1).mean(1)
 
     try:
         with torch.no_grad():
-            return torch.cat([e for _, e in in_batches(list(measured.samples), batch, run)]).clamp(1e-30, 1e30)
+            return torch.cat([e for _, e in in_batches(list(measured.samples), runner.batch, run)]).clamp(1e-30, 1e30)
     except SamplingError:
         return torch.full((len(measured.samples),), 1e30, dtype=torch.float64)
 

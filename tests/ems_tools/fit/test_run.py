@@ -138,8 +138,9 @@ PLAN = FitPlan((3, 5), noises=16, held_out=16, search=8, spacings=4, searched=1,
 REFINED = dataclasses.replace(PLAN, rounds=1, refine_noises=8, refined=5)
 
 
-def fitted(mixture, job, state=None, plan=PLAN, **options):
-    return fit_steps(mixture, job, 1.0, plan, state or JobState(), **options)
+def fitted(mixture, job, state=None, plan=PLAN, levels=None, **options):
+    source = Source({1.0: mixture}, job.shape, EDM(0.05, 20.0), {}, levels)
+    return fit_steps(source, job, 1.0, plan, state or JobState(), **options)
 
 
 def errors_of(mixture, steps, x, exact, sigma=20.0):
