@@ -56,7 +56,8 @@ class ComputeNode:
         prompt: Prompt | None = None,
     ) -> dict[str, object]:
         """EMS, path, plot IMAGE and report. Raises HostError or EstimateError with what to do."""
-        from ..ems_tools.hosting import one_line, scales_of
+        from ..ems_tools.hosting import one_line
+        from ..ems_tools.hosting.jobs import scales_of
         from ..ems_tools.show.describe import gain_of
         from .find import identity_of, trust
         from .session import Request, measure
@@ -91,7 +92,7 @@ class ComputeNode:
 def _required() -> dict[str, tuple[object, ...]]:
     """What every graph with this node gives, in the order of the node's face."""
     from ..ems_tools.compute import EFFORTS
-    from ..ems_tools.hosting import effort_in_words
+    from ..ems_tools.hosting.jobs import effort_in_words
 
     return {
         "model": ("MODEL",),
@@ -122,7 +123,7 @@ def _required() -> dict[str, tuple[object, ...]]:
 
 def _optional() -> dict[str, tuple[object, ...]]:
     """What was added since, or is for some models only."""
-    from ..ems_tools.hosting import PROMPTS
+    from ..ems_tools.hosting.jobs import PROMPTS
 
     return {
         "clip": (
@@ -201,7 +202,7 @@ def _built_in(clip: Clip | None, positive: Conditioning) -> list[Conditioning]:
     """Conditionings of the built-in prompts, with whatever else (ControlNet, sizes, ...) the user's has."""
     if clip is None:
         return []
-    from ..ems_tools.hosting import PROMPTS
+    from ..ems_tools.hosting.jobs import PROMPTS
 
     extra = {k: v for k, v in (positive[0][1] if positive else {}).items() if not k.startswith(_SKIPPED)}
     found = []

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..ems_tools.hosting import Run, Steps, choose_steps, evaluations_of_effort, in_words, sample_on_trial, unfitted_steps
+from ..ems_tools.hosting import Run, Steps, choose_steps, sample_on_trial, unfitted_steps
 from ..sampler import StepInfo, half_corrector_sigma
 from . import host
 from .find import Found, find, find_file, identity_of, none_for, trust
@@ -68,6 +68,8 @@ def sample_host(
         **options,
     )
     if found.missing and clock.seconds > 0:
+        from ..ems_tools.hosting.jobs import evaluations_of_effort, in_words
+
         spent = in_words(clock.seconds / len(x) * evaluations_of_effort("quick"))
         host.say(f"{found.message} (about {spent} for this cfg)", executing().node)
     return out

@@ -21,7 +21,7 @@ from ..ems_tools.compute import EFFORTS, compute_ems, job_for, plan_for
 from ..ems_tools.estimate.job import EstimateError, Job, Progress
 from ..ems_tools.estimate.source import Source
 from ..ems_tools.file.contents import EMSFile
-from ..ems_tools.hosting import Watch, place_for, request_facts
+from ..ems_tools.hosting.jobs import Watch, place_for, request_facts
 from ..ems_tools.judge.calibrate import CalibrationPlan
 from ..sampler import SamplingError, Space
 from . import host

@@ -18,17 +18,8 @@ from ..ems_tools.compute import EFFORTS, compute_ems, job_for, plan_for
 from ..ems_tools.estimate.job import EstimateError, Progress
 from ..ems_tools.estimate.source import Source
 from ..ems_tools.file import EMSFile
-from ..ems_tools.hosting import (
-    GUIDER,
-    PROMPTS,
-    Watch,
-    evaluations_of_effort,
-    in_words,
-    one_line,
-    place_for,
-    request_facts,
-    scales_of,
-)
+from ..ems_tools.hosting import GUIDER, one_line
+from ..ems_tools.hosting.jobs import PROMPTS, Watch, evaluations_of_effort, in_words, place_for, request_facts, scales_of
 from ..ems_tools.share.identity import ModelIdentity, one_line_of
 from ..ems_tools.show.describe import gain_of
 from ..sampler import SamplingError

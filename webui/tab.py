@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..ems_tools.compute import EFFORTS
 from ..ems_tools.estimate.job import EstimateError
 from ..ems_tools.file import EMSFileError, load_ems_file
-from ..ems_tools.hosting import PROMPTS
+from ..ems_tools.hosting.jobs import PROMPTS
 from ..ems_tools.judge.consistency import consistency_problems
 from . import page
 from .find import library

@@ -37,10 +37,11 @@ from ...sampler import (
 from ..file.contents import EMSFile
 from ..file.layout import fitted_values
 from ..file.storage import write_atomic
-from ..judge.trial import Trial, Verdict
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from ..judge.trial import Verdict
 
 __all__ = ["Origin", "TrustBook", "sample_on_trial"]
 
@@ -172,12 +173,13 @@ def sample_on_trial(  # noqa: PLR0913 - nine are the sampler's
         return run(model, None)
     space, levels = Space.of(space), sigmas.detach().to("cpu", torch.float64)
     chosen = {name: options.get(name, AUTO) for name in _OPTIONS}
-    fitted = _are_fitted(ems, space.lambda_of(levels)) and all(value == AUTO for value in chosen.values())
-    if not fitted and settings_for(levels, space, ems, chosen, guidance).strength == 0:
-        return run(model, ems)  # data prediction, whatever the file says
+    fitted = all(value == AUTO for value in chosen.values()) and _are_fitted(ems, space.lambda_of(levels))
+    plain = not fitted and settings_for(levels, space, ems, chosen, guidance).strength == 0  # whatever the file says
     case = f"guidance {guidance}, {len(levels) - 1} steps{', fitted' if fitted else ''}"
-    if len(levels) < 3 or book.is_trusted(origin, case):
+    if plain or len(levels) < 3 or book.is_trusted(origin, case):
         return run(model, ems)
+    from ..judge.trial import Trial, Verdict  # here, because a host that starts needs no judge
+
     trial = Trial(model, space, x)
     try:
         end = run(trial, ems)

@@ -23,7 +23,8 @@ module = importlib.util.module_from_spec(spec); sys.modules["odd_x_name"] = modu
 spec.loader.exec_module(module)
 seconds = time.perf_counter() - start
 new = sorted({name.split(".")[0] for name in set(sys.modules) - before} - {"odd_x_name"})
-print(json.dumps({"seconds": seconds, "new": new, "nodes": len(module.NODE_CLASS_MAPPINGS)}))
+own = [name[len("odd_x_name."):] for name in sys.modules if name.startswith("odd_x_name.")]
+print(json.dumps({"seconds": seconds, "new": new, "own": own, "nodes": len(module.NODE_CLASS_MAPPINGS)}))
 """
 
 
@@ -41,3 +42,5 @@ def test_nothing_is_imported_that_comfyui_has_not(any_server: Any) -> None:
     seen = startup(any_server.tree)
     assert [name for name in seen["new"] if name not in sys.stdlib_module_names] == []
     assert seen["nodes"] >= 9
+    late = ("compute", "estimate", "fit", "judge", "show", "cli", "embedded", "trajectory", "hosting.jobs")
+    assert [name for name in seen["own"] if name.startswith(tuple(f"ems_tools.{part}" for part in late))] == []

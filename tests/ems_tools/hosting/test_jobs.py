@@ -13,7 +13,7 @@ from dpm_solver_v3.ems_tools.compute import EFFORTS, compute_ems, evaluations, j
 from dpm_solver_v3.ems_tools.estimate.job import EstimateError, Progress
 from dpm_solver_v3.ems_tools.estimate.source import Source
 from dpm_solver_v3.ems_tools.file import SUFFIX
-from dpm_solver_v3.ems_tools.hosting import (
+from dpm_solver_v3.ems_tools.hosting.jobs import (
     Watch,
     effort_in_words,
     evaluations_of_effort,
