@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from .estimate.moments import Moments
 from .estimate.run import estimate_moments
 from .estimate.source import Source
 from .file.contents import EMSFile
-from .file.rows import MAX_FITTED_STEPS, EMSMeta, EvidenceRow, FittedRow, RecommendedSetting
+from .file.rows import MAX_FITTED_STEPS, EMSMeta, FittedRow
 from .fit.run import FitPlan, evaluations_of_fit, fit_steps
 from .judge.calibrate import CalibrationPlan, Row, calibrate, evaluations_of_calibration
 
@@ -288,8 +287,8 @@ def statistics_file(
     errors = {name: torch.stack([getattr(st, f"{name}_se") for st in statistics]) for name in "lsb"}
     meta = replace(
         _meta(source, job, plan, tuple(m.samples for m in moments)),
-        evidence=tuple(row for r in rows for row in _evidence(r)),
-        recommendation=tuple(RecommendedSetting(r.guidance, r.schedule, r.lambdas, r.settings) for r in rows),
+        evidence=tuple(row for r in rows for row in r.evidence),
+        recommendation=tuple(r.advice for r in rows),
         date=date,
     )
     kept = {}
@@ -336,13 +335,3 @@ def _meta(source: Source, job: Job, plan: CalibrationPlan | None, samples: tuple
         },
         program=__version__,
     )
-
-
-def _evidence(row: Row) -> tuple[EvidenceRow, ...]:
-    calibration = EvidenceRow(
-        row.guidance, row.schedule, row.steps, "calibration", row.data_prediction, row.recommended, row.full
-    )
-    if math.isnan(row.recommended_report):
-        return (calibration,)
-    report = (row.data_prediction_report, row.recommended_report, row.full_report)
-    return (calibration, EvidenceRow(row.guidance, row.schedule, row.steps, "report", *report))

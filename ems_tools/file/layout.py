@@ -98,15 +98,14 @@ _FITTED_COLUMNS = (
 
 def metadata_of(meta: EMSMeta) -> dict[str, str]:
     """The header's metadata, without the checksum."""
-    advice = [[r.guidance, r.schedule, r.lambdas, *_settings_values(r.settings)] for r in meta.recommendation]
     noise = {name: getattr(meta, name) for name in ("space", "sigma_min", "sigma_max", "schedule")}
     plain = {
         "model": dict(meta.model),
         "noise": noise,
         "grid": dict(meta.grid),
         "estimate": dict(meta.estimate),
-        "evidence": {"columns": _EVIDENCE_COLUMNS, "rows": [list(asdict(row).values()) for row in meta.evidence]},
-        "recommendation": {"columns": _ADVICE_COLUMNS, "rows": advice},
+        "evidence": {"columns": _EVIDENCE_COLUMNS, "rows": [evidence_values(row) for row in meta.evidence]},
+        "recommendation": {"columns": _ADVICE_COLUMNS, "rows": [advice_values(row) for row in meta.recommendation]},
     }
     if meta.fitted:
         plain["fitted"] = {"columns": _FITTED_COLUMNS, "rows": [fitted_values(row) for row in meta.fitted]}
@@ -121,9 +120,15 @@ def fitted_values(row: FittedRow) -> list[object]:
     return [row.guidance, row.steps, row.lambdas, *parts, row.fitted, row.fixed, row.fixed_schedule, row.ratio, row.noises]
 
 
-def _settings_values(settings: Settings) -> list[object]:
-    """Values in the order of `_SETTINGS`; JSON has no infinity, so "no limit" is null."""
-    return [None if v == math.inf else v for v in asdict(settings).values()]
+def evidence_values(row: EvidenceRow) -> list[object]:
+    """An evidence row as JSON-serialisable values; `EvidenceRow(*values)` is the inverse."""
+    return list(asdict(row).values())
+
+
+def advice_values(row: RecommendedSetting) -> list[object]:
+    """A recommendation as JSON-serialisable values; JSON has no infinity, so "no limit" is null."""
+    settings = [None if v == math.inf else v for v in asdict(row.settings).values()]  # in the order of `_SETTINGS`
+    return [row.guidance, row.schedule, row.lambdas, *settings]
 
 
 def _json(value: object) -> str:
@@ -287,7 +292,7 @@ def parse_meta(metadata: dict[str, str]) -> EMSMeta:
     if not isinstance(noise, dict) or set(noise) != {"space", "sigma_min", "sigma_max", "schedule"}:
         raise EMSError("metadata 'noise' must hold space, sigma_min, sigma_max and schedule")
     evidence = tuple(EvidenceRow(*row) for row in _rows("evidence", plain.pop("evidence"), _EVIDENCE_COLUMNS))
-    advice = tuple(_advice(row) for row in _rows("recommendation", plain.pop("recommendation"), _ADVICE_COLUMNS))
+    advice = tuple(advice_row(row) for row in _rows("recommendation", plain.pop("recommendation"), _ADVICE_COLUMNS))
     plain = {**plain, "evidence": evidence, "recommendation": advice, "fitted": fitted}
     return EMSMeta(**noise, **plain, program=program, date=date, foreign=left)
 
@@ -301,7 +306,8 @@ def _rows(name: str, table: object, columns: tuple[str, ...]) -> list[list[Any]]
     return rows
 
 
-def _advice(row: list[Any]) -> RecommendedSetting:
+def advice_row(row: list[Any]) -> RecommendedSetting:
+    """The inverse of `advice_values`. Raises EMSError on anything else."""
     guidance, schedule, lambdas, *values = row
     chosen = dict(zip(_SETTINGS, values, strict=True))
     if chosen["corrector_below"] is None:

@@ -11,7 +11,6 @@ compared by their geometric mean, because a few start noises carry most of the a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -21,6 +20,8 @@ from torch import Tensor
 
 from ...sampler import EMS, SamplingError, Settings, sample_dpm_solver_v3
 from ..estimate.job import Evaluating, Job, JobState, Meter, Model, Progress, denoiser_for, in_batches, sample_noise
+from ..file.layout import advice_row, advice_values, evidence_values
+from ..file.rows import EvidenceRow, RecommendedSetting
 from ..fit.run import FitPlan
 from ..trajectory import Runner
 
@@ -70,24 +71,14 @@ class CalibrationPlan:
 
 @dataclass(frozen=True)
 class Row:
-    """Evidence for one guidance scale, schedule and step count. Errors are geometric means over noises.
+    """What was found for one schedule and step count: the settings that won, and their errors.
 
-    `lambdas` are the schedule's (finite ones). `data_prediction` is the error of `best_data`, `recommended` that of
-    `settings`, `full` that of `best_data`'s order and corrector at strength 1; `_report` on noise that chose nothing.
+    Errors are geometric means over noises: on those that chose the settings, and on those that chose nothing. Without
+    statistics they are those of the best settings without; at full strength, those of the same order and corrector.
     """
 
-    guidance: float
-    schedule: str
-    steps: int
-    lambdas: tuple[float, ...]
-    best_data: Settings
-    settings: Settings
-    data_prediction: float
-    recommended: float
-    full: float
-    data_prediction_report: float = math.nan
-    recommended_report: float = math.nan
-    full_report: float = math.nan
+    advice: RecommendedSetting
+    evidence: tuple[EvidenceRow, EvidenceRow]
 
 
 @dataclass
@@ -193,8 +184,8 @@ def calibrate(
 
     Raises whatever the model and `progress` raise; finished rows are in the saved state by then.
     """
-    rows = {(r.schedule, r.steps): r for r in rows_of(state) if r.guidance == guidance}
-    wanted = [(name, n) for name in plan.schedules for n in plan.steps]
+    rows = rows_of(state)
+    wanted = [(guidance, name, n) for name in plan.schedules for n in plan.steps]
     if not wanted:
         return []
     meter = Meter(progress, "evidence", evaluations_of_calibration(plan, 1), f"evidence at guidance {guidance:g}", state)
@@ -202,12 +193,12 @@ def calibrate(
         return [rows[key] for key in wanted]
     bench = _Bench(Runner(job, model, tick=meter.tick, **options), state, f"evidence.{guidance:g}")
     reference(bench, [k for part in _noises(plan) for k in part], plan.reference_steps)
-    for name, steps in wanted:
-        if (name, steps) in rows:
+    for key in wanted:
+        if key in rows:
             continue
-        row = _row(bench, ems, guidance, name, steps, plan)
-        rows[name, steps] = row
-        state.facts.setdefault("evidence", []).append(row_to_json(row))
+        row = rows[key] = _row(bench, ems, *key, plan)
+        plain = [advice_values(row.advice), *map(evidence_values, row.evidence)]
+        state.facts.setdefault("calibrated", []).append(plain)
         bench.forget(ends=False)
         state.save()
     bench.forget()
@@ -256,48 +247,17 @@ def _row(
     winner = min(everything, key=everything.__getitem__)
     lambdas = bench.runner.job.space.lambda_of(levels)
     at_full = replace(best_data, strength=1.0)
-    return Row(
-        guidance,
-        name,
-        steps,
-        tuple(lambdas[lambdas.isfinite()].tolist()),
-        best_data,
-        winner,
-        data[best_data],
-        everything[winner],
-        full[at_full],
-        error(reported_on, best_data, "without"),
-        error(reported_on, winner, "recommended"),
-        error(reported_on, at_full, "full"),
-    )
+    chosen = EvidenceRow(guidance, name, steps, "calibration", data[best_data], everything[winner], full[at_full])
+    report = [error(reported_on, s, of) for s, of in ((best_data, "without"), (winner, "recommended"), (at_full, "full"))]
+    advice = RecommendedSetting(guidance, name, tuple(lambdas[lambdas.isfinite()].tolist()), winner)
+    return Row(advice, (chosen, EvidenceRow(guidance, name, steps, "report", *report)))
 
 
 def _geometric(errors: Tensor) -> float:
     return errors.clamp(min=1e-30).log().mean().exp().item()
 
 
-def row_to_json(row: Row) -> dict[str, object]:
-    """A row as JSON-serialisable values."""
-    plain = {**row.__dict__, "lambdas": list(row.lambdas)}
-    for name in ("best_data", "settings"):
-        plain[name] = {**plain[name].__dict__}
-        if math.isinf(plain[name]["corrector_below"]):
-            plain[name]["corrector_below"] = None
-    return plain
-
-
-def row_from_json(plain: dict[str, object]) -> Row:
-    """The inverse of `row_to_json`. Raises ValueError or TypeError on anything else."""
-    values = dict(plain)
-    for name in ("best_data", "settings"):
-        settings = dict(values[name])  # type: ignore[call-overload]
-        if settings.get("corrector_below") is None:
-            settings["corrector_below"] = math.inf
-        values[name] = Settings(**settings)
-    values["lambdas"] = tuple(values["lambdas"])  # type: ignore[arg-type]
-    return Row(**values)  # type: ignore[arg-type]
-
-
-def rows_of(state: JobState) -> list[Row]:
-    """Evidence rows that a job has so far."""
-    return [row_from_json(plain) for plain in state.facts.get("evidence", [])]
+def rows_of(state: JobState) -> dict[tuple[float, str, int], Row]:
+    """Rows that a job has so far, by guidance scale, schedule and step count."""
+    rows = (Row(advice_row(a), (EvidenceRow(*c), EvidenceRow(*r))) for a, c, r in state.facts.get("calibrated", []))
+    return {(row.advice.guidance, row.advice.schedule, row.evidence[0].steps): row for row in rows}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,8 +22,7 @@ from dpm_solver_v3.ems_tools.judge.calibrate import (
     CalibrationPlan,
     calibrate,
     evaluations_of_calibration,
-    row_from_json,
-    row_to_json,
+    rows_of,
 )
 from dpm_solver_v3.ems_tools.judge.consistency import evidence_problems
 from dpm_solver_v3.sampler import EDM, EMS, karras, sample_dpm_solver_v3, settings_for, uniform_lambda
@@ -185,12 +183,15 @@ def test_recommendation_never_loses_on_calibration_noise() -> None:
     bad = EMS(torch.tensor(job.lambdas, dtype=torch.float64), st.l + 1.0, st.s - 2.0, st.b + 1.0)  # worse than none
     plan = CalibrationPlan({"karras": lambda n: karras(EDM(0.05, 20.0), n, to_zero=True)}, (5, 8), 4, 4, reference_steps=60)
     calls: list[Any] = []
-    rows = calibrate(model, bad, job, 1.0, plan, JobState(), progress=calls.append)
+    state = JobState()
+    rows = calibrate(model, bad, job, 1.0, plan, state, progress=calls.append)
     assert len(rows) == 2
     assert calls[-1].done == calls[-1].total == evaluations_of_calibration(plan, 1)
     for row in rows:
-        assert row.recommended <= row.data_prediction < row.full
-        assert row_from_json(row_to_json(row)) == row and math.isfinite(row.recommended_report)
+        chosen, report = row.evidence
+        assert chosen.ems <= chosen.data_prediction < chosen.full_strength
+        assert (chosen.split, report.split) == ("calibration", "report") and 0 < report.ems < report.full_strength
+    assert list(rows_of(state).values()) == rows
 
 
 def _toy_model():
