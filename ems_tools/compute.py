@@ -12,15 +12,10 @@ import torch
 from torch import Tensor
 
 from ..sampler import (
-    EDM,
     EMS,
     EMSError,
-    Flow,
-    NoiseSchedule,
     Settings,
-    Space,
     half_corrector_sigma,
-    karras,
     uniform_lambda,
     uniform_time,
 )
@@ -103,7 +98,7 @@ def job_for(subject: Source, effort: Effort, seed: int = 0, **changes: Any) -> J
 
 
 def plan_for(source: Source, effort: Effort, steps: tuple[int, ...] = ()) -> CalibrationPlan:
-    """The calibration: the host's own schedules, then those that end at 0 as hosts do and the paper's to sigma_min.
+    """The calibration, on the host's own schedules, then on two of the paper's: as many as the effort says.
 
     `steps`, where given, are the only step counts that are fitted and judged: who uses one or two pays for no others.
     Raises EstimateError unless each lies between 2 and 64.
@@ -121,9 +116,6 @@ def plan_for(source: Source, effort: Effort, steps: tuple[int, ...] = ()) -> Cal
     own: dict[str, Callable[[int], Tensor]] = {
         "uniform_lambda": lambda n: uniform_lambda(s, n),
         "uniform_time_zero": lambda n: uniform_time(s, n, to_zero=True),
-        "karras_zero": lambda n: karras(_in_sigma_or_flow(s), n, to_zero=True),
-        "karras": lambda n: karras(_in_sigma_or_flow(s), n),
-        "uniform_time": lambda n: uniform_time(s, n),
     }
     hosts = dict(source.host_schedules or {})
     schedules = {**hosts, **{name: make for name, make in own.items() if name not in hosts}}
@@ -141,13 +133,6 @@ def plan_for(source: Source, effort: Effort, steps: tuple[int, ...] = ()) -> Cal
         return replace(plan, combinations=effort.combinations)
     half = Settings(order=2, corrector="pseudo", corrector_below=half_corrector_sigma(s))
     return replace(plan, combinations=(*plan.combinations, half))
-
-
-def _in_sigma_or_flow(schedule: NoiseSchedule) -> NoiseSchedule:
-    """Karras steps need the ends only."""
-    times = torch.tensor([schedule.time_min, schedule.time_max], dtype=torch.float64)
-    low, high = schedule.level_at(times).tolist()
-    return Flow(time_min=low, time_max=high) if schedule.space is Space.FLOW else EDM(low, high)
 
 
 def evaluations(job: Job, plan: CalibrationPlan | None) -> int:
