@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...sampler import EMS, EMSError, NoiseSchedule, Recommendation, Space, cosine_time, karras
-from ..file import EMSFile
+
+if TYPE_CHECKING:
+    from ..file import EMSFile
 
 __all__ = [
     "GUIDER",

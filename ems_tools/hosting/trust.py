@@ -34,13 +34,11 @@ from ...sampler import (
     sample_dpm_solver_v3,
     settings_for,
 )
-from ..file.contents import EMSFile
-from ..file.layout import fitted_values
-from ..file.storage import write_atomic
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from ..file.contents import EMSFile
     from ..judge.trial import Verdict
 
 __all__ = ["Origin", "TrustBook", "sample_on_trial"]
@@ -61,6 +59,8 @@ class Origin:
     def key(self) -> str:
         """Digest of all that sampling uses of the file."""
         if self.file not in _KEYS:
+            from ..file.layout import fitted_values
+
             digest = hashlib.sha256()
             for name in ("lambdas", "guidance", "l", "s", "b"):
                 digest.update(getattr(self.file, name).contiguous().numpy().data)
@@ -108,6 +108,8 @@ class TrustBook:
                 del files[next(iter(files))]
             if self.path is None:
                 return
+            from ..file.storage import write_atomic
+
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(self.path, json.dumps({"format": _FORMAT, "files": files}, indent=0).encode())

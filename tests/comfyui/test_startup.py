@@ -42,5 +42,5 @@ def test_nothing_is_imported_that_comfyui_has_not(any_server: Any) -> None:
     seen = startup(any_server.tree)
     assert [name for name in seen["new"] if name not in sys.stdlib_module_names] == []
     assert seen["nodes"] >= 9
-    late = ("compute", "estimate", "fit", "judge", "show", "cli", "embedded", "trajectory", "hosting.jobs")
+    late = ("file", "compute", "estimate", "fit", "judge", "show", "cli", "embedded", "trajectory", "hosting.jobs")
     assert [name for name in seen["own"] if name.startswith(tuple(f"ems_tools.{part}" for part in late))] == []
