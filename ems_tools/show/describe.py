@@ -55,9 +55,9 @@ def gain_of(file: EMSFile) -> str:
     if not ratios:
         return ""
     if ratios[0] == 1:
-        return "no fit beat the best rival, whose steps are used"
+        return "no fit beat the best other sampler, whose steps are used"
     span = f"{ratios[0]:.2f}" if ratios[0] == ratios[-1] else f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
-    return f"error {span} of the best rival's"
+    return f"error {span} of the best other sampler's"
 
 
 def _shown(value: object) -> str:

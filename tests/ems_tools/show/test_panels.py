@@ -53,7 +53,7 @@ def test_summary_shows_the_fitted_steps_of_the_shipped_file():
     lost = dataclasses.replace(row, ratio=(1.0, 1.0, 1.0))
     file = dataclasses.replace(file, meta=dataclasses.replace(file.meta, fitted=(lost,)))
     assert f"  cfg 1, {row.steps} steps: no better than {row.fixed_schedule}, whose steps are used" in gains_of(file)
-    assert gain_of(file) == "no fit beat the best rival, whose steps are used"
+    assert gain_of(file) == "no fit beat the best other sampler, whose steps are used"
 
 
 def test_nothing_is_claimed_where_nothing_was_fitted(make_ems_file):
