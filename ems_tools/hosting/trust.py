@@ -163,28 +163,25 @@ def sample_on_trial(  # noqa: PLR0913 - nine are the sampler's
     Raises:
         ValueError, EMSError, SamplingError: as the sampler does.
     """
-
-    def run(model: Callable[..., Tensor], ems: EMS | None) -> Tensor:
-        arguments = (model, x, sigmas, extra_args, callback, disable)
-        return sample_dpm_solver_v3(*arguments, ems=ems, space=space, guidance=guidance, **options)
-
+    given = (x, sigmas, extra_args, callback, disable)
+    run = partial(sample_dpm_solver_v3, space=space, guidance=guidance, **options)
     if ems is None or origin is None:
-        return run(model, ems)
+        return run(model, *given, ems=ems)
     if refusal := book.refusal(origin):
         tell(refusal)
-        return run(model, None)
+        return run(model, *given, ems=None)
     space, levels = Space.of(space), sigmas.detach().to("cpu", torch.float64)
     chosen = {name: options.get(name, AUTO) for name in _OPTIONS}
     fitted = all(value == AUTO for value in chosen.values()) and _are_fitted(ems, space.lambda_of(levels))
     plain = not fitted and settings_for(levels, space, ems, chosen, guidance).strength == 0  # whatever the file says
     case = f"guidance {guidance}, {len(levels) - 1} steps{', fitted' if fitted else ''}"
     if plain or len(levels) < 3 or book.is_trusted(origin, case):
-        return run(model, ems)
+        return run(model, *given, ems=ems)
     from ..judge.trial import Trial, Verdict  # here, because a host that starts needs no judge
 
     trial = Trial(model, space, x)
     try:
-        end = run(trial, ems)
+        end = run(trial, *given, ems=ems)
         others = _usual(levels, space, origin.file.meta.sigma_min) if fitted else None
         plan_of = partial(plan_for, space=space, guidance=guidance, **options)
         verdict = trial.verdict(end, levels, others, plan_of, origin.file.meta.sigma_min, extra_args or {})
@@ -195,7 +192,7 @@ def sample_on_trial(  # noqa: PLR0913 - nine are the sampler's
             book.note(origin, case)
         return end
     tell(failure := _failure(origin, case, verdict))
-    end = run(model, None)  # raises where it is the model that fails: then nothing is held against the file
+    end = run(model, *given, ems=None)  # raises where it is the model that fails: then nothing is held against the file
     book.note(origin, case, failure)
     return end
 
