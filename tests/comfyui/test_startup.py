@@ -17,11 +17,11 @@ os.chdir(tree); sys.path.insert(0, tree); sys.argv = ["main.py", "--cpu"]
 import comfy.options; comfy.options.enable_args_parsing()
 import utils.extra_config, server, execution, nodes, folder_paths, comfy.samplers
 import comfy_extras.nodes_custom_sampler
-before, start = set(sys.modules), time.perf_counter()
+before, start = set(sys.modules), time.process_time()
 spec = importlib.util.spec_from_file_location("odd_x_name", pack + "/__init__.py", submodule_search_locations=[pack])
 module = importlib.util.module_from_spec(spec); sys.modules["odd_x_name"] = module
 spec.loader.exec_module(module)
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 new = sorted({name.split(".")[0] for name in set(sys.modules) - before} - {"odd_x_name"})
 own = [name[len("odd_x_name."):] for name in sys.modules if name.startswith("odd_x_name.")]
 print(json.dumps({"seconds": seconds, "new": new, "own": own, "nodes": len(module.NODE_CLASS_MAPPINGS)}))
