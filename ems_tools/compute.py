@@ -67,7 +67,7 @@ class Effort:
     probe_every: int = 1
 
 
-_QUICK_FIT = FitPlan((4, 5, 6, 8, 10), 10, 6, search=4, spacings=7, searched=1, moves=0, panel=14, panel_noises=3)
+_QUICK_FIT = FitPlan((4, 5, 6, 8, 10), 10, 6, search=4, spacings=7, searched=1, moves=0, panel=12, panel_noises=1)
 _FIT = FitPlan(tuple(range(4, 13)), 24, 16, search=8, spacings=10, searched=3, moves=4, panel=28, panel_noises=4)
 _THOROUGH_FIT = FitPlan(
     tuple(range(4, 13)), 64, 24, search=12, spacings=12, searched=5, moves=8, panel=40, panel_noises=6, rounds=2, refined=7

@@ -13,11 +13,11 @@ from ..estimate.job import JobState
 from ..file.rows import insane
 from ..trajectory import Runner, Trajectories, few_steps
 from .panel import Entrant
-from .plan import FitPlan, panel_heats
+from .plan import KEPT, FitPlan, first_heat
 from .spacing import CANDIDATES, Range, Spacing
 from .steps import closed_loop, objective
 
-__all__ = ["Bench", "best_entrant", "best_spacing"]
+__all__ = ["Bench", "best_entrant", "best_spacing", "likely_entrants"]
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,20 @@ def _moves(spacing: Spacing) -> list[Spacing]:
     return [*moved, replace(spacing, first=0.0 if spacing.first else 2.5)]
 
 
-def best_entrant(bench: Bench, entrants: Sequence[Entrant], steps: int) -> Entrant:
-    """The entrant with the lowest error: all on some of the panel's noises, the better third on all of them."""
-    first, kept = panel_heats(bench.plan, bench.plan.panel)
+def likely_entrants(bench: Bench, entrants: Sequence[Entrant], steps: int) -> list[Entrant]:
+    """The few with the lowest errors on the first noises, best first; all of them where they are few."""
     usable = [e for e in entrants if _follows(bench, e, steps)]
-    scores = {e: _score(bench, e, steps, min(first, len(bench.samples))) for e in usable}
-    ranked = sorted(usable, key=lambda e: scores[e])
+    if len(usable) <= KEPT:
+        return usable
+    first = min(first_heat(bench.plan), len(bench.samples))
+    return sorted(usable, key=lambda e: _score(bench, e, steps, first))[:KEPT]
+
+
+def best_entrant(bench: Bench, likely: Sequence[Entrant], steps: int) -> Entrant:
+    """The one of the likely entrants with the lowest error at this step count, on all of the panel's noises."""
     few = min(bench.plan.panel_noises, len(bench.samples))
-    return min(ranked[:kept], key=lambda e: _score(bench, e, steps, few)) if kept else ranked[0]
+    usable = [e for e in likely if _follows(bench, e, steps)] or list(likely[:1])
+    return usable[0] if len(usable) == 1 else min(usable, key=lambda e: _score(bench, e, steps, few))
 
 
 def _follows(bench: Bench, entrant: Entrant, steps: int) -> bool:

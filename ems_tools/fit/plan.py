@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-__all__ = ["FitPlan", "evaluations_of_fit", "panel_heats", "searched_steps"]
+__all__ = ["KEPT", "FitPlan", "evaluations_of_fit", "first_heat", "searched_steps"]
+
+KEPT = 3
+"""Entrants of the panel that run at every step count."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class FitPlan:
         name. search: noises to choose the spacing on (0: the first candidate is taken), `spacings` of the candidates tried, at
             `searched` of the step counts (the others take over the choice of the nearest one).
         moves: further spacings tried around the best candidate, at the same step counts.
-        panel: formulas on schedules tried as what the fit has to beat, on `panel_noises` noises, at the same step counts.
+        panel: formulas on schedules tried as what the fit has to beat, at the same step counts, on few noises; the best three
+            of them on `panel_noises` noises at every step count.
         rounds: of refinement for the final error, on `refine_noises`, for at most `refined` steps.
     """
 
@@ -58,22 +62,21 @@ def evaluations_of_fit(plan: FitPlan, grid: int, scales: int, known: int = 0) ->
     """
     teacher = (max(plan.noises - known, 0) + plan.held_out) * grid
     search = plan.search * (plan.spacings + plan.moves) if plan.spacings + plan.moves > 1 else 0
-    first, kept = panel_heats(plan, plan.panel)
-    panel = plan.panel * first + kept * plan.panel_noises
-    searched = sum(searched_steps(plan)) * (search + panel)
-    runs = sum(set(plan.steps)) * (plan.noises + 2 * plan.held_out)
+    searched = sum(searched_steps(plan)) * (search + plan.panel * first_heat(plan))
+    ran = searched_steps(plan) if first_heat(plan) == plan.panel_noises else []  # there the best few ran already
+    panel = (sum(set(plan.steps)) - sum(ran)) * min(plan.panel, KEPT) * plan.panel_noises
+    runs = panel + sum(set(plan.steps)) * (plan.noises + 2 * plan.held_out)
     refinement = sum(_cost_of_refinement(plan, n) for n in set(plan.steps))
     return scales * (teacher + searched + runs + refinement)
 
 
-def panel_heats(plan: FitPlan, entrants: int) -> tuple[int, int]:
-    """Noises on which all entrants run first, and how many of them then run on all noises; few entrants run on all at once.
+def first_heat(plan: FitPlan) -> int:
+    """Noises on which all entrants run at the searched step counts, before the best few run at every step count.
 
-    On one noise formulas differ by what they are: the best on many noises is among the best on it.
+    On one noise formulas differ by what they are; and of the best three at 5 steps one is the best at 8, and the other way
+    round, in 20 of 22 cases of the zoo, where the best one alone is up to 3.3 times worse.
     """
-    if entrants <= 4 or plan.panel_noises < 2:
-        return max(plan.panel_noises, 1), 0
-    return max(plan.panel_noises // 3, 1), max(entrants // 4, 3)
+    return max(plan.panel_noises // 3, 1)
 
 
 def _cost_of_refinement(plan: FitPlan, steps: int) -> int:

@@ -24,7 +24,7 @@ from ..estimate.source import Source
 from ..file.layout import fitted_row, fitted_values
 from ..file.rows import FittedRow, insane
 from ..trajectory import Runner, kept_trajectories
-from .candidates import Bench, best_entrant, best_spacing
+from .candidates import Bench, best_entrant, best_spacing, likely_entrants
 from .judge import judged_row
 from .panel import Entrant, entrants
 from .plan import FitPlan, evaluations_of_fit, searched_steps
@@ -74,11 +74,12 @@ def fit_steps(
     span = Range.of(job.lambdas, source.schedule)
     bench = Bench(runner, plan, range(plan.noises), teacher, span, _snapping(source.levels, job), state, name)
     panel = entrants(plan.panel, span, _host_lambdas(plan.fixed, job))
-    choices = {n: (best_spacing(bench, n), best_entrant(bench, panel, n)) for n in searched_steps(plan)}
+    choices = {n: (best_spacing(bench, n), likely_entrants(bench, panel, n)) for n in searched_steps(plan)}
     for n in wanted:
         if n in rows:
             continue
-        spacing, rival = _nearest(choices, n)
+        spacing, likely = _nearest(choices, n)
+        rival = best_entrant(bench, likely, n)
         rival_steps = rival.steps(n, bench.snap)
         fitted = _fitted(bench, spacing, n)
         if fitted is None or insane(fitted):  # a file could not hold it, and the whole computation would be lost
@@ -98,7 +99,7 @@ def _known(state: JobState, name: str) -> int:
     return state.tensors[f"{name}.y"].shape[1] if f"{name}.y" in state.tensors else 0
 
 
-def _nearest(choices: Mapping[int, tuple[Spacing, Entrant]], steps: int) -> tuple[Spacing, Entrant]:
+def _nearest(choices: Mapping[int, tuple[Spacing, list[Entrant]]], steps: int) -> tuple[Spacing, list[Entrant]]:
     return choices[min(choices, key=lambda n: (max(n, steps) / min(n, steps), n))]
 
 
