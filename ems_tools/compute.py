@@ -67,7 +67,7 @@ class Effort:
     probe_every: int = 1
 
 
-_QUICK_FIT = FitPlan((4, 5, 6, 8, 10), 10, 6, search=4, spacings=7, searched=1, moves=0, panel=12, panel_noises=1)
+_QUICK_FIT = FitPlan((4, 5, 6, 8, 10), 10, 6, search=4, spacings=7, searched=1, moves=0, panel=11, panel_noises=1)
 _FIT = FitPlan(tuple(range(4, 13)), 24, 16, search=8, spacings=10, searched=3, moves=4, panel=28, panel_noises=4)
 _THOROUGH_FIT = FitPlan(
     tuple(range(4, 13)), 64, 24, search=12, spacings=12, searched=5, moves=8, panel=40, panel_noises=6, rounds=2, refined=7
@@ -110,7 +110,7 @@ def plan_for(source: Source, effort: Effort, steps: tuple[int, ...] = ()) -> Cal
         fit = replace(effort.fit, steps=chosen)
         if len(chosen) == 1 and fit.noises <= _QUICK_FIT.noises:  # at most 700 evaluations in all
             few = chosen[0] <= 8
-            fit = replace(fit, held_out=5, search=3, spacings=3 if few else 1, panel=5, panel_noises=1)
+            fit = replace(fit, held_out=5, search=3, spacings=3 if few else 1, panel=4, panel_noises=1)
         effort = replace(effort, steps=chosen, fit=fit)
     s = source.schedule
     own: dict[str, Callable[[int], Tensor]] = {

@@ -19,6 +19,7 @@ from .schedules import (
     half_corrector_sigma,
     karras,
     quadratic_time,
+    unfitted_steps,
     uniform_lambda,
     uniform_time,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "sample_dpm_solver_v3",
     "settings_for",
     "takes_typical_steps",
+    "unfitted_steps",
     "uniform_lambda",
     "uniform_time",
 ]

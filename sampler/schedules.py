@@ -28,6 +28,7 @@ __all__ = [
     "half_corrector_sigma",
     "karras",
     "quadratic_time",
+    "unfitted_steps",
     "uniform_lambda",
     "uniform_time",
 ]
@@ -234,6 +235,22 @@ def karras(schedule: NoiseSchedule, n: int, *, rho: float = 7.0, to_zero: bool =
     """Karras et al. 2022, eq. 5, between the schedule's ends, in the host's level [edm]."""
     high, low = _ends(schedule)
     return _assemble(lambda u: _line(high ** (1 / rho), low ** (1 / rho), u) ** rho, n, to_zero)
+
+
+KARRAS_FROM = 8
+"""Steps from which Karras steps are the better ones in sigma space; see `unfitted_steps`."""
+
+
+def unfitted_steps(schedule: NoiseSchedule, steps: int) -> tuple[str, Tensor]:
+    """The schedule for a model without fitted steps: its title, and host levels [steps + 1] that end at 0.
+
+    Chosen by `benchmarks/unfitted_steps.py`, with this sampler and no statistics, for each family of models.
+    """
+    if schedule.space is Space.FLOW:
+        return "cosine", cosine_time(schedule, steps, to_zero=True)
+    if steps < KARRAS_FROM:
+        return "half-cosine", cosine_time(schedule, steps, share=0.5, to_zero=True)
+    return "Karras", karras(schedule, steps, to_zero=True)
 
 
 def _ends(schedule: NoiseSchedule) -> tuple[float, float]:

@@ -94,7 +94,7 @@ def likely_entrants(bench: Bench, entrants: Sequence[Entrant], steps: int) -> li
     """The few with the lowest errors on the first noises, best first; all of them where they are few."""
     usable = [e for e in entrants if _follows(bench, e, steps)]
     if len(usable) <= KEPT:
-        return usable
+        return usable or list(entrants[:1])
     first = min(first_heat(bench.plan), len(bench.samples))
     return sorted(usable, key=lambda e: _score(bench, e, steps, first))[:KEPT]
 

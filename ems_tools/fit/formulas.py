@@ -13,6 +13,8 @@ error 0.8 to 2.2 times as large on three networks of the zoo, more often larger 
 | DPM-Solver++ 3M | polynomials of D in lambda, of order 3                                                              |
 | SA-Solver 3     | the same, each step done again with the evaluation after it, without noise (Xue et al. 2023)        |
 | iPNDM           | Adams and Bashforth's weights, as if steps were even (Zhang and Chen 2022)                          |
+
+`OWN` is what this sampler does on these steps at "auto" without a file.
 """
 
 from __future__ import annotations
@@ -28,17 +30,23 @@ from torch import Tensor
 
 from ...sampler import EMS, FittedSteps, Space, sample_dpm_solver_v3
 
-__all__ = ["FORMULAS", "formula_steps"]
+__all__ = ["FORMULAS", "OWN", "formula_steps"]
+
+OWN = "this sampler without a file"
 
 _Rows = Callable[[tuple[float, ...], float], list[Tensor]]
 """From n lambdas and the end (inf: sigma = 0) to y at each of them and at the end, [n + 1] each, of (y_0, D_0, ...)."""
 
 
 @lru_cache(maxsize=4096)
-def formula_steps(lambdas: tuple[float, ...], end: float, formula: str) -> FittedSteps:
-    """Coefficients of a formula that evaluates at these lambdas and ends at `end` (inf: sigma = 0); see the module."""
+def formula_steps(lambdas: tuple[float, ...], end: float, formula: str, guidance: float = 1.0) -> FittedSteps:
+    """Coefficients of a formula that evaluates at these lambdas and ends at `end` (inf: sigma = 0); see the module.
+
+    Only `OWN` depends on the guidance scale.
+    """
+    rows = _run({"guidance": guidance}, lambdas, end) if formula == OWN else FORMULAS[formula](lambdas, end)
     decay, weights = [], []
-    for i, (now, then) in enumerate(pairwise(FORMULAS[formula](lambdas, end))):
+    for i, (now, then) in enumerate(pairwise(rows)):
         share = (then[0] / now[0]).item()
         decay.append(share)
         weights.append(tuple((then[1 : i + 2] - share * now[1 : i + 2]).tolist()))
@@ -114,7 +122,13 @@ def _noise_prediction() -> EMS:
 
 
 def _v3(options: dict[str, Any], lambdas: tuple[float, ...], end: float) -> list[Tensor]:
-    """A setting of our own solver."""
+    """A setting of our own solver, none of which is left to "auto"."""
+    fixed = {"predictor": "true", "corrector": "none", "lower_order_final": True, "corrector_below": math.inf, "strength": 1.0}
+    return _run({**fixed, **options}, lambdas, end)
+
+
+def _run(options: dict[str, Any], lambdas: tuple[float, ...], end: float) -> list[Tensor]:
+    """Our own solver, run on symbols."""
     n = len(lambdas)
     units, rows = _units(n), list[Tensor]()
 
@@ -124,9 +138,8 @@ def _v3(options: dict[str, Any], lambdas: tuple[float, ...], end: float) -> list
         return units[len(rows)].reshape(x.shape)
 
     levels = torch.tensor([*(math.exp(-v) for v in lambdas), math.exp(-end)], dtype=torch.float64)
-    settings = {"predictor": "true", "corrector": "none", "lower_order_final": True, "corrector_below": math.inf, **options}
     y = units[0].reshape(1, n + 1, 1)
-    last = sample_dpm_solver_v3(denoiser, y, levels, disable=True, space=Space.SIGMA, strength=1.0, **settings)
+    last = sample_dpm_solver_v3(denoiser, y, levels, disable=True, space=Space.SIGMA, **options)
     return [*rows, last.reshape(-1)]
 
 

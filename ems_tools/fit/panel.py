@@ -63,6 +63,7 @@ class Entrant:
     schedule: str
     formula: str
     levels_at: Callable[[int], tuple[list[float], float]]
+    guidance: float = 1.0
 
     @property
     def name(self) -> str:
@@ -72,7 +73,7 @@ class Entrant:
     def steps(self, n: int, snap: Callable[[Sequence[float]], list[float]]) -> FittedSteps:
         """Its coefficients at n evaluations, moved by `snap`. Raises ValueError where the schedule cannot be followed."""
         lambdas, end = self.levels_at(n)
-        return formula_steps(tuple(snap([round(v, 6) for v in lambdas])), end, self.formula)
+        return formula_steps(tuple(snap([round(v, 6) for v in lambdas])), end, self.formula, self.guidance)
 
 
 def entrants(count: int, span: Range, hosts: Mapping[str, Callable[[int], tuple[list[float], float]]]) -> list[Entrant]:

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ...sampler import FittedSteps
+from ...sampler import FittedSteps, NoiseSchedule, unfitted_steps
 from ..estimate.job import Evaluating, Job, JobState, Meter, Progress, snapped_grid
 from ..estimate.source import Source
 from ..file.layout import fitted_row, fitted_values
 from ..file.rows import FittedRow, insane
 from ..trajectory import Runner, kept_trajectories
 from .candidates import Bench, best_entrant, best_spacing, likely_entrants
+from .formulas import OWN
 from .judge import judged_row
 from .panel import Entrant, entrants
 from .plan import FitPlan, evaluations_of_fit, searched_steps
@@ -74,12 +75,13 @@ def fit_steps(
     span = Range.of(job.lambdas, source.schedule)
     bench = Bench(runner, plan, range(plan.noises), teacher, span, _snapping(source.levels, job), state, name)
     panel = entrants(plan.panel, span, _host_lambdas(plan.fixed, job))
+    own = [_without_file(source.schedule, guidance, job)]
     choices = {n: (best_spacing(bench, n), likely_entrants(bench, panel, n)) for n in searched_steps(plan)}
     for n in wanted:
         if n in rows:
             continue
         spacing, likely = _nearest(choices, n)
-        rival = best_entrant(bench, likely, n)
+        rival = best_entrant(bench, [*likely, *own], n)
         rival_steps = rival.steps(n, bench.snap)
         fitted = _fitted(bench, spacing, n)
         if fitted is None or insane(fitted):  # a file could not hold it, and the whole computation would be lost
@@ -118,6 +120,13 @@ def _host_lambdas(
         return own[:-1], own[-1]
 
     return {name: lambda n, make=make: lambdas_of(make, n) for name, make in fixed.items()}  # type: ignore[misc]
+
+
+def _without_file(schedule: NoiseSchedule, guidance: float, job: Job) -> Entrant:
+    """What the same run would be without a file: with one it must never be worse."""
+    make = lambda n: unfitted_steps(schedule, n)[1]  # noqa: E731
+    (levels_at,) = _host_lambdas({OWN: make}, job).values()
+    return Entrant("its own steps", OWN, levels_at, guidance)
 
 
 def _fitted(bench: Bench, spacing: Spacing, steps: int) -> FittedSteps | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...sampler import EMS, EMSError, NoiseSchedule, Recommendation, Space, cosine_time, karras
+from ...sampler import EMS, EMSError, NoiseSchedule, Recommendation, Space, unfitted_steps
 
 if TYPE_CHECKING:
     from ..file import EMSFile
@@ -34,8 +34,6 @@ __all__ = [
 GUIDER = "guider"
 """Key in a file's `meta.model`: what changed the guidance while its statistics were computed; absent for plain guidance."""
 SAMPLER = "dpm_solver_v3"
-KARRAS_FROM = 8
-"""Steps from which Karras steps are the better ones in sigma space; see `unfitted_steps`."""
 _NEAR = 0.05
 """Largest difference in lambda at the noisy end between a file's noise range and a model's."""
 
@@ -132,18 +130,6 @@ def choose_steps(file: EMSFile | None, name: str, run: Run, steps: int, denoise:
     title, levels = unfitted_steps(run.schedule, max(round(steps / denoise), steps))
     message = f"{why}: {title} steps instead"
     return Steps(levels[-(steps + 1) :], False, message, f"{title} steps" if file is None else message)
-
-
-def unfitted_steps(schedule: NoiseSchedule, steps: int) -> tuple[str, Tensor]:
-    """The schedule for a model without fitted steps: its title, and host levels [steps + 1] that end at 0.
-
-    Chosen by `benchmarks/unfitted_steps.py`, with this sampler and no statistics, for each family of models.
-    """
-    if schedule.space is Space.FLOW:
-        return "cosine", cosine_time(schedule, steps, to_zero=True)
-    if steps < KARRAS_FROM:
-        return "half-cosine", cosine_time(schedule, steps, share=0.5, to_zero=True)
-    return "Karras", karras(schedule, steps, to_zero=True)
 
 
 def one_line(*messages: str) -> str:
