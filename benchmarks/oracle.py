@@ -35,20 +35,29 @@ class Form:
         for i, row in enumerate(steps.weights):
             weights[i, : i + 1] = torch.tensor(row, dtype=torch.float64)
         first = self._first().detach()
-        self.decay = (decay - first).requires_grad_()
+        self.decay = ((decay - first) / self._scale(first)).requires_grad_()
         self.weights = (weights - torch.diag(1 - first)).requires_grad_()
 
     def _first(self) -> Tensor:
         """The share of y in a first-order step, 0 in the last."""
         return torch.cat([(self.lambdas[:-1] - self.lambdas[1:]).exp(), self.lambdas.new_zeros(1)])
 
+    @staticmethod
+    def _scale(first: Tensor) -> Tensor:
+        """Under much noise a small part of y is a large error of the picture: a share of y turns relative to DDIM's."""
+        return torch.where(first > 0, first, torch.ones_like(first))
+
+    def _decays(self) -> Tensor:
+        first = self._first()
+        return first + self.decay * self._scale(first)
+
     def run(self, denoiser: torch.nn.Module, noise: Tensor) -> Tensor:
         """The end of the run from unit noise [K, C, ...]."""
-        sigmas, first = (-self.lambdas).exp(), self._first()
+        sigmas, first, decays = (-self.lambdas).exp(), self._first(), self._decays()
         y, history = noise * sigmas[0], list[Tensor]()
         for i in range(len(sigmas)):
             history.append(denoiser(y.float(), sigmas[i].float().expand(len(y))).double())
-            y = (first[i] + self.decay[i]) * y + (1 - first[i]) * history[-1]
+            y = decays[i] * y + (1 - first[i]) * history[-1]
             y = y + sum(self.weights[i, j] * D for j, D in enumerate(history))
         return y
 
@@ -57,7 +66,7 @@ class Form:
         first = self._first()
         weights = (self.weights + torch.diag(1 - first)).tolist()
         rows = tuple(tuple(row[: i + 1]) for i, row in enumerate(weights))
-        return FittedSteps(tuple(self.lambdas.tolist()), tuple((self.decay + first).tolist()), rows)
+        return FittedSteps(tuple(self.lambdas.tolist()), tuple(self._decays().tolist()), rows)
 
 
 def descend(bench: Bench, steps: FittedSteps, rounds: int, noises: int) -> FittedSteps:
@@ -65,7 +74,7 @@ def descend(bench: Bench, steps: FittedSteps, rounds: int, noises: int) -> Fitte
     form = Form(steps)
     ids = list(range(FIRST, FIRST + noises))
     clean = bench.solve(ids).double()
-    rates = ((form.lambdas, 3e-3), (form.decay, 1e-3), (form.weights, 2e-3))
+    rates = ((form.lambdas, 2e-3), (form.decay, 3e-4), (form.weights, 1e-3))
     optimizer = torch.optim.Adam([{"params": [value], "lr": rate} for value, rate in rates])
     for k in range(rounds):
         for group, (_, rate) in zip(optimizer.param_groups, rates, strict=True):

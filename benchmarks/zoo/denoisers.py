@@ -141,7 +141,6 @@ class ZooDenoiser(nn.Module):
         labels = self.labels[torch.tensor(list(samples)) % len(self.labels)]
         return ZooDenoiser(self.network, self.prediction, labels, self.none, self.guidance)
 
-    @torch.no_grad()
     def forward(self, y: Tensor, sigma: Tensor) -> Tensor:
         """y [B, C, ...], sigma [B] to x0."""
         label = self.labels[torch.arange(len(y)) % len(self.labels)]
