@@ -168,7 +168,7 @@ def _fit_verdict(file: EMSFile) -> int:
         kept = "" if row.coefficients and value != 1 else "; its steps are used"
         print(
             f"  guidance {row.guidance:g}, fitted, {row.steps} steps: error {value:.2f} [{low:.2f}, {high:.2f}] of "
-            f"{row.fixed_schedule}'s, on {row.noises} noises of no other use{kept}"
+            f"that of {row.fixed_schedule}, on {row.noises} noises of no other use{kept}"
         )
     return 0
 

@@ -126,7 +126,7 @@ def _without_file(schedule: NoiseSchedule, guidance: float, job: Job) -> Entrant
     """What the same run would be without a file: with one it must never be worse."""
     make = lambda n: unfitted_steps(schedule, n)[1]  # noqa: E731
     (levels_at,) = _host_lambdas({OWN: make}, job).values()
-    return Entrant("its own steps", OWN, levels_at, guidance)
+    return Entrant("the steps that hosts take then", OWN, levels_at, guidance)
 
 
 def _fitted(bench: Bench, spacing: Spacing, steps: int) -> FittedSteps | None:
