@@ -1,4 +1,4 @@
-"""Which formulas on which schedules the fit has to beat: the order of `panel._GOOD`, chosen over the zoo.
+"""Which formulas on which schedules the fit has to beat: the order of `panel.LIKELIEST`, chosen over the zoo.
 
     python benchmarks/panel.py [--only NAME ...] [--guidance 1 4] [--steps 5 8] [--json out/panel.json] [--count 14]
 
@@ -26,7 +26,6 @@ from zoo.bench import Bench, Size
 
 from dpm_solver_v3.ems_tools.fit import panel
 from dpm_solver_v3.ems_tools.fit.spacing import Range
-from dpm_solver_v3.sampler import NoiseSchedule
 
 Cells = dict[str, dict[str, float]]
 """By "network guidance steps": log error of every entrant over the best rival's."""
@@ -60,7 +59,7 @@ def measure(name: str, guidance: float, steps: Iterable[int], size: Size, cells:
     """Run all entrants and rivals on one network."""
     network = load(name)
     bench = Bench(network, guidance, size)
-    span = Range(-math.log(bench.high), -math.log(bench.low), _own_time(network.entry.schedule, bench))
+    span = Range.of((-math.log(bench.high), -math.log(bench.low)), network.entry.schedule)
     hosts = {k: _lambdas(v) for k, v in host_schedules(network.entry.schedule).items() if k in ("sgm_uniform", "kl_optimal")}
     for n in steps:
         rival, theirs = bench.best_rival(n)
@@ -73,10 +72,6 @@ def measure(name: str, guidance: float, steps: Iterable[int], size: Size, cells:
             found[f"{entrant.schedule} / {entrant.formula}"] = math.log(geometric_mean(mine) / geometric_mean(theirs))
         best = min(found, key=lambda e: found[e])
         print(f"{name}, {guidance:g}, {n} steps: {best} {math.exp(found[best]):.2f} of {rival}", flush=True)
-
-
-def _own_time(schedule: NoiseSchedule, bench: Bench) -> tuple[torch.Tensor, torch.Tensor] | None:
-    return Range.of((-math.log(bench.high), -math.log(bench.low)), schedule).table
 
 
 def _lambdas(make: Callable[[int], Tensor]) -> Callable[[int], tuple[list[float], float]]:
@@ -93,7 +88,7 @@ def report(cells: Cells, count: int) -> None:
     print("entrants, in the order of their choice:")
     for name in cover(cells, count):
         print(f"    {name}")
-    now = [f"{s} / {f}" for s, f in panel._GOOD]
+    now = [f"{s} / {f}" for s, f in panel.LIKELIEST]
     for left_out in networks if len(networks) > 1 else []:
         theirs = {k: v for k, v in cells.items() if k.split()[0] == left_out}
         order = cover({k: v for k, v in cells.items() if k not in theirs}, count)

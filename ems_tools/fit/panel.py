@@ -10,9 +10,9 @@ from ...sampler import FittedSteps
 from .formulas import FORMULAS, formula_steps
 from .spacing import Range, Spacing
 
-__all__ = ["Entrant", "entrants"]
+__all__ = ["LIKELIEST", "Entrant", "entrants"]
 
-_GOOD = (
+LIKELIEST = (
     ("vp 2", "UniPC 2"),
     ("vp 1.5", "UniPC 2"),
     ("flow 2", "UniPC 2"),
@@ -35,7 +35,7 @@ _GOOD = (
     ("vp 1.5", "UniPC 3"),
     ("karras", "UniPC 2"),
 )
-"""The likeliest entrants first, as `benchmarks/panel.py` chooses them on the zoo; after the first 13 by hand."""
+"""The likeliest entrants first: `benchmarks/panel.py` chose the first 13 on the zoo; those after them are by hand."""
 _SCHEDULES = {
     "vp 1.5": Spacing("vp", 1.5, 1.0),
     "vp 2": Spacing("vp", 2.0, 1.0),
@@ -79,7 +79,7 @@ class Entrant:
 def entrants(count: int, span: Range, hosts: Mapping[str, Callable[[int], tuple[list[float], float]]]) -> list[Entrant]:
     """The `count` likeliest entrants: the known good ones, every formula on the host's schedules, then all others."""
     schedules = {name: _levels_of(spacing, span) for name, spacing in _SCHEDULES.items()}
-    pairs = [(schedule, formula) for schedule, formula in _GOOD]
+    pairs = [(schedule, formula) for schedule, formula in LIKELIEST]
     pairs += [(name, formula) for formula in list(FORMULAS)[:3] for name in hosts]
     pairs += [(name, formula) for formula in FORMULAS for name in (*_SCHEDULES, *hosts)]
     known = {**hosts, **schedules}

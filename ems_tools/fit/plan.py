@@ -73,8 +73,8 @@ def evaluations_of_fit(plan: FitPlan, grid: int, scales: int, known: int = 0) ->
 def first_heat(plan: FitPlan) -> int:
     """Noises on which all entrants run at the searched step counts, before the best few run at every step count.
 
-    On one noise formulas differ by what they are; and of the best two at 5 steps one is within 1.3 times of the best at 8, and
-    the other way round, in all 22 cases of the zoo, where the best one alone is up to 3.3 times worse.
+    On the same noise formulas differ by what they are, so few noises tell them apart. The best one at one step count may be
+    much worse at another, the best two seldom are.
     """
     return max(plan.panel_noises // 3, 1)
 

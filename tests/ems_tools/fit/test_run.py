@@ -21,7 +21,7 @@ from dpm_solver_v3.ems_tools.file.layout import fitted_row, fitted_values
 from dpm_solver_v3.ems_tools.file.reader import decode_ems_file
 from dpm_solver_v3.ems_tools.file.rows import EMSMeta, FittedRow
 from dpm_solver_v3.ems_tools.fit import run as fit_module
-from dpm_solver_v3.ems_tools.fit.formulas import FORMULAS, formula_steps
+from dpm_solver_v3.ems_tools.fit.formulas import FORMULAS, OWN, formula_steps
 from dpm_solver_v3.ems_tools.fit.panel import entrants
 from dpm_solver_v3.ems_tools.fit.refine import refine
 from dpm_solver_v3.ems_tools.fit.run import FitPlan, evaluations_of_fit, fit_steps
@@ -38,6 +38,7 @@ from dpm_solver_v3.sampler import (
     VPContinuous,
     karras,
     sample_dpm_solver_v3,
+    unfitted_steps,
     uniform_lambda,
 )
 from loading import benchmark
@@ -338,15 +339,28 @@ def test_the_cost_is_what_was_announced(mixture, job, plan) -> None:
     assert 0.5 * announced < counted[0] <= announced
 
 
+def learns_nothing(runner, samples, teacher, lambdas):
+    """In place of `closed_loop`: first-order steps."""
+    ends = [*lambdas[1:], math.inf]
+    decay = [math.exp(a - b) for a, b in zip(lambdas, ends, strict=True)]
+    rows = [(0.0,) * i + (1 - d,) for i, d in enumerate(decay)]
+    return FittedSteps(tuple(lambdas), tuple(decay), tuple(rows)), 0.0
+
+
+def test_a_file_is_never_worse_than_none(mixture, job, monkeypatch) -> None:
+    """With nothing learnt and no other sampler tried, the file holds what the sampler does without it, to eight digits."""
+    monkeypatch.setattr(fit_module, "closed_loop", learns_nothing)
+    monkeypatch.setattr(fit_module, "entrants", lambda *_: [])
+    (row,) = fitted(mixture, job, plan=FitPlan((8,), noises=4, held_out=8, search=0, panel=0, panel_noises=1))
+    assert row.fixed_schedule.startswith(OWN) and row.ratio == (1.0, 1.0, 1.0) and row.coefficients is not None
+    levels = unfitted_steps(EDM(0.05, 20.0), 8)[1]
+    x = torch.randn(3, 2, 2, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * levels[0]
+    none = sample_dpm_solver_v3(mixture, x, levels, guidance=1.0, disable=True)
+    assert errors_of(mixture, row.coefficients, x, none, levels[0]).max() < 1e-9
+
+
 def test_the_panel_stands_in_for_a_fit_that_loses(mixture, job, monkeypatch) -> None:
-    """A fit that learns nothing (first-order steps) loses to the panel's best, which is then what the file holds."""
-
-    def learns_nothing(runner, samples, teacher, lambdas):
-        ends = [*lambdas[1:], math.inf]
-        decay = [math.exp(a - b) for a, b in zip(lambdas, ends, strict=True)]
-        rows = [(0.0,) * i + (1 - d,) for i, d in enumerate(decay)]
-        return FittedSteps(tuple(lambdas), tuple(decay), tuple(rows)), 0.0
-
+    """A fit that learns nothing loses to the panel's best, which is then what the file holds."""
     monkeypatch.setattr(fit_module, "closed_loop", learns_nothing)
     fixed = {"own": lambda n: karras(EDM(0.05, 20.0), n, to_zero=True)}
     plan = FitPlan((8,), noises=8, held_out=16, search=2, spacings=1, moves=0, panel=25, panel_noises=8, fixed=fixed)
