@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import end
 
 ROOT = Path(__file__).resolve().parents[2]
 TREES = ROOT / ".venv" / "comfyui"
@@ -116,12 +116,7 @@ class ComfyServer:
         self.process.wait()
 
     def stop(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                self.kill()
+        end(self.process)
 
     def log(self) -> str:
         return self.log_path.read_text(encoding="utf-8", errors="replace")

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import end
 from torch import Tensor
 
 from dpm_solver_v3.ems_tools.file.reader import load_ems_file
@@ -94,12 +94,7 @@ class WebUI:
             time.sleep(0.5)
 
     def stop(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
+        end(self.process)
 
     def log(self) -> str:
         return (self.base / "server.log").read_text(encoding="utf-8", errors="replace")
