@@ -24,8 +24,8 @@ __all__ = ["STATISTICS", "EMSFile"]
 
 STATISTICS = ("l", "s", "b")
 MAX_VALUES = {"l": 6.0, "s": 20.0, "b": 1e4}
-"""A model's l is about 0 to 1, on digits, mnist and waves never above 1.1 (`benchmarks/bounds.py`); estimates are held to
-`moments.L_LIMIT`."""
+"""A model's l is about 0 to 1, on six networks never above 1.2 (`benchmarks/bounds.py`). Estimates are held to
+`moments.L_LIMIT` and S_LIMIT, which s does reach (galaxies)."""
 MAX_ERROR, MAX_SCALES, MAX_POINTS, LEAST_GAP = 1e4, 64, 4001, 1e-6
 MAX_ELEMENTS = 2**20
 """Of a latent. On a grid of 21 points more would be larger than a file may be; the coefficients of the steps grow with it."""

@@ -19,7 +19,7 @@ from dpm_solver_v3.ems_tools.estimate.source import Source
 from dpm_solver_v3.ems_tools.file.contents import EMSFile
 from dpm_solver_v3.ems_tools.file.layout import fitted_row, fitted_values
 from dpm_solver_v3.ems_tools.file.reader import decode_ems_file
-from dpm_solver_v3.ems_tools.file.rows import EMSMeta, FittedRow
+from dpm_solver_v3.ems_tools.file.rows import MAX_DECAY, MAX_ROW, MAX_WEIGHT, EMSMeta, FittedRow
 from dpm_solver_v3.ems_tools.fit import run as fit_module
 from dpm_solver_v3.ems_tools.fit.formulas import FORMULAS, OWN, formula_steps
 from dpm_solver_v3.ems_tools.fit.panel import entrants
@@ -371,6 +371,14 @@ def test_the_panel_stands_in_for_a_fit_that_loses(mixture, job, monkeypatch) -> 
     assert "UniPC 2 on own" in panel
     if "own" not in row.fixed_schedule:
         assert row.coefficients == rounded(panel[row.fixed_schedule].steps(8, list))
+
+
+def test_known_formulas_stay_far_below_the_bounds_of_a_file() -> None:
+    """On the widest noise range of the zoo; a formula beyond them could not be the rival of a fit."""
+    found = [e.steps(n, list) for e in entrants(1000, Range(-6.9, 4.6), {}) for n in (8, 14, 20)]
+    assert max(abs(w) for steps in found for row in steps.weights for w in row) < MAX_WEIGHT / 2
+    assert max(sum(map(abs, row)) for steps in found for row in steps.weights) < MAX_ROW / 2
+    assert max(map(abs, (d for steps in found for d in steps.decay))) < MAX_DECAY / 2
 
 
 def test_hosts_that_round_sigma_get_their_own_levels(mixture, job) -> None:
