@@ -125,7 +125,7 @@ class CompareNode:
                 found[run, n] = _streams(comfy.sample.sample(*given, **shared))
         errors = {key: _error(x, reference) for key, x in found.items()}
         table = _table(runs, counts, errors)
-        host.say_first("Compare samplers: done", "", str(unique_id))
+        host.say_first("done", "", str(unique_id))
         plot = panels_picture([[_panel(runs, counts, errors)]], f"error over steps, cfg {cfg:g}", zoom=1.6)
         pictures = {key: x[0] for key, x in found.items()}
         grid = _grid(vae, runs, counts, pictures, reference[0])

@@ -85,7 +85,7 @@ class ComputeNode:
         )
         file, path = measure(request)
         trust().computed(file)
-        host.say(one_line("Compute EMS: done", gain_of(file), path.name), str(unique_id))
+        host.say(one_line("done", gain_of(file), path.name), str(unique_id))
         return _outputs(file, path)
 
 

@@ -49,7 +49,7 @@ def labelled_grid(rows: list[list[Tensor]], row_names: list[str], column_names: 
     zoom = max(1, 128 // min(rows[0][0].shape[:2]))
     rows = [[image.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1) for image in row] for row in rows]
     height, width = rows[0][0].shape[:2]
-    size = max(12, min(width, height) // 12)
+    size = max(12, min(width, height) // 7)  # readable at a node's size, too
     letters = font(size)
     left = int(max(letters.getlength(line) for name in row_names for line in name.split("\n"))) + size
     top, gap = 2 * size, max(2, size // 4)

@@ -230,7 +230,7 @@ class _Watch:
         self.bar = host.progress_bar(self.watch.total, node)
         self.preview = _previewer(patcher)
         self.shown = 0.0
-        host.say(f"Compute EMS: {self.watch.total} evaluations", node)
+        host.say(f"{self.watch.total:,} evaluations", node)
         host.log(f"Compute EMS: {self.watch.total} evaluations")
 
     def __call__(self, p: Progress) -> None:
@@ -238,7 +238,7 @@ class _Watch:
         if now - self.shown >= _PREVIEW_SECONDS:
             self.shown = now
             preview = self.preview(self.session.denoised)
-            host.say(f"Compute EMS: {text}", self.node)
+            host.say(text.replace(": ", "\n", 1), self.node)  # the classic canvas breaks lines within words
         self.bar(self.watch.done, preview)
 
 

@@ -169,7 +169,9 @@ def _draw_curve(pen: Pen, axes: _Axes, curve: Curve) -> None:
         edge = [axes.at(x, y) for x, y in zip(curve.x, curve.low, strict=True)]
         edge += [axes.at(x, y) for x, y in reversed(list(zip(curve.x, curve.high, strict=True)))]
         pen.area(edge, curve.colour, 0.2)
-    pen.line(points, curve.colour, 1.8, curve.dash)
+    # A single point gets a piece of line, by whose dashes the legend names it.
+    line = points if len(points) != 1 else [(points[0][0] + du, points[0][1]) for du in (-_SAMPLE / 2, _SAMPLE / 2)]
+    pen.line(line, curve.colour, 1.8, curve.dash)
     if len(points) <= 12:
         for point in points:
             pen.dot(point, 2.8, curve.colour)

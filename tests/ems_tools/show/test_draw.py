@@ -37,6 +37,17 @@ def test_the_legend_covers_no_line():
     assert len({texts[name] for name in NAMES}) == 5
 
 
+def test_a_single_point_shows_the_dashes_of_its_curve():
+    """A file of one step count: two dots of one colour, of which nobody could say which is which."""
+    curves = tuple(Curve(dash, (5.0,), (1.0,), dash=dash) for dash in ("solid", "dashed"))
+    lines = ET.fromstring(svg_of([[Panel("", "steps", curves)]], "")).iter(f"{SVG}polyline")
+    drawn = [line for line in lines if line.get("stroke-width") == "1.8"]
+    assert [line.get("stroke-dasharray") is None for line in drawn] == [True, False]
+    for line in drawn:
+        (left, _), (right, _) = (point.split(",") for point in line.get("points", "").split())
+        assert float(right) - float(left) > 20
+
+
 @pytest.mark.parametrize("name", ["short", "juggernautXL_v9Rundiffusion", "a very " + "long " * 40 + "name"])
 def test_a_title_stays_on_the_page(name):
     """Inspect EMS showed the middle of a long name."""
