@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["make_tab"]
 
-_SECONDS = 0.5
+_SECONDS = 2.0
+"""Between two answers to a page that watches; each costs its browser some tenths of a second, in gradio 4."""
 _ABOUT = (
     "Measures the loaded checkpoint once (its empirical model statistics, EMS) and fits steps to it. The sampler DPM-Solver-v3 "
     "then finds the file by the checkpoint. Pictures wait while it runs; this page may be closed and opened again."

@@ -51,9 +51,10 @@ class WebUI:
         (base / "extensions").mkdir(parents=True)
         for name, target in (("dpm v3 (odd).name", ROOT), ("recorder", FOLDER / "pack")):
             (base / "extensions" / name).symlink_to(target, target_is_directory=True)
-        # Their picture of the steps needs a network that they would download.
-        quiet = {"live_previews_enable": False, "show_progress_type": "Approx cheap"}
-        (base / "config.json").write_text(json.dumps(quiet))
+        # Their picture of the steps needs a network that they would download. What one picture overrides is put back after it
+        # only if it stands here.
+        own = {"live_previews_enable": False, "show_progress_type": "Approx cheap", "sd_noise_schedule": "Default"}
+        (base / "config.json").write_text(json.dumps(own))
         models = base / "models" / "Stable-diffusion"
         self.checkpoint = models / f"{checkpoints[0]}.safetensors"
         for seed, name in enumerate(checkpoints):
@@ -188,7 +189,7 @@ def wait_for(page: Any, text: str) -> str:
     deadline = time.monotonic() + RUN_SECONDS
     while text not in status.inner_text():
         assert time.monotonic() < deadline, status.inner_text()
-        time.sleep(0.2)
+        time.sleep(0.5)
     return str(status.inner_text())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import math
 import os
@@ -15,12 +16,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-from webui_server import NAME, TREES, WebUI, browser_page, compute, open_tab, replay, show, wait_for
+from webui_server import NAME, TREES, Run, WebUI, browser_page, compute, open_tab, replay, show, wait_for
 
 from dpm_solver_v3.ems_tools.file.reader import load_ems_file
 from dpm_solver_v3.ems_tools.file.rows import FittedRow
 from dpm_solver_v3.ems_tools.fit.steps import formula_step
-from dpm_solver_v3.sampler import FittedSteps
+from dpm_solver_v3.sampler import EDM, FittedSteps, karras
 
 
 @pytest.fixture(scope="module", params=TREES or [cast("Path", None)], ids=lambda tree: tree.name if tree else "no host")
@@ -114,33 +115,62 @@ def test_picture_equals_the_library(webui: WebUI) -> None:
     assert (without.pixels - mine.pixels).abs().max() > 1e-3  # the statistics matter, so the agreement means something
 
 
-def test_fitted_schedule(webui: WebUI) -> None:
-    """The schedule type gives the file's own steps, and the sampler their coefficients: as the library does here."""
+LAMBDAS = tuple((-karras(EDM(0.03, 11.0), 6, to_zero=True)[:-1].log()).tolist())
+"""Of good steps, so that the file passes its trial."""
+START = 1.002
+
+
+@contextlib.contextmanager
+def fitted(webui: WebUI, **changed: Any) -> Iterator[None]:
+    """While the checkpoint's file has steps for 6 evaluations at CFG 3, and `changed` entries of its metadata."""
     path = webui.folder / "tiny.ems.safetensors"
     kept = path.read_bytes()
+    formula = [formula_step(LAMBDAS, i, then) for i, then in enumerate([*LAMBDAS[1:], math.inf])]
+    steps = FittedSteps(LAMBDAS, tuple(decay for decay, _ in formula), tuple(tuple(row) for _, row in formula), START)
+    row = FittedRow(3.0, 6, LAMBDAS, steps, (1.0,) * 3, (2.0,) * 3, "karras", (0.5, 0.4, 0.6), 8)
     file = load_ems_file(path)
-    lambdas = (-2.4, -1.5, -0.6, 0.3, 1.4, 2.6)
-    formula = [formula_step(lambdas, i, then) for i, then in enumerate([*lambdas[1:], math.inf])]
-    steps = FittedSteps(lambdas, tuple(decay for decay, _ in formula), tuple(tuple(row) for _, row in formula), 1.02)
-    row = FittedRow(3.0, 6, lambdas, steps, (1.0,) * 3, (2.0,) * 3, "karras", (0.5, 0.4, 0.6), 8)
     try:
-        replace(file, meta=replace(file.meta, fitted=(row,))).save(path)
+        replace(file, meta=replace(file.meta, fitted=(row,), **changed)).save(path)
+        yield
+    finally:
+        path.write_bytes(kept)
+
+
+def sigmas_of(made: Run) -> list[float]:
+    return [sigma[0].item() for _, sigma, _ in made.calls]
+
+
+def test_fitted_schedule(webui: WebUI) -> None:
+    """The schedule type gives the file's own steps, and the sampler their coefficients: as the library does here."""
+    with fitted(webui):
         tried = webui.picture(scheduler=f"{NAME} fitted")
         assert len(tried.calls) > 6 and "were not used" not in webui.log()  # not this machine's file: tried on its first use
         made = webui.picture(scheduler=f"{NAME} fitted")
-        sigmas = [sigma[0].item() for _, sigma, _ in made.calls]
-        assert sigmas == pytest.approx([math.exp(-v) for v in lambdas], rel=1e-4)
+        assert sigmas_of(made) == pytest.approx([math.exp(-v) for v in LAMBDAS], rel=1e-4)
         assert f"Schedule type: {NAME} fitted" in made.infotext and f"{NAME} order: auto" in made.infotext
-        replayed = replay(webui, made, start=1 / 1.02)
+        replayed = replay(webui, made, start=1 / START)
         print(f"latents replayed {replayed:.1e}")
         assert replayed < 1e-4
-        other = webui.picture(sampler="Euler", scheduler=f"{NAME} fitted")
-        assert f"Schedule type: {NAME} fitted" in other.infotext
-        assert "suit the sampler dpm_solver_v3 only, not Euler" in webui.log()
-    finally:
-        path.write_bytes(kept)
     webui.picture(scheduler=f"{NAME} fitted")
     assert "has no schedule fitted for 6 steps at cfg 3" in webui.log()
+
+
+def test_fitted_steps_are_only_for_what_they_were_fitted_to(webui: WebUI) -> None:
+    """Another sampler, another CFG scale, and another noise range, the host's or the file's: unfitted steps, and why."""
+
+    def refused(words: str, **values: Any) -> None:
+        before = len(webui.log())
+        made = webui.picture(scheduler=f"{NAME} fitted", **values)
+        assert f"Schedule type: {NAME} fitted" in made.infotext and made.pixels.isfinite().all()
+        assert words in webui.log()[before:] and "steps instead" in webui.log()[before:]
+        assert sigmas_of(made)[1] != pytest.approx(math.exp(-LAMBDAS[1]), rel=1e-2)
+
+    with fitted(webui):
+        refused("suit the sampler dpm_solver_v3 only, not Euler", sampler="Euler")
+        refused("has no schedule fitted for 6 steps at cfg 5", cfg_scale=5)
+        refused("this model's begins at", override_settings={"sd_noise_schedule": "Zero Terminal SNR"})
+    with fitted(webui, space="flow"):
+        refused("it was made for a rectified flow, this is a model of the EPS or v kind")
 
 
 def test_options_of_one_picture_are_recorded(webui: WebUI) -> None:
