@@ -42,33 +42,33 @@ def least_squares(features: Tensor, target: Tensor) -> tuple[Tensor, float]:
     gram = torch.einsum("kfp,kgp->kfg", features, features)
     side = torch.einsum("kfp,kp->kf", features, target)
     size = target.square().sum(1)
+    found, scores = _solve(gram, side, size, torch.tensor(RIDGES, dtype=torch.float64))
     best, lowest = torch.zeros(features.shape[1], dtype=torch.float64), objective(size)
-    for ridge in RIDGES:
-        c, score = _solve(gram, side, size, ridge)
+    for c, score in zip(found, scores):
         if score < lowest:
             best, lowest = c, score
     return best, lowest - math.log(features.shape[2])
 
 
-def _solve(gram: Tensor, side: Tensor, size: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """Factors at one ridge, and the mean log of the squared error that each noise has when it is left out."""
-    c = torch.zeros(side.shape[1], dtype=torch.float64)
+def _solve(gram: Tensor, side: Tensor, size: Tensor, ridges: Tensor) -> tuple[Tensor, list[float]]:
+    """Factors [R, F] at each ridge, and the mean log of the squared error that the noises have when they are left out."""
+    c = torch.zeros(len(ridges), side.shape[1], dtype=torch.float64)
     for _ in range(_REWEIGHTINGS):
-        errors = _errors(gram, side, size, c[None])
-        weight = 1 / errors.clamp(min=max(errors.median().item() * _FLOOR, 1e-20))
-        A, b = torch.einsum("k,kfg->fg", weight, gram), weight @ side
-        penalty = torch.diag(ridge * A.diagonal() + 1e-9 * A.diagonal().max().clamp(min=1e-20))
-        c = torch.linalg.solve(A + penalty, b)
+        errors = _errors(gram, side, size, c[:, None])
+        weight = 1 / torch.maximum(errors, (errors.median(1, keepdim=True).values * _FLOOR).clamp(min=1e-20))
+        A, b = torch.einsum("rk,kfg->rfg", weight, gram), weight @ side
+        own = A.diagonal(dim1=1, dim2=2)
+        A = A + torch.diag_embed(ridges[:, None] * own + 1e-9 * own.amax(1, keepdim=True).clamp(min=1e-20))
+        c = torch.linalg.solve(A, b)
     if len(size) < 2:
-        return c, objective(_errors(gram, side, size, c[None]))
-    others = torch.linalg.solve(A + penalty - weight[:, None, None] * gram + 1e-9 * penalty, b - weight[:, None] * side)
-    return c, objective(_errors(gram, side, size, others))
+        return c, [objective(errors) for errors in _errors(gram, side, size, c[:, None])]
+    others = torch.linalg.solve(A[:, None] - weight[:, :, None, None] * gram, b[:, None] - weight[:, :, None] * side)
+    return c, [objective(errors) for errors in _errors(gram, side, size, others)]
 
 
 def _errors(gram: Tensor, side: Tensor, size: Tensor, c: Tensor) -> Tensor:
-    """Squared errors [K] with factors c [K or 1, F]."""
-    c = c.expand(len(size), -1)
-    value = size - 2 * (side * c).sum(1) + torch.einsum("kfg,kf,kg->k", gram, c, c)
+    """Squared errors [R, K] with factors c [R, K or 1, F]."""
+    value = size - 2 * (side * c).sum(2) + (torch.einsum("kfg,rkg->rkf", gram, c.expand(-1, len(size), -1)) * c).sum(2)
     return torch.maximum(value, 1e-12 * size)
 
 
