@@ -61,7 +61,7 @@ class Fits:
             return None, 1.0, False
         mine = self.truth.errors(run_passes(self.pair, self.checked, found))
         theirs = self.truth.errors(few_steps(self.pair.guided, self.checked, self.guided[budget]))
-        ratio, _ = ratio_of(mine, theirs)
+        ratio = ratio_of(mine, theirs)
         return found, ratio[0], ratio[2] < 1
 
 

@@ -67,7 +67,17 @@ def table(names: Sequence[str], guidances: Sequence[float], efforts: Sequence[st
             if ratios:
                 above, middle = sum(r > 1.05 for r in ratios), ratios[len(ratios) // 2]
                 worst = f"worst {ratios[-1]:.2f}, {above} of {len(ratios)} above 1.05"
-                print(f"{split}, {effort}: median {middle:.2f}, {worst}")
+                print(f"{split}, {effort}: median {middle:.2f}, {worst}; {_honesty(cells, split, effort)}")
+
+
+def _honesty(cells: Sequence[dict[str, Any]], split: str, effort: str) -> str:
+    """How often what the file says and what was measured lie in each other's interval."""
+    mine = [(c["says"], c["ratio"]) for c in cells if c["split"] == split and c["effort"] == effort]
+    said = sum(ratio[1] <= says[0] <= ratio[2] for says, ratio in mine)
+    measured = sum(says[1] <= ratio[0] <= says[2] for says, ratio in mine)
+    return (
+        f"of {len(mine)} rows {said} say a ratio in the measured interval, {measured} an interval that holds the measured ratio"
+    )
 
 
 def ablation(names: Sequence[str], size: Size) -> None:

@@ -67,13 +67,13 @@ class Effort:
     probe_every: int = 1
 
 
-_QUICK_FIT = FitPlan((4, 5, 6, 8, 10), 10, 6, search=4, spacings=7, searched=1, moves=0, panel=11, panel_noises=1)
-_FIT = FitPlan(tuple(range(4, 13)), 24, 16, search=8, spacings=10, searched=3, moves=4, panel=28, panel_noises=4)
+_QUICK_FIT = FitPlan((4, 5, 6, 8, 10), 9, 5, search=3, spacings=7, searched=1, moves=0, panel=11, panel_noises=3)
+_FIT = FitPlan(tuple(range(4, 13)), 24, 16, search=8, spacings=10, searched=3, moves=4, panel=25, panel_noises=4)
 _THOROUGH_FIT = FitPlan(
-    tuple(range(4, 13)), 64, 24, search=12, spacings=12, searched=5, moves=8, panel=40, panel_noises=6, rounds=2, refined=7
+    tuple(range(4, 13)), 64, 24, search=12, spacings=12, searched=5, moves=8, panel=40, heat=3, rounds=2, refined=7
 )
 EFFORTS = {
-    "quick": Effort(10, 24, 1, 4, (5, 8), 0, _FEW, (0.5,), 40, _QUICK_FIT, 6),
+    "quick": Effort(9, 24, 1, 4, (5, 8), 0, _FEW, (0.5,), 40, _QUICK_FIT, 6),
     "standard": Effort(24, 40, 1, 4, (6, 10, 15), 1, _FEW[:2], (0.5,), 40, _FIT, 2),
     "thorough": Effort(64, 60, 1, 8, (5, 6, 8, 10, 15, 20), 2, None, (0.5, 0.75), 120, _THOROUGH_FIT, 2),
 }
@@ -110,7 +110,7 @@ def plan_for(source: Source, effort: Effort, steps: tuple[int, ...] = ()) -> Cal
         fit = replace(effort.fit, steps=chosen)
         if len(chosen) == 1 and fit.noises <= _QUICK_FIT.noises:  # at most 700 evaluations in all
             few = chosen[0] <= 8
-            fit = replace(fit, held_out=5, search=3, spacings=3 if few else 1, panel=4, panel_noises=1)
+            fit = replace(fit, held_out=4, spacings=3 if few else 1, panel=4, heat=2 if few else 1, panel_noises=2)
         effort = replace(effort, steps=chosen, fit=fit)
     s = source.schedule
     own: dict[str, Callable[[int], Tensor]] = {

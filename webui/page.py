@@ -174,7 +174,7 @@ def _fitted(rows: Sequence[FittedRow]) -> str:
         ratio, low, high = row.ratio
         better = row.coefficients is not None and row.ratio != (1.0, 1.0, 1.0)
         gain = f"{ratio:.2f} ({low:.2f} to {high:.2f})" if better else "1"
-        use = "fitted steps" if better else f"{row.fixed_schedule}, as nothing fitted was clearly better"
+        use = "fitted steps" if better else f"{row.fixed_schedule}, as nothing fitted was better"
         table.append([f"{row.guidance:g}", str(row.steps), gain, row.fixed_schedule, use])
     about = (
         "Error of a picture with these steps, over that of the best known method and schedule for this checkpoint, on start "

@@ -13,11 +13,11 @@ from ..estimate.job import JobState
 from ..file.rows import insane
 from ..trajectory import Runner, Trajectories, few_steps
 from .panel import Entrant
-from .plan import KEPT, FitPlan, first_heat
+from .plan import KEPT, FitPlan
 from .spacing import CANDIDATES, Range, Spacing
 from .steps import closed_loop, objective
 
-__all__ = ["Bench", "best_entrant", "best_spacing", "likely_entrants"]
+__all__ = ["Bench", "best_spacing", "follows", "likely_entrants"]
 
 
 @dataclass(frozen=True)
@@ -92,21 +92,12 @@ def _moves(spacing: Spacing) -> list[Spacing]:
 
 def likely_entrants(bench: Bench, entrants: Sequence[Entrant], steps: int) -> list[Entrant]:
     """The few with the lowest errors on the first noises, best first; all of them where they are few."""
-    usable = [e for e in entrants if _follows(bench, e, steps)]
-    if len(usable) <= KEPT:
-        return usable or list(entrants[:1])
-    first = min(first_heat(bench.plan), len(bench.samples))
-    return sorted(usable, key=lambda e: _score(bench, e, steps, first))[:KEPT]
+    usable = [e for e in entrants if follows(bench, e, steps)]
+    return usable if len(usable) <= KEPT else sorted(usable, key=lambda e: _score(bench, e, steps))[:KEPT]
 
 
-def best_entrant(bench: Bench, likely: Sequence[Entrant], steps: int) -> Entrant:
-    """The one of the likely entrants with the lowest error at this step count, on all of the panel's noises."""
-    few = min(bench.plan.panel_noises, len(bench.samples))
-    usable = [e for e in likely if _follows(bench, e, steps)] or list(likely[:1])
-    return usable[0] if len(usable) == 1 else min(usable, key=lambda e: _score(bench, e, steps, few))
-
-
-def _follows(bench: Bench, entrant: Entrant, steps: int) -> bool:
+def follows(bench: Bench, entrant: Entrant, steps: int) -> bool:
+    """Whether the host's levels allow this schedule, with coefficients that a file may hold."""
     try:
         found = entrant.steps(steps, bench.snap)
     except ValueError:
@@ -114,9 +105,11 @@ def _follows(bench: Bench, entrant: Entrant, steps: int) -> bool:
     return len(found.lambdas) == steps and not insane(found)
 
 
-def _score(bench: Bench, entrant: Entrant, steps: int, noises: int) -> float:
-    def value() -> float:
-        end = few_steps(bench.runner, bench.samples[:noises], entrant.steps(steps, bench.snap))
-        return min(objective(bench.teacher.part(noises).errors(end).nan_to_num(nan=1e30)), 100.0)
+def _score(bench: Bench, entrant: Entrant, steps: int) -> float:
+    few = min(bench.plan.heat, len(bench.samples))
 
-    return bench.kept(f"panel {steps} {noises} {entrant.name}", value)
+    def value() -> float:
+        end = few_steps(bench.runner, bench.samples[:few], entrant.steps(steps, bench.snap))
+        return min(objective(bench.teacher.part(few).errors(end).nan_to_num(nan=1e30)), 100.0)
+
+    return bench.kept(f"panel {steps} {few} {entrant.name}", value)

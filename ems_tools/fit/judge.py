@@ -1,18 +1,20 @@
 """What a fit is worth: on noise of no other use, against the best of a panel of formulas and schedules (see `panel`).
 
-What the file stores and every host prints is the ratio of the two errors. A fit that is not clearly better is not used: the
-panel's winner, which is a schedule and coefficients too, then stands in its place, and the ratio is 1.
+What the file stores and every host prints is the ratio of the two errors. A fit that is not better is not used: the panel's
+winner, which is a schedule and coefficients too, then stands in its place, and the ratio is 1. (To ask for a fit that is better
+by a standard error as well was worse in every way on the zoo: on few noises the winner is in as much doubt as the fit.)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from ...sampler import FittedSteps
-from ..file.rows import FittedRow, insane
+from ..file.rows import FittedRow
 from ..trajectory import Runner, Trajectories, few_steps
 from .steps import objective
 
@@ -24,30 +26,47 @@ def judged_row(
     samples: Sequence[int],
     judge: Trajectories,
     guidance: float,
-    fitted: FittedSteps,
-    rival: FittedSteps,
-    rival_name: str,
+    fitted: FittedSteps | None,
+    rivals: Mapping[str, FittedSteps],
+    few: int,
 ) -> FittedRow:
-    """The row of one step count: the fit, or the panel's winner where the fit is not better by a standard error."""
-    mine = judge.errors(few_steps(runner, samples, fitted))
-    theirs = judge.errors(few_steps(runner, samples, rival))
-    ratio, clear = ratio_of(mine, theirs)
-    kept = fitted
-    if not clear or insane(fitted):
-        kept, mine, ratio = rival, theirs, (1.0, 1.0, 1.0)
+    """The row of one step count: the fit, or the panel's winner where the fit is not better.
+
+    `rivals` by name: the one with the lowest error on the first `few` samples wins. `fitted`: None if there is no fit.
+    """
+    name, theirs = _winner(runner, samples, judge, rivals, few)
+    kept, mine, ratio = rivals[name], theirs, (1.0, 1.0, 1.0)
+    if fitted is not None:
+        own = judge.errors(few_steps(runner, samples, fitted))
+        measured = ratio_of(own, theirs)
+        if measured[0] < 1:
+            kept, mine, ratio = fitted, own, measured
     return FittedRow(
-        guidance, len(kept.lambdas), kept.lambdas, kept, _averages(mine), _averages(theirs), rival_name, ratio, len(samples)
+        guidance, len(kept.lambdas), kept.lambdas, kept, _averages(mine), _averages(theirs), name, ratio, len(samples)
     )
 
 
-def ratio_of(mine: Tensor, theirs: Tensor) -> tuple[tuple[float, float, float], bool]:
-    """Geometric mean of mine / theirs [K] with its 95 % interval (Student's), and whether it is below 1 by a standard error."""
+def _winner(
+    runner: Runner, samples: Sequence[int], judge: Trajectories, rivals: Mapping[str, FittedSteps], few: int
+) -> tuple[str, Tensor]:
+    """The best rival's name, and its errors [K] on all samples."""
+    few = len(samples) if len(rivals) == 1 else min(few, len(samples))
+    ends = {name: few_steps(runner, samples[:few], steps) for name, steps in rivals.items()}
+    name = min(ends, key=lambda v: objective(_usable(judge.part(few).errors(ends[v]))))
+    end = ends[name]
+    if few < len(samples):
+        end = torch.cat([end, few_steps(runner, samples[few:], rivals[name])])
+    return name, judge.errors(end)
+
+
+def ratio_of(mine: Tensor, theirs: Tensor) -> tuple[float, float, float]:
+    """Geometric mean of mine / theirs [K] with its 95 % interval (Student's)."""
     logs = (_usable(mine).log() - _usable(theirs).log()).clamp(-60, 60)
     mean, freedom = logs.mean().item(), max(len(logs) - 1, 1)
     error = logs.std().item() / math.sqrt(len(logs)) if len(logs) > 1 else 1.0
     wide = (1.96 + 2.37 / freedom + 2.8 / freedom**2) * error  # Student's quantile, to 2 % from 3 degrees of freedom on
     a, b, c = (float(f"{math.exp(min(max(v, -60), 60)):.4g}") for v in (mean, mean - wide, mean + wide))
-    return (a, b, c), mean + error < 0
+    return a, b, c
 
 
 def _usable(errors: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-__all__ = ["KEPT", "FitPlan", "evaluations_of_fit", "first_heat", "searched_steps"]
+__all__ = ["KEPT", "FitPlan", "evaluations_of_fit", "searched_steps"]
 
 KEPT = 2
-"""Entrants of the panel that run at every step count, beside this sampler without a file."""
+"""Entrants of the panel that are left after the first heat; this sampler without a file joins them."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,11 @@ class FitPlan:
         name. search: noises to choose the spacing on (0: the first candidate is taken), `spacings` of the candidates tried, at
             `searched` of the step counts (the others take over the choice of the nearest one).
         moves: further spacings tried around the best candidate, at the same step counts.
-        panel: formulas on schedules tried as what the fit has to beat, at the same step counts, on few noises; the best two
-            of them, and this sampler without a file, on `panel_noises` noises at every step count.
+        panel: formulas on schedules tried as what the fit has to beat, at the same step counts, on `heat` noises of the
+            fit's: on the same noise they differ by what they are, so few tell them apart. The best two, and this sampler
+            without a file, run at every step count on the first `panel_noises` of those held out, and the best of these on
+            all of them. (Chosen on noise of its own, the winner was up to twice as far off as the best there, which flatters
+            the fit; chosen on noise that it is judged on too, it errs in the rival's favour.)
         rounds: of refinement for the final error, on `refine_noises`, for at most `refined` steps.
     """
 
@@ -39,7 +42,8 @@ class FitPlan:
     searched: int = 4
     moves: int = 4
     panel: int = 24
-    panel_noises: int = 4
+    heat: int = 2
+    panel_noises: int = 6
     rounds: int = 0
     refine_noises: int = 12
     refined: int = 8
@@ -62,21 +66,11 @@ def evaluations_of_fit(plan: FitPlan, grid: int, scales: int, known: int = 0) ->
     """
     teacher = (max(plan.noises - known, 0) + plan.held_out) * grid
     search = plan.search * (plan.spacings + plan.moves) if plan.spacings + plan.moves > 1 else 0
-    searched = sum(searched_steps(plan)) * (search + plan.panel * first_heat(plan))
-    ran = searched_steps(plan) if first_heat(plan) == plan.panel_noises else []  # there the best few ran already
-    panel = (sum(set(plan.steps)) - sum(ran)) * min(plan.panel, KEPT) * plan.panel_noises
-    runs = panel + sum(set(plan.steps)) * (plan.panel_noises + plan.noises + 2 * plan.held_out)
+    searched = sum(searched_steps(plan)) * (search + plan.panel * plan.heat)
+    heat = min(plan.panel, KEPT) * min(plan.panel_noises, plan.held_out)
+    runs = sum(set(plan.steps)) * (plan.noises + heat + 2 * plan.held_out)
     refinement = sum(_cost_of_refinement(plan, n) for n in set(plan.steps))
     return scales * (teacher + searched + runs + refinement)
-
-
-def first_heat(plan: FitPlan) -> int:
-    """Noises on which all entrants run at the searched step counts, before the best few run at every step count.
-
-    On the same noise formulas differ by what they are, so few noises tell them apart. The best one at one step count may be
-    much worse at another, the best two seldom are.
-    """
-    return max(plan.panel_noises // 3, 1)
 
 
 def _cost_of_refinement(plan: FitPlan, steps: int) -> int:

@@ -6,7 +6,7 @@ For one guidance scale, with reference trajectories at hand (the teacher; those 
    known samplers on schedules of many kinds, the panel, by their error.
 2. `steps`: on the best spacing, coefficients are fitted in closed loop on all noises; `refine` turns them together with the
    lambdas for the final error, where the plan says so.
-3. `judge`: on noise of no other use, against the panel's best. Where the fit is not clearly better, the panel's best is stored.
+3. `judge`: on noise of no other use, against the panel's best. Where the fit is not better, the panel's best is stored.
 
 Every run's result is kept in the job's state, so a cancelled fit goes on where it was.
 """
@@ -24,7 +24,7 @@ from ..estimate.source import Source
 from ..file.layout import fitted_row, fitted_values
 from ..file.rows import FittedRow, insane
 from ..trajectory import Runner, kept_trajectories
-from .candidates import Bench, best_entrant, best_spacing, likely_entrants
+from .candidates import Bench, best_spacing, follows, likely_entrants
 from .formulas import OWN
 from .judge import judged_row
 from .panel import Entrant, entrants
@@ -81,19 +81,20 @@ def fit_steps(
         if n in rows:
             continue
         spacing, likely = _nearest(choices, n)
-        rival = best_entrant(bench, [*likely, *own], n)
-        rival_steps = rival.steps(n, bench.snap)
+        rivals = {e.name: rounded(e.steps(n, bench.snap)) for e in [*likely, *own] if follows(bench, e, n)}
+        if not rivals:  # the host has too few levels for so many steps
+            continue
         fitted = _fitted(bench, spacing, n)
-        if fitted is None or insane(fitted):  # a file could not hold it, and the whole computation would be lost
-            fitted = rival_steps
-        rows[n] = judged_row(runner, judge_on, judge, guidance, fitted, rounded(rival_steps), rival.name)
+        if fitted is not None and insane(fitted):  # a file could not hold it, and the whole computation would be lost
+            fitted = None
+        rows[n] = judged_row(runner, judge_on, judge, guidance, fitted, rivals, plan.panel_noises)
         state.facts.setdefault("fit", []).append(fitted_values(rows[n]))
         state.save()
     for key in [key for key in state.tensors if key.startswith((f"fit.{name}.", f"judge.{name}."))]:
         del state.tensors[key]
     state.facts.get("fit_runs", {}).pop(name, None)
     state.save()
-    return [rows[n] for n in wanted]
+    return [rows[n] for n in wanted if n in rows]
 
 
 def _known(state: JobState, name: str) -> int:

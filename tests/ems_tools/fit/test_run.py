@@ -22,6 +22,7 @@ from dpm_solver_v3.ems_tools.file.reader import decode_ems_file
 from dpm_solver_v3.ems_tools.file.rows import MAX_DECAY, MAX_ROW, MAX_WEIGHT, EMSMeta, FittedRow
 from dpm_solver_v3.ems_tools.fit import run as fit_module
 from dpm_solver_v3.ems_tools.fit.formulas import FORMULAS, OWN, formula_steps
+from dpm_solver_v3.ems_tools.fit.judge import judged_row
 from dpm_solver_v3.ems_tools.fit.panel import entrants
 from dpm_solver_v3.ems_tools.fit.refine import refine
 from dpm_solver_v3.ems_tools.fit.run import FitPlan, evaluations_of_fit, fit_steps
@@ -379,6 +380,27 @@ def test_known_formulas_stay_far_below_the_bounds_of_a_file() -> None:
     assert max(abs(w) for steps in found for row in steps.weights for w in row) < MAX_WEIGHT / 2
     assert max(sum(map(abs, row)) for steps in found for row in steps.weights) < MAX_ROW / 2
     assert max(map(abs, (d for steps in found for d in steps.decay))) < MAX_DECAY / 2
+
+
+def test_the_best_rival_on_the_first_noises_runs_on_all(mixture, job) -> None:
+    """And on no noise twice; a fit that is worse is left out."""
+    counted = [0]
+
+    def model(x, sigma):
+        counted[0] += len(x)
+        return mixture(x, sigma)
+
+    runner, samples = Runner(job, model, batch=16), range(12)
+    judge = teach(runner, samples)
+    lambdas = CANDIDATES[0].lambdas(5, Range.of(job.lambdas, None))
+    good = formula_steps(tuple(lambdas), -math.log(0.05), "UniPC 2")
+    bad, _ = learns_nothing(runner, samples, judge, lambdas)
+    counted[0] = 0
+    row = judged_row(runner, samples, judge, 1.0, bad, {"bad": bad, "good": good}, 3)
+    assert counted[0] == 5 * (12 + 3 + 12)
+    errors = judge.errors(few_steps(runner, samples, good))
+    assert row.fixed_schedule == "good" and row.coefficients == good and row.ratio == (1.0, 1.0, 1.0)
+    assert row.fixed[2] == pytest.approx(errors.mean().item(), rel=1e-3)
 
 
 def test_hosts_that_round_sigma_get_their_own_levels(mixture, job) -> None:
