@@ -51,6 +51,7 @@ STYLE = """<style>
 .dpmv3-plot svg [fill="#000000"] { fill: currentColor }
 .dpmv3-text { overflow: auto; max-height: 30em; white-space: pre; font-family: monospace; font-size: 0.85em; margin: 0.4em 0 }
 #dpm_solver_v3_beat, .dpmv3-hidden { display: none !important }
+[id^="dpm_solver_v3_"] .pending { opacity: 1 !important }
 #dpm_solver_v3_inspect, #dpm_solver_v3_verify, #dpm_solver_v3_refresh { align-self: end; max-height: 3em }
 details.dpmv3 > summary { cursor: pointer; margin: 0.5em 0 }
 </style>"""

@@ -19,9 +19,18 @@ import torch
 from webui_server import NAME, TREES, Run, WebUI, browser_page, compute, open_tab, replay, show, wait_for
 
 from dpm_solver_v3.ems_tools.file.reader import load_ems_file
-from dpm_solver_v3.ems_tools.file.rows import FittedRow
-from dpm_solver_v3.ems_tools.fit.steps import formula_step
-from dpm_solver_v3.sampler import EDM, FittedSteps, karras
+from dpm_solver_v3.sampler import FittedSteps
+
+STEPS = 5
+"""What the effort "tiny" fits."""
+
+
+OPACITY = """() => {
+  let opacity = 1
+  for (let e = document.querySelector('#dpm_solver_v3_status .dpmv3-box'); e; e = e.parentElement)
+    opacity *= getComputedStyle(e).opacity
+  return opacity
+}"""
 
 
 @pytest.fixture(scope="module", params=TREES or [cast("Path", None)], ids=lambda tree: tree.name if tree else "no host")
@@ -81,6 +90,9 @@ def test_page_opened_during_a_computation(webui: WebUI, page: Any) -> None:
     opened = page.context.browser.new_page()
     show(opened, webui)
     wait_for(opened, " % of ")
+    for _ in range(30):  # gradio makes pale what waits for an answer, which here is everything all the time
+        assert opened.evaluate(OPACITY) == 1
+        opened.wait_for_timeout(100)
     opened.locator("#dpm_solver_v3_files", has_text="being computed").first.wait_for()
     assert not opened.locator("#dpm_solver_v3_compute").first.is_enabled()
     opened.locator("#dpm_solver_v3_interrupt").first.click()
@@ -115,23 +127,21 @@ def test_picture_equals_the_library(webui: WebUI) -> None:
     assert (without.pixels - mine.pixels).abs().max() > 1e-3  # the statistics matter, so the agreement means something
 
 
-LAMBDAS = tuple((-karras(EDM(0.03, 11.0), 6, to_zero=True)[:-1].log()).tolist())
-"""Of good steps, so that the file passes its trial."""
-START = 1.002
-
-
 @contextlib.contextmanager
-def fitted(webui: WebUI, **changed: Any) -> Iterator[None]:
-    """While the checkpoint's file has steps for 6 evaluations at CFG 3, and `changed` entries of its metadata."""
+def fitted(webui: WebUI, **changed: Any) -> Iterator[FittedSteps]:
+    """While the checkpoint's file has other entries of its metadata, and steps that are a little other than computed here.
+
+    Yields the steps for CFG 3.
+    """
     path = webui.folder / "tiny.ems.safetensors"
     kept = path.read_bytes()
-    formula = [formula_step(LAMBDAS, i, then) for i, then in enumerate([*LAMBDAS[1:], math.inf])]
-    steps = FittedSteps(LAMBDAS, tuple(decay for decay, _ in formula), tuple(tuple(row) for _, row in formula), START)
-    row = FittedRow(3.0, 6, LAMBDAS, steps, (1.0,) * 3, (2.0,) * 3, "karras", (0.5, 0.4, 0.6), 8)
     file = load_ems_file(path)
+    (row,) = [row for row in file.meta.fitted if row.guidance == 3]
+    assert row.coefficients is not None and row.steps == STEPS
+    steps = replace(row.coefficients, start=row.coefficients.start * 1.001)
     try:
-        replace(file, meta=replace(file.meta, fitted=(row,), **changed)).save(path)
-        yield
+        replace(file, meta=replace(file.meta, fitted=(replace(row, coefficients=steps),), **changed)).save(path)
+        yield steps
     finally:
         path.write_bytes(kept)
 
@@ -142,13 +152,13 @@ def sigmas_of(made: Run) -> list[float]:
 
 def test_fitted_schedule(webui: WebUI) -> None:
     """The schedule type gives the file's own steps, and the sampler their coefficients: as the library does here."""
-    with fitted(webui):
-        tried = webui.picture(scheduler=f"{NAME} fitted")
-        assert len(tried.calls) > 6 and "were not used" not in webui.log()  # not this machine's file: tried on its first use
-        made = webui.picture(scheduler=f"{NAME} fitted")
-        assert sigmas_of(made) == pytest.approx([math.exp(-v) for v in LAMBDAS], rel=1e-4)
+    with fitted(webui) as steps:
+        tried = webui.picture(scheduler=f"{NAME} fitted", steps=STEPS)
+        assert len(tried.calls) > STEPS and "were not used" not in webui.log()  # not this machine's: tried on its first use
+        made = webui.picture(scheduler=f"{NAME} fitted", steps=STEPS)
+        assert sigmas_of(made) == pytest.approx([math.exp(-v) for v in steps.lambdas], rel=1e-4)
         assert f"Schedule type: {NAME} fitted" in made.infotext and f"{NAME} order: auto" in made.infotext
-        replayed = replay(webui, made, start=1 / START)
+        replayed = replay(webui, made, start=1 / steps.start)
         print(f"latents replayed {replayed:.1e}")
         assert replayed < 1e-4
     webui.picture(scheduler=f"{NAME} fitted")
@@ -160,16 +170,16 @@ def test_fitted_steps_are_only_for_what_they_were_fitted_to(webui: WebUI) -> Non
 
     def refused(words: str, **values: Any) -> None:
         before = len(webui.log())
-        made = webui.picture(scheduler=f"{NAME} fitted", **values)
+        made = webui.picture(scheduler=f"{NAME} fitted", steps=STEPS, **values)
         assert f"Schedule type: {NAME} fitted" in made.infotext and made.pixels.isfinite().all()
         assert words in webui.log()[before:] and "steps instead" in webui.log()[before:]
-        assert sigmas_of(made)[1] != pytest.approx(math.exp(-LAMBDAS[1]), rel=1e-2)
+        assert sigmas_of(made) != pytest.approx([math.exp(-v) for v in steps.lambdas], rel=1e-2)
 
-    with fitted(webui):
+    with fitted(webui) as steps:
         refused("suit the sampler dpm_solver_v3 only, not Euler", sampler="Euler")
-        refused("has no schedule fitted for 6 steps at cfg 5", cfg_scale=5)
+        refused(f"has no schedule fitted for {STEPS} steps at cfg 5", cfg_scale=5)
         refused("this model's begins at", override_settings={"sd_noise_schedule": "Zero Terminal SNR"})
-    with fitted(webui, space="flow"):
+    with fitted(webui, space="flow") as steps:
         refused("it was made for a rectified flow, this is a model of the EPS or v kind")
 
 
