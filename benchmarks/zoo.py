@@ -37,7 +37,9 @@ from dpm_solver_v3.sampler import FittedSteps
 OUT = Path(__file__).resolve().parents[1] / "out"
 
 
-def table(names: Sequence[str], guidances: Sequence[float], efforts: Sequence[str], size: Size, out: Path) -> None:
+def table(
+    names: Sequence[str], guidances: Sequence[float], efforts: Sequence[str], size: Size, out: Path, classes: int = 0
+) -> None:
     """Print one line a network, guidance scale and effort, and the summary."""
     cells: list[dict[str, Any]] = []
     for name in names:
@@ -46,7 +48,7 @@ def table(names: Sequence[str], guidances: Sequence[float], efforts: Sequence[st
             bench = Bench(network, guidance, size)
             rivals = {n: bench.best_rival(n) for n in size.steps}
             for effort in efforts:
-                rows, count, whole, inside = fit(network, guidance, EFFORTS[effort], ())
+                rows, count, whole, inside = fit(network, guidance, EFFORTS[effort], (), classes)
                 mine = [r for r in rows if r.steps in size.steps]
                 line = []
                 for row in mine:
@@ -161,6 +163,7 @@ def main() -> None:
     parser.add_argument("--effort", nargs="+", choices=sorted(EFFORTS), default=["quick", "standard"])
     parser.add_argument("--steps", type=int, nargs="+", help="step counts")
     parser.add_argument("--noises", type=int, help="noises to judge on")
+    parser.add_argument("--classes", type=int, default=0, help="fit on so many classes only, as with one prompt")
     parser.add_argument("--ablation", action="store_true", help="take each ingredient away in turn")
     parser.add_argument("--spacings", action="store_true", help="fit on every candidate spacing")
     parser.add_argument("--json", type=Path, default=OUT / "zoo.json", help="where the numbers go")
@@ -176,7 +179,7 @@ def main() -> None:
     elif args.spacings:
         spacings(names, size)
     else:
-        table(names, args.guidance, args.effort, size, args.json)
+        table(names, args.guidance, args.effort, size, args.json, args.classes)
 
 
 if __name__ == "__main__":

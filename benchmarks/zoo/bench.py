@@ -165,8 +165,10 @@ def _made(kind: Callable[..., Tensor], schedule: Any, zero: bool) -> Callable[[i
     return lambda n: kind(schedule, n, to_zero=zero)
 
 
-def fit(network: Loaded, guidance: float, effort: Effort, steps: tuple[int, ...]) -> tuple[list[FittedRow], int, float, float]:
-    """Rows, evaluations counted, and seconds in all and in the network."""
+def fit(
+    network: Loaded, guidance: float, effort: Effort, steps: tuple[int, ...], classes: int = 0
+) -> tuple[list[FittedRow], int, float, float]:
+    """Rows, evaluations counted, and seconds in all and in the network; on the first `classes` of those to fit on (0: all)."""
     entry, spent = network.entry, [0.0, 0.0]
 
     class Counted(torch.nn.Module):
@@ -183,7 +185,7 @@ def fit(network: Loaded, guidance: float, effort: Effort, steps: tuple[int, ...]
             spent[0], spent[1] = spent[0] + len(x), spent[1] + time.perf_counter() - began
             return out
 
-    model = Counted(network.denoiser(guidance, entry.classes_of("fit")))
+    model = Counted(network.denoiser(guidance, entry.classes_of("fit")[: classes or None]))
     source = Source({guidance: model}, entry.shape, entry.schedule, {})
     job, plan, state = job_for(source, effort), plan_for(source, effort, steps), JobState()
     assert plan.fit is not None
