@@ -364,11 +364,11 @@ def test_the_panel_stands_in_for_a_fit_that_loses(mixture, job, monkeypatch) -> 
     """A fit that learns nothing loses to the panel's best, which is then what the file holds."""
     monkeypatch.setattr(fit_module, "closed_loop", learns_nothing)
     fixed = {"own": lambda n: karras(EDM(0.05, 20.0), n, to_zero=True)}
-    plan = FitPlan((8,), noises=8, held_out=16, search=2, spacings=1, moves=0, panel=25, panel_noises=8, fixed=fixed)
+    plan = FitPlan((8,), noises=8, held_out=16, search=2, spacings=1, moves=0, panel=30, panel_noises=8, fixed=fixed)
     (row,) = fitted(mixture, job, plan=plan)
     assert row.ratio == (1.0, 1.0, 1.0) and row.fitted == row.fixed
     span = Range.of(job.lambdas, None)
-    panel = {e.name: e for e in entrants(25, span, {"own": lambda n: ([0.0], 1.0)})}
+    panel = {e.name: e for e in entrants(30, span, {"own": lambda n: ([0.0], 1.0)})}
     assert "UniPC 2 on own" in panel
     if "own" not in row.fixed_schedule:
         assert row.coefficients == rounded(panel[row.fixed_schedule].steps(8, list))
