@@ -12,6 +12,7 @@ a row sample with the same file.
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import os
 import sys
@@ -57,7 +58,7 @@ class Bench:
 
     def shipped(self) -> Any:
         """The repository's statistics."""
-        read = sys.modules[f"{self.pack.__name__}.ems_tools.file"].load_ems_file
+        read = importlib.import_module(f"{self.pack.__name__}.ems_tools.file").load_ems_file
         return self.find.Handle(read(SHIPPED), SHIPPED.name, SHIPPED)
 
     def attached(self, handle: Any) -> Any:

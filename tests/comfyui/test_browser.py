@@ -56,7 +56,7 @@ def page(plain_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
             viewport={"width": 1500, "height": 900},
         )
         found = context.pages[0]
-        found.set_default_timeout(60_000)
+        found.set_default_timeout(240_000)
         found.goto(plain_server.url)
         found.wait_for_function("window.app && window.app.graph && window.app.extensionManager", timeout=120_000)
         found.wait_for_timeout(2000)
@@ -93,7 +93,7 @@ def run_and_wait(page: Any, server: Any, while_running: Any = None) -> dict[str,
     page.get_by_test_id("queue-button").or_(page.get_by_role("button", name="Run", exact=True)).first.click()
     if while_running is not None:
         while_running()
-    server.wait_for(lambda: set(server.get("/history")) - known, "the end of the prompt", 300)
+    server.wait_for(lambda: set(server.get("/history")) - known, "the end of the prompt", 900)
     entry = server.get("/history")[(set(server.get("/history")) - known).pop()]
     assert entry["status"]["status_str"] == "success", entry["status"]
     page.wait_for_timeout(1500)

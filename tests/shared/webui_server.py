@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "tests" / "webui"
 TREES = [Path(p) for p in os.environ.get("WEBUI_PATH", "").split(os.pathsep) if p]
 NAME = "DPM-Solver-v3"
-START_SECONDS, RUN_SECONDS = 300, 300
+START_SECONDS, RUN_SECONDS = 900, 900
 A1111_ON_CPU = ["--use-cpu", "all", "--no-half", "--precision", "full", "--do-not-download-clip"]
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
 
@@ -153,7 +153,7 @@ def browser_page(webui: WebUI) -> Iterator[Any]:
     with api.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=FLAGS.split())
         opened = browser.new_page(viewport={"width": 1500, "height": 1300})
-        opened.set_default_timeout(60_000)
+        opened.set_default_timeout(240_000)
         show(opened, webui)
         yield opened
         browser.close()

@@ -88,6 +88,7 @@ def test_page_opened_during_a_computation(webui: WebUI, page: Any) -> None:
     """It shows the status, the unfinished job, and which buttons act; Interrupt there ends the computation."""
     compute(page, " % of ", name="opened", effort="quick")
     opened = page.context.browser.new_page()
+    opened.set_default_timeout(240_000)
     show(opened, webui)
     wait_for(opened, " % of ")
     for _ in range(30):  # gradio makes pale what waits for an answer, which here is everything all the time
