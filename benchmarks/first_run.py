@@ -1,12 +1,14 @@
 """Does the first sampling run with a statistics file tell right files from forged ones? Counts, on the embedded model.
 
     python benchmarks/first_run.py                 # 100 right and 100 forged files, some minutes on one core
+    python benchmarks/first_run.py --network waves --file waves.ems.safetensors    # another one; computes its file first
 
 Each trial is the first run of a user with a file of somebody else's: a scale, a number of steps, a schedule, a class and a
-noise drawn at random. Right files are the shipped one, its l, s and b drawn anew within their standard errors, as other seeds
-would give them. Forgeries: s x 3, b + 0.05, l = -2, fitted decay x 1.15. "harm" is the squared error of the picture that the
-file gives, over that without it, on that one noise; the reference is a run of 80 steps. A false alarm is a right file that is
-refused though its picture is at most 1.5 times as far off ("harm <= 1.5"): some right ones are further off on single noises.
+noise drawn at random. Right files are the shipped one (of other networks one of effort "standard" with two schedules and the
+fit of "quick"), its l, s and b drawn anew within their standard errors, as other seeds would give them. Forgeries: s x 3, b +
+0.05, l = -2, fitted decay x 1.15. "harm" is the squared error of the picture that the file gives, over that without it, on
+that one noise; the reference is a run of 80 steps. A false alarm is a right file that is refused though its picture is at
+most 1.5 times as far off ("harm <= 1.5"): some right ones are further off on single noises.
 """
 
 from __future__ import annotations
@@ -21,17 +23,28 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from zoo import Loaded, load
 
-from dpm_solver_v3.ems_tools import embedded
+from dpm_solver_v3.ems_tools.compute import EFFORTS, compute_ems, job_for, plan_for
+from dpm_solver_v3.ems_tools.estimate.source import Source
 from dpm_solver_v3.ems_tools.file import EMSFile, load_ems_file
 from dpm_solver_v3.ems_tools.hosting import Origin, TrustBook, sample_on_trial
-from dpm_solver_v3.sampler import SamplingError, VPDiscrete, cosine_time, karras, sample_dpm_solver_v3, uniform_lambda
+from dpm_solver_v3.sampler import (
+    EDM,
+    NoiseSchedule,
+    SamplingError,
+    cosine_time,
+    karras,
+    sample_dpm_solver_v3,
+    uniform_lambda,
+    uniform_time,
+)
 
 __all__ = ["KINDS", "Outcome", "forged", "trial"]
 
 SHIPPED = Path(__file__).resolve().parents[1] / "stats" / "embedded-emoji.ems.safetensors"
 KINDS = ("s x 3", "b + 0.05", "l = -2", "decay x 1.15")
-SCHEDULE, KNOTS = VPDiscrete.linear(), 8
+KNOTS = 8
 
 
 @dataclass(frozen=True)
@@ -76,27 +89,41 @@ def forged(file: EMSFile, kind: str) -> EMSFile:
 class Counted:
     """A denoiser that counts its evaluations."""
 
-    def __init__(self, model: embedded.GuidedDenoiser) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         self.model, self.calls = model, 0
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """D of x [B, C, H, W] at sigma [B]."""
         self.calls += 1
-        return self.model(x, sigma)
+        denoised: Tensor = self.model(x, sigma)
+        return denoised
 
 
-def trial(file: EMSFile, network: torch.nn.Module, draw: random.Random, fitted: bool) -> Outcome:
+def computed(network: Loaded, path: Path) -> EMSFile:
+    """The network's file at guidance 1 and 4, computed if it is not there yet."""
+    if not path.exists():
+        entry = network.entry
+        models = {g: network.denoiser(g, entry.classes_of("fit")) for g in entry.guidances if g in (1.0, 4.0)}
+        source = Source(models, entry.shape, entry.schedule, {})
+        effort = replace(EFFORTS["standard"], schedules=2, fit=EFFORTS["quick"].fit)
+        compute_ems(source, job_for(source, effort), plan_for(source, effort), path, batch=32)
+    return load_ems_file(path)
+
+
+def levels_of(schedule: NoiseSchedule, draw: random.Random) -> Tensor:
+    """Of one of four schedules at one of seven numbers of steps."""
+    make = draw.choice((karras, uniform_time, cosine_time, uniform_lambda))
+    return make(schedule, draw.choice((5, 6, 8, 10, 12, 15, 20)), to_zero=make is not uniform_lambda)
+
+
+def trial(file: EMSFile, network: Loaded, draw: random.Random, fitted: bool) -> Outcome:
     """The first run with `file`, on steps fitted in it or on a schedule drawn."""
-    guidance = draw.choice(file.guidance.tolist())
+    entry, guidance = network.entry, draw.choice(file.guidance.tolist())
     counts = sorted(r.steps for r in file.meta.fitted if r.guidance == guidance and r.coefficients is not None)
     fitted = fitted and bool(counts)
-    if fitted:
-        levels = file.fitted_sigmas(draw.choice(counts), guidance)
-    else:
-        make = draw.choice((karras, cosine_time, uniform_lambda))
-        levels = make(SCHEDULE, draw.choice((5, 6, 8, 10, 12, 15, 20)), to_zero=make is not uniform_lambda)
-    model = Counted(embedded.GuidedDenoiser(network, torch.tensor([draw.randrange(embedded.NULL_CLASS)]), guidance))
-    noise = torch.randn(1, *embedded.SHAPE, generator=torch.Generator().manual_seed(draw.randrange(2**31)))
+    levels = file.fitted_sigmas(draw.choice(counts), guidance) if fitted else levels_of(entry.schedule, draw)
+    model = Counted(network.denoiser(guidance, [draw.randrange(max(entry.classes, 1))]))
+    noise = torch.randn(1, *entry.shape, generator=torch.Generator().manual_seed(draw.randrange(2**31)))
     told: list[str] = []
     x, book = (noise * levels[0]).float(), TrustBook(None)
     with warnings.catch_warnings(record=True) as warned:
@@ -111,7 +138,7 @@ def trial(file: EMSFile, network: torch.nn.Module, draw: random.Random, fitted: 
             blind = sample_dpm_solver_v3(model, x, levels, disable=True, ems=file.at(guidance), guidance=guidance)
         except SamplingError:
             blind = x
-    fine = karras(SCHEDULE, 80, to_zero=bool(levels[-1] == 0))
+    fine = karras(EDM(network.ends[1], network.ends[0]), 80, to_zero=bool(levels[-1] == 0))
     if levels[-1] > 0:
         fine = torch.cat([fine[fine > levels[-1]], levels[-1:]])
     exact = sample_dpm_solver_v3(model, (noise * fine[0]).float(), fine, disable=True, guidance=guidance)
@@ -125,9 +152,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=100, help="right ones, and as many forged ones (100)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--network", default="emoji", help="of the zoo; emoji is the embedded model")
+    parser.add_argument("--file", type=Path, default=SHIPPED, help="of the network; is computed where it does not exist")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    shipped, network = load_ems_file(SHIPPED), embedded.load_network()
+    network = load(args.network)
+    shipped = computed(network, args.file)
     columns = ("refused", "harm <= 1.5", "passed", "harm > 1.5", "worst", "most extra")
     print(f"{'file':<14} {'runs':>5} " + " ".join(f"{name:>11}" for name in columns))
     bad = 0

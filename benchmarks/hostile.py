@@ -1,6 +1,7 @@
 """Statistics files that are valid in form and hostile in meaning: none may hang, fill the memory, break a command or a picture.
 
     python benchmarks/hostile.py                   # 5,000 files, some minutes on one core
+    python benchmarks/hostile.py --first 1250 --files 1250    # a part of them, to be run beside others
 
 Statistics, fitted rows, evidence, recommendation and moments are drawn within and at the bounds that the format allows. Each
 file goes through encode and load, inspect, index, plot, verify, install and a sampling run of 8 steps on a model in closed
@@ -22,6 +23,7 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -167,24 +169,34 @@ def _sampled(file: EMSFile, draw: random.Random) -> tuple[bool, float]:
     """Whether a message said that the file is left out, and the squared error over that without it."""
     kind = draw.randrange(3)
     fitted = bool(file.meta.fitted) and kind == 0
-    levels = (
-        file.fitted_sigmas(STEPS, 2.0) if fitted else (karras if kind < 2 else uniform_lambda)(SCHEDULE, STEPS, to_zero=True)
-    )
-    noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(draw.randrange(20)))
+    levels, seed = file.fitted_sigmas(STEPS, 2.0) if fitted else _usual(kind < 2), draw.randrange(20)
     told: list[str] = []
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         ems = file.at(2.0)
-        x, origin = noise * levels[0].float(), Origin(file, "theirs")
+        x, origin = _noise(seed) * levels[0].float(), Origin(file, "theirs")
         out = sample_on_trial(TrustBook(None), origin, told.append, denoiser, x, levels, disable=True, ems=ems, guidance=2.0)
     if not torch.isfinite(out).all():
         raise ArithmeticError("the picture is not finite")
-    fine = uniform_lambda(SCHEDULE, 150, to_zero=True)
-    exact = sample_dpm_solver_v3(denoiser, noise * fine[0].float(), fine, disable=True)
-    usual = karras(SCHEDULE, STEPS, to_zero=True) if fitted else levels
-    without = sample_dpm_solver_v3(denoiser, noise * usual[0].float(), usual, disable=True, guidance=2.0)
+    exact, without = _right(seed, kind < 2 or fitted)
     ratio = float((out - exact).square().mean()) / max(float((without - exact).square().mean()), 1e-7)
     return bool(told or warned), ratio
+
+
+def _noise(seed: int) -> Tensor:
+    return torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def _usual(by_karras: bool) -> Tensor:
+    return (karras if by_karras else uniform_lambda)(SCHEDULE, STEPS, to_zero=True)
+
+
+@cache
+def _right(seed: int, by_karras: bool) -> tuple[Tensor, Tensor]:
+    """The converged picture of a noise, and what a user without the file gets."""
+    fine, usual, noise = uniform_lambda(SCHEDULE, 150, to_zero=True), _usual(by_karras), _noise(seed)
+    exact = sample_dpm_solver_v3(denoiser, noise * fine[0].float(), fine, disable=True)
+    return exact, sample_dpm_solver_v3(denoiser, noise * usual[0].float(), usual, disable=True, guidance=2.0)
 
 
 def outcome_of(draw: random.Random, folder: Path) -> Result:
@@ -207,12 +219,12 @@ def outcome_of(draw: random.Random, folder: Path) -> Result:
     return Result("left out" if said else "used", failure, took, ratio)
 
 
-def run(files: int, seed: int) -> tuple[Counter[str], list[str], list[Result]]:
+def run(numbers: range, seed: int) -> tuple[Counter[str], list[str], list[Result]]:
     """Outcomes, failures with what draws them again, and all results."""
     counts: Counter[str] = Counter()
     failures, results = [], []
     with tempfile.TemporaryDirectory() as name:
-        for k in range(files):
+        for k in numbers:
             result = outcome_of(random.Random(f"{seed} {k}"), Path(name))
             counts[result.outcome] += 1
             results.append(result)
@@ -225,12 +237,13 @@ def main() -> int:
     """Print counts and extremes; 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=5000)
+    parser.add_argument("--first", type=int, default=0, help="number of the first file")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    run(20, args.seed + 1)  # what is loaded once does not count
+    run(range(20), args.seed + 1)  # what is loaded once does not count
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    counts, failures, results = run(args.files, args.seed)
+    counts, failures, results = run(range(args.first, args.first + args.files), args.seed)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
     used = [r.ratio for r in results if r.outcome == "used"]

@@ -25,7 +25,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any, NoReturn, TypeAlias
 
 import torch
@@ -122,12 +122,12 @@ def fitted_values(row: FittedRow) -> list[object]:
 
 def evidence_values(row: EvidenceRow) -> list[object]:
     """An evidence row as JSON-serialisable values; `EvidenceRow(*values)` is the inverse."""
-    return list(asdict(row).values())
+    return list(vars(row).values())
 
 
 def advice_values(row: RecommendedSetting) -> list[object]:
     """A recommendation as JSON-serialisable values; JSON has no infinity, so "no limit" is null."""
-    settings = [None if v == math.inf else v for v in asdict(row.settings).values()]  # in the order of `_SETTINGS`
+    settings = [None if v == math.inf else v for v in vars(row.settings).values()]  # in the order of `_SETTINGS`
     return [row.guidance, row.schedule, row.lambdas, *settings]
 
 

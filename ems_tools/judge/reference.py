@@ -25,9 +25,9 @@ from ...sampler import Space
 from ...sampler.plan import Plan
 from ...sampler.typical import load_trajectories
 
-__all__ = ["Node", "Reference", "chosen_nodes", "integral"]
+__all__ = ["Node", "Reference", "chosen_nodes", "integral", "settled", "stepped"]
 
-_SHORTEST, _ORDER = 0.15, 4
+_SHORTEST, _ORDER, _ROUNDS = 0.15, 4, 4
 _SAME = 5e-3
 """Difference in lambda below which two levels are one: half-precision hosts round them."""
 _POINTS, _FACTORS = np.polynomial.legendre.leggauss(6)
@@ -135,8 +135,7 @@ class Reference:
         """The solution at a lambda beyond the last node: y there, at an infinite one the picture."""
         last, before = self.nodes[-1].lam, self.nodes[-2].lam
         if math.isinf(lam):
-            there, away = math.exp(-last), math.exp(-before)
-            return self.denoised[-1] + (self.denoised[-1] - self.denoised[-2]) * (there / (away - there))
+            return _picture((before, last), self.denoised)
         known = {node.lam: d for node, d in zip(self.nodes[-3:], self.denoised[-3:])}
         return self.y[-1] * math.exp(last - lam) + integral(known, last, lam)
 
@@ -158,14 +157,48 @@ class Reference:
 
         The plan's first level is the first node's.
         """
-        levels = torch.tensor(plan.levels, dtype=torch.float64)
-        lambdas, alphas = space.lambda_of(levels).tolist(), space.alpha_of(levels).tolist()
-        x, m = self.start * (alphas[0] * plan.start), {}
-        for i, update in enumerate(plan.updates()):
-            y, denoised = self.at(lambdas[i])
-            m[i] = denoised + response(lambdas[i]) * (x / alphas[i] - y)
-            x = x * float(update.decay) + _combined([float(w) for w in update.weights], [m[n] for n in update.nodes])
-        return x / (alphas[-1] or 1.0)
+
+        def answer(y: Tensor, lam: float) -> Tensor:
+            near, denoised = self.at(lam)
+            return denoised + response(lam) * (y - near)
+
+        return stepped(plan, space, self.start, answer)
+
+
+def settled(lambdas: Sequence[float], y: Sequence[Tensor], denoised: Sequence[Tensor]) -> Tensor:
+    """The picture [B, C, ...] of the solution from the first node of a run near it, without a new evaluation.
+
+    Every step takes D of neighbours on both sides, and the whole is repeated, until y and D go together.
+
+    Args:
+        lambdas, y, denoised: of the run's nodes, by increasing lambda.
+    """
+    n, responses = len(lambdas), [response(lam) for lam in lambdas]
+    now, answers = list(y), list(denoised)
+    for _ in range(_ROUNDS):
+        for k, (low, high) in enumerate(pairwise(lambdas)):
+            first = min(max(k - 1, 0), max(n - _ORDER, 0))
+            known = dict(zip(lambdas[first : first + _ORDER], answers[first : first + _ORDER]))
+            now[k + 1] = now[k] * math.exp(low - high) + integral(known, low, high)
+            answers[k + 1] = denoised[k + 1] + responses[k + 1] * (now[k + 1] - y[k + 1])
+    return _picture(lambdas, answers)
+
+
+def _picture(lambdas: Sequence[float], denoised: Sequence[Tensor]) -> Tensor:
+    """What lies at sigma 0 on a line through the last two D, over sigma."""
+    away, there = (math.exp(-lam) for lam in lambdas[-2:])
+    return denoised[-1] + (denoised[-1] - denoised[-2]) * (there / (away - there))
+
+
+def stepped(plan: Plan, space: Space, start: Tensor, ask: Callable[[Tensor, float], Tensor]) -> Tensor:
+    """Where a run of `plan` from y = `start` [B, C, ...] ends, in y; `ask` gives D of y at a lambda."""
+    levels = torch.tensor(plan.levels, dtype=torch.float64)
+    lambdas, alphas = space.lambda_of(levels).tolist(), space.alpha_of(levels).tolist()
+    x, m = start * (alphas[0] * plan.start), {}
+    for i, update in enumerate(plan.updates()):
+        m[i] = ask(x / alphas[i], lambdas[i])
+        x = x * float(update.decay) + _combined([float(w) for w in update.weights], [m[n] for n in update.nodes])
+    return x / (alphas[-1] or 1.0)
 
 
 def _combined(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:

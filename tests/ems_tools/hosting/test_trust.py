@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from dpm_solver_v3.ems_tools.embedded import load_denoiser
-from dpm_solver_v3.ems_tools.file import EMSFile, load_ems_file
+from dpm_solver_v3.ems_tools.file import EMSFile, EMSMeta, FittedRow, load_ems_file
 from dpm_solver_v3.ems_tools.hosting import Origin, TrustBook, sample_on_trial
-from dpm_solver_v3.sampler import SamplingError, VPDiscrete, karras, sample_dpm_solver_v3
+from dpm_solver_v3.sampler import FittedSteps, SamplingError, VPDiscrete, karras, sample_dpm_solver_v3, uniform_lambda
+from loading import benchmark
 
 SHIPPED = load_ems_file(Path(__file__).resolve().parents[3] / "stats" / "embedded-emoji.ems.safetensors")
 GUIDANCE, STEPS = 2.0, 10
@@ -107,6 +109,40 @@ def test_a_right_file_passes_once_and_is_believed_then(tmp_path: Path, fitted: b
     assert second.calls == len(levels) - 1
     x = (levels[0] * torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))).float()
     assert torch.equal(got, sample_dpm_solver_v3(Counted(), x, levels, disable=True, ems=SHIPPED.at(2.0), guidance=2.0))
+
+
+@pytest.mark.parametrize("seed", [39, 57, 61, 71, 143, 191])
+def test_steps_bent_everywhere_are_noticed_or_do_no_harm(seed: int) -> None:
+    """Data prediction with every coefficient off by a few hundredths, on two Gaussians of which both solutions are known."""
+    gauss, draw = benchmark("hostile"), random.Random(seed)
+    levels = karras(gauss.SCHEDULE, 8, to_zero=True)
+    lambdas = tuple((-levels[:-1].log()).tolist())
+    shrink = (*(math.exp(a - b) for a, b in pairwise(lambdas)), 0.0)
+    decay = tuple(d * (1 + draw.gauss(0, 0.05)) for d in shrink)
+    weights = tuple(tuple(w + draw.gauss(0, 0.05) for w in (*(0.0,) * i, 1 - d)) for i, d in enumerate(shrink))
+    errors = (0.1, 0.1, 0.1)
+    steps = FittedSteps(lambdas, decay, weights)
+    row = FittedRow(2.0, 8, lambdas, steps, errors, errors, "karras", errors, 4)
+    meta = EMSMeta("sigma", gauss.LOW, gauss.HIGH, fitted=(row,))
+    grid = torch.linspace(-2.6, 3.4, 5, dtype=torch.float64)
+    l = torch.full((1, 5, 2), 0.8)
+    file = EMSFile(grid, torch.tensor([2.0], dtype=torch.float64), l, l * 0, l * 0, meta)
+    told: list[str] = []
+    x = (levels[0] * torch.randn(2, *gauss.SHAPE, generator=torch.Generator().manual_seed(seed))).float()
+    got = sample_on_trial(
+        TrustBook(None),
+        Origin(file, "theirs"),
+        told.append,
+        gauss.denoiser,
+        x,
+        levels,
+        disable=True,
+        ems=file.at(2.0),
+        guidance=2.0,
+    )
+    without = sample_dpm_solver_v3(gauss.denoiser, x, levels, disable=True, guidance=2.0)
+    exact = sample_dpm_solver_v3(gauss.denoiser, x, uniform_lambda(gauss.SCHEDULE, 150, to_zero=True), disable=True)
+    assert told or (got - exact).square().mean() < 1.5 * (without - exact).square().mean()
 
 
 def test_four_steps_of_the_shipped_file_pass() -> None:

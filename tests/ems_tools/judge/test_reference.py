@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpm_solver_v3.ems_tools.judge.reference import Node, Reference, chosen_nodes
+from dpm_solver_v3.ems_tools.judge.reference import Node, Reference, chosen_nodes, settled
 from dpm_solver_v3.sampler import EDM, Space, karras, plan_for, sample_dpm_solver_v3
 
 SCHEDULE, CLEAN = EDM(0.03, 14.6), -math.log(0.03)
@@ -49,6 +49,15 @@ def test_it_is_nearer_to_the_truth_than_the_run(steps: int, spoilt: float) -> No
     truth = sample_dpm_solver_v3(denoiser, x, fine, disable=True)
     found, end = solution(nodes, x)
     assert found.evaluations <= 8
+    mine, theirs = ((v - truth).square().mean() for v in (end, picture))
+    assert mine < theirs / 2
+
+
+def test_a_bad_run_settles_near_the_truth_without_new_evaluations() -> None:
+    nodes, x, picture = run_of(8, 0.9)
+    truth = sample_dpm_solver_v3(denoiser, x, karras(SCHEDULE, 200, to_zero=True), disable=True)
+    seen = [(n.lam, n.y, n.denoised) for n in nodes if n.y is not None and n.denoised is not None]
+    end = settled([lam for lam, _, _ in seen], [y for _, y, _ in seen], [d for _, _, d in seen])
     mine, theirs = ((v - truth).square().mean() for v in (end, picture))
     assert mine < theirs / 2
 
