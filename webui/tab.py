@@ -53,7 +53,7 @@ def make_tab() -> list[tuple[object, str, str]]:
                 status = gr.HTML(elem_id="dpm_solver_v3_status")
         files = gr.HTML(elem_id="dpm_solver_v3_files")
         with gr.Row():
-            names = gr.Dropdown(_names(), value=None, label="File", scale=4, elem_id="dpm_solver_v3_file")
+            names = gr.Dropdown(_names(), value=None, label="File", scale=4, min_width=300, elem_id="dpm_solver_v3_file")
             inspect = gr.Button("Inspect", size="sm", elem_id="dpm_solver_v3_inspect")
             verify = gr.Button("Verify all", size="sm", elem_id="dpm_solver_v3_verify")
             refresh = gr.Button("Refresh", size="sm", elem_id="dpm_solver_v3_refresh")
