@@ -130,18 +130,14 @@ def test_picture_equals_the_library(webui: WebUI) -> None:
 
 @contextlib.contextmanager
 def fitted(webui: WebUI, **changed: Any) -> Iterator[FittedSteps]:
-    """While the checkpoint's file has other entries of its metadata, and steps that are a little other than computed here.
-
-    Yields the steps for CFG 3.
-    """
+    """While the checkpoint's file has other entries of its metadata. Yields its steps for CFG 3, which the tab fitted."""
     path = webui.folder / "tiny.ems.safetensors"
     kept = path.read_bytes()
     file = load_ems_file(path)
-    (row,) = [row for row in file.meta.fitted if row.guidance == 3]
-    assert row.coefficients is not None and row.steps == STEPS
-    steps = replace(row.coefficients, start=row.coefficients.start * 1.001)
+    (steps,) = [row.coefficients for row in file.meta.fitted if row.guidance == 3]
+    assert steps is not None and len(steps.lambdas) == STEPS
     try:
-        replace(file, meta=replace(file.meta, fitted=(replace(row, coefficients=steps),), **changed)).save(path)
+        replace(file, meta=replace(file.meta, **changed)).save(path)
         yield steps
     finally:
         path.write_bytes(kept)
@@ -154,8 +150,6 @@ def sigmas_of(made: Run) -> list[float]:
 def test_fitted_schedule(webui: WebUI) -> None:
     """The schedule type gives the file's own steps, and the sampler their coefficients: as the library does here."""
     with fitted(webui) as steps:
-        tried = webui.picture(scheduler=f"{NAME} fitted", steps=STEPS)
-        assert len(tried.calls) > STEPS and "were not used" not in webui.log()  # not this machine's: tried on its first use
         made = webui.picture(scheduler=f"{NAME} fitted", steps=STEPS)
         assert sigmas_of(made) == pytest.approx([math.exp(-v) for v in steps.lambdas], rel=1e-4)
         assert f"Schedule type: {NAME} fitted" in made.infotext and f"{NAME} order: auto" in made.infotext
