@@ -22,14 +22,14 @@ class FitPlan:
         noises: to fit coefficients on; the statistics' own trajectories, as far as they reach.
         held_out: to judge on, those of no other use.
         fixed: schedules of the host that the panel of formulas may use too, levels as a function of the number of steps, by
-        name. search: noises to choose the spacing on (0: the first candidate is taken), `spacings` of the candidates tried, at
+            name.
+        search: noises to choose the spacing on (0: the first candidate is taken), `spacings` of the candidates tried, at
             `searched` of the step counts (the others take over the choice of the nearest one).
         moves: further spacings tried around the best candidate, at the same step counts.
         panel: formulas on schedules tried as what the fit has to beat, at the same step counts, on `heat` noises of the
             fit's: on the same noise they differ by what they are, so few tell them apart. The best two, and this sampler
             without a file, run at every step count on the first `panel_noises` of those held out, and the best of these on
-            all of them. (Chosen on noise of its own, the winner was up to twice as far off as the best there, which flatters
-            the fit; chosen on noise that it is judged on too, it errs in the rival's favour.)
+            all of them.
         rounds: of refinement for the final error, on `refine_noises`, for at most `refined` steps.
     """
 
