@@ -22,7 +22,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from dpm_solver_v3.ems_tools.file import EMSFile, EMSMeta, EvidenceRow, FittedRow, RecommendedSetting, decode_ems_file
-from dpm_solver_v3.ems_tools.file.contents import MAX_VALUES
+from dpm_solver_v3.ems_tools.file.contents import MAX_POINTS, MAX_VALUES
 from dpm_solver_v3.ems_tools.file.rows import MAX_DECAY, MAX_ERROR, MAX_START, MAX_WEIGHT
 from dpm_solver_v3.ems_tools.hosting import Origin, TrustBook, sample_on_trial
 from dpm_solver_v3.ems_tools.judge import consistency_problems
@@ -199,6 +199,20 @@ def _right(seed: int, by_karras: bool) -> tuple[Tensor, Tensor]:
     return exact, sample_dpm_solver_v3(denoiser, noise * usual[0].float(), usual, disable=True, guidance=2.0)
 
 
+def heaviest() -> dict[str, EMSFile]:
+    """Files that fill what the format allows: no check has a deadline of its own, so these tell how long one can take."""
+    place = EMSMeta("sigma", LOW, HIGH, "EDM", {"name": "heavy"})
+    shape, rows = (64, MAX_POINTS, 85), tuple(EvidenceRow(1.0, f"s{k}", 8, "report", 0.1, 0.2, 0.3) for k in range(8192))
+    advice = tuple(RecommendedSetting(1.0, f"s{k}", tuple(0.01 * i for i in range(-20, 30)), Settings()) for k in range(1600))
+    found = {}
+    for name, scales, meta in (("values", 64, place), ("rows", 1, replace(place, evidence=rows, recommendation=advice))):
+        size = shape if scales > 1 else (1, 61, 2)
+        lambdas = torch.linspace(-math.log(HIGH), -math.log(LOW), size[1], dtype=torch.float64)
+        guidance = torch.linspace(1, 20, scales, dtype=torch.float64)
+        found[name] = EMSFile(lambdas, guidance, torch.full(size, 0.8), torch.zeros(size), torch.zeros(size), meta)
+    return found
+
+
 def outcome_of(draw: random.Random, folder: Path) -> Result:
     """One file's way."""
     began, ratio = time.process_time(), 0.0
@@ -239,8 +253,16 @@ def main() -> int:
     parser.add_argument("--files", type=int, default=5000)
     parser.add_argument("--first", type=int, default=0, help="number of the first file")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--heaviest", action="store_true", help="time the largest files that the format allows instead")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.heaviest:
+        for name, file in heaviest().items():
+            data, began = file.encode(), time.process_time()
+            with tempfile.TemporaryDirectory() as folder:
+                _commands(file, Path(folder))
+            print(f"{name}: {len(data) / 2**20:.1f} MiB, all commands {time.process_time() - began:.1f} s of computing")
+        return 0
     run(range(20), args.seed + 1)  # what is loaded once does not count
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     counts, failures, results = run(range(args.first, args.first + args.files), args.seed)

@@ -17,6 +17,9 @@ are kept as they are.
 Reading executes nothing. Size and header length are checked before anything is parsed, every type, shape, dtype, offset
 and range before it is used. `content_sha256` covers names, dtypes, shapes, bytes and metadata, and the header must be
 spelled exactly as `header` spells it; so any changed bit is noticed, and equal content means equal bytes.
+
+No check has a deadline of its own: the bounds on bytes, points and rows hold all of them to seconds, and their time grows with
+the size (`benchmarks/hostile.py --heaviest`; a download has a deadline, `share.hub`).
 """
 
 from __future__ import annotations
