@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EFFORTS",
+    "FINER",
     "Effort",
     "compute_ems",
     "evaluations",
@@ -79,9 +80,13 @@ EFFORTS = {
 }
 
 
-def job_for(subject: Source, effort: Effort, seed: int = 0, **changes: Any) -> Job:
-    """The estimate's job; `changes` are fields of `Job`."""
-    grid = uniform_grid(*subject.noise_range(), effort.intervals)
+FINER = 2
+"""Grid intervals a step, at least: the fine solution that a fit is judged by has to be much nearer the truth than the fit."""
+
+
+def job_for(subject: Source, effort: Effort, seed: int = 0, steps: tuple[int, ...] = (), **changes: Any) -> Job:
+    """The estimate's job, on a grid fine enough for a fit of so many `steps`; `changes` are fields of `Job`."""
+    grid = uniform_grid(*subject.noise_range(), max(effort.intervals, FINER * max(steps, default=0)))
     if subject.levels is not None:
         grid = snapped_grid(grid, subject.levels, subject.schedule.space)
     job = Job(

@@ -84,8 +84,8 @@ def measure(r: Request) -> tuple[EMSFile, Path]:
         levels=table.levels if _rounds(sampling) else None,
         host_schedules=schedules,
     )
-    job = job_for(source, EFFORTS[r.effort], r.seed)
-    plan = plan_for(source, EFFORTS[r.effort], **({"steps": r.steps} if r.steps else {}))
+    job = job_for(source, EFFORTS[r.effort], r.seed, r.steps)
+    plan = plan_for(source, EFFORTS[r.effort], r.steps)
     folder = host.output_folder()
     path, done = place_for(folder, r.name, source, job, plan, host.log, keep_moments=r.keep_moments)
     if done is None:

@@ -204,7 +204,7 @@ class Work:
             levels=table.levels if model.rounds_levels(run) else None,
             host_schedules=schedules,
         )
-        job, plan = job_for(source, effort, r.seed), plan_for(source, effort, r.steps)
+        job, plan = job_for(source, effort, r.seed, r.steps), plan_for(source, effort, r.steps)
         self.path, done = place_for(host.output_folder(), r.name or identity.name or "model", source, job, plan, host.log)
         if done is None:
             watch = Watch(job, plan)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..compute import EFFORTS, compute_ems, evaluations, is_result_of, job_for, plan_for, with_fit
+from ..compute import EFFORTS, FINER, compute_ems, evaluations, is_result_of, job_for, plan_for, with_fit
 from ..estimate.job import EstimateError, Job, JobState, Progress
 from ..estimate.source import Source
 from ..file.contents import EMSFile
@@ -214,6 +214,12 @@ def run_fit(args: argparse.Namespace) -> int:
     fit = plan_for(source, effort).fit
     assert fit is not None
     fit = replace(fit, steps=tuple(args.steps)) if args.steps else fit
+    most = (len(file.lambdas) - 1) // FINER
+    if max(fit.steps) > most:
+        raise EstimateError(
+            f"{args.file} was computed on {len(file.lambdas)} noise levels, too few to judge a fit of more than {most} steps: "
+            f"name fewer with --steps, or compute it anew with `ems compute --steps {max(fit.steps)}`"
+        )
     out = args.out or args.file
     job = replace(job_for(source, effort, args.seed), lambdas=tuple(file.lambdas.tolist()))
     total = evaluations_of_fit(fit, len(job.lambdas), len(job.guidance))
@@ -244,7 +250,7 @@ def _job(args: argparse.Namespace, source: Source) -> tuple[Job, CalibrationPlan
     effort = EFFORTS[args.effort]
     given = {n: getattr(args, n) for n in ("samples", "intervals", "probes") if getattr(args, n) is not None}
     effort = replace(effort, **given)
-    job = job_for(source, effort, args.seed, per_element=args.per_element)
+    job = job_for(source, effort, args.seed, args.steps, per_element=args.per_element)
     groups = 4 if args.per_element else job.groups
     plan = None if args.no_evidence else plan_for(source, effort, args.steps)
     if plan is not None and args.no_fit:

@@ -71,7 +71,7 @@ def evaluations_of_effort(effort: str, scales: int = 1, steps: tuple[int, ...] =
     """
     models = {float(k + 1): _no_model for k in range(scales)}
     source = Source(models=models, shape=(1, 1, 1), schedule=VPDiscrete.linear(), identity={})
-    return evaluations(job_for(source, EFFORTS[effort]), plan_for(source, EFFORTS[effort], steps))
+    return evaluations(job_for(source, EFFORTS[effort], steps=steps), plan_for(source, EFFORTS[effort], steps))
 
 
 def _no_model(x: Tensor, level: Tensor) -> Tensor:

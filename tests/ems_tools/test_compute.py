@@ -229,7 +229,7 @@ def test_efforts_are_what_they_claim() -> None:
         assert 0.75 * most < compute.evaluations(compute.job_for(source, effort), compute.plan_for(source, effort)) <= most
     effort = compute.EFFORTS["quick"]
     for n in range(4, 11):
-        assert compute.evaluations(compute.job_for(source, effort), compute.plan_for(source, effort, (n,))) <= 700
+        assert compute.evaluations(compute.job_for(source, effort, steps=(n,)), compute.plan_for(source, effort, (n,))) <= 700
 
 
 def test_the_hosts_schedules_come_first_and_keep_their_names() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dpm_solver_v3.ems_tools.cli.main import main
-from dpm_solver_v3.ems_tools.compute import with_fit
+from dpm_solver_v3.ems_tools.compute import EFFORTS, job_for, plan_for, with_fit
 from dpm_solver_v3.ems_tools.estimate.job import Job, JobState, uniform_grid
 from dpm_solver_v3.ems_tools.estimate.run import estimate_moments
 from dpm_solver_v3.ems_tools.estimate.source import Source
@@ -166,6 +166,19 @@ def test_it_wins_on_noise_that_it_has_not_seen(mixture, job) -> None:
         theirs = errors_of(mixture, panel[row.fixed_schedule].steps(row.steps, list), x, exact)
         ratio = (errors_of(mixture, row.coefficients, x, exact) / theirs).log().mean().exp()
         assert ratio < 1 and abs(ratio.log() - math.log(row.ratio[0])) < 1.0
+
+
+def test_a_fit_of_many_steps_is_judged_by_a_finer_solution(mixture) -> None:
+    """On the grid of quick, 25 points, the solution is no nearer the truth than 20 steps are, and the file said a tenth."""
+    source, quick = Source({1.0: mixture}, (2, 2, 2), EDM(0.05, 20.0), {}), EFFORTS["quick"]
+    plan = plan_for(source, quick, (20,)).fit
+    assert plan is not None
+    (row,) = fit_steps(source, job_for(source, quick, steps=(20,)), 1.0, plan, JobState())
+    x = torch.randn(100, 2, 2, 2, generator=torch.Generator().manual_seed(99), dtype=torch.float64) * 20
+    fine: dict[str, Any] = {"order": 3, "corrector": "none", "disable": True}
+    exact = sample_dpm_solver_v3(mixture, x, uniform_lambda(EDM(0.05, 20.0), 300, to_zero=True), **fine)
+    true = errors_of(mixture, row.coefficients, x, exact)
+    assert row.fitted[0] > true.log().mean().exp() / 4
 
 
 def test_refinement_never_ends_above_where_it_began(mixture, job) -> None:
