@@ -73,12 +73,14 @@ def table(
 
 
 def _honesty(cells: Sequence[dict[str, Any]], split: str, effort: str) -> str:
-    """How often what the file says and what was measured lie in each other's interval."""
+    """How often what the file says and what was measured lie in each other's interval, and the one over the other."""
     mine = [(c["says"], c["ratio"]) for c in cells if c["split"] == split and c["effort"] == effort]
     said = sum(ratio[1] <= says[0] <= ratio[2] for says, ratio in mine)
     measured = sum(says[1] <= ratio[0] <= says[2] for says, ratio in mine)
+    share = math.exp(sum(math.log(says[0] / ratio[0]) for says, ratio in mine) / len(mine))
     return (
-        f"of {len(mine)} rows {said} say a ratio in the measured interval, {measured} an interval that holds the measured ratio"
+        f"{said} of {len(mine)} rows say a ratio in the measured interval, {measured} an interval that holds the measured one; "
+        f"on average they say {share:.2f} of it"
     )
 
 
