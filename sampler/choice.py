@@ -67,7 +67,7 @@ def plan_for(
         if plan.is_sane(space):
             return plan
         warnings.warn(f"the fitted coefficients {_NOT_SANE}", RuntimeWarning, stacklevel=2)
-    if _takes_typical_steps(levels, ems is None or unused, chosen):
+    if _takes_typical_steps(levels, ems is None or unused or not settings.strength, chosen):
         return typical_plan(host, space, guidance)
     if ems is not None and settings.strength:
         plan = make_plan(host, space, ems, settings)
@@ -107,9 +107,11 @@ def _settings(
 def takes_typical_steps(levels: Tensor, space: Space, ems: EMS | None, chosen: Mapping[str, object]) -> bool:
     """Whether sampling takes the steps of `typical`: options at "auto", falling levels, few steps, no statistics that are used.
 
-    `settings_for` then only says what options would start from of which the user sets one.
+    Statistics of which strength 0 is recommended are not used. `settings_for` then only says what options would start from of
+    which the user sets one.
     """
-    return _takes_typical_steps(levels, ems is None or _is_unused(levels, space, ems), chosen)
+    without = ems is None or not settings_for(levels, space, ems, chosen).strength
+    return _takes_typical_steps(levels, without, chosen)
 
 
 def _takes_typical_steps(levels: Tensor, without: bool, chosen: Mapping[str, object]) -> bool:

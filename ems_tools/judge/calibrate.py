@@ -3,7 +3,8 @@
 Per guidance scale, schedule and step count, on calibration noise: the best settings without EMS (strength 0 is data
 prediction, i.e. multistep DPM-Solver++ with a corrector), the best with EMS, and the factor of `EMS.scaled` that wins.
 What wins is recommended: since strength 0 is among the candidates, a recommendation never loses to the best setting without
-EMS on the noise it was chosen on. What it is worth is then reported on other noise, which played no part.
+EMS on the noise it was chosen on. Where the steps that the sampler takes without a file win over all, strength 0 is recommended
+too, which at "auto" means these steps. What it is worth is then reported on other noise, which played no part.
 
 Errors are mean squared differences, per noise, to the converged solution from the same noise; candidates are
 compared by their geometric mean, because a few start noises carry most of the arithmetic one.
@@ -100,8 +101,8 @@ class _Bench:
         for key in [key for key in self.state.tensors if ends and key.startswith(f"{self.name}.")]:
             del self.state.tensors[key]
 
-    def solve(self, samples: list[int], levels: Tensor, ems: EMS | None, settings: Settings) -> Tensor:
-        """X [B, C, ...] at the end of `levels`."""
+    def solve(self, samples: list[int], levels: Tensor, ems: EMS | None, settings: Settings | float) -> Tensor:
+        """X [B, C, ...] at the end of `levels`; a guidance scale in place of settings leaves all of them at "auto"."""
         runner, space = self.runner, self.runner.job.space
         noise = sample_noise(runner.job, samples)[0].to(runner.device, runner.dtype)
         top = levels[:1].to(torch.float64)
@@ -115,7 +116,7 @@ class _Bench:
             True,
             ems=ems,
             space=space,
-            **settings.__dict__,
+            **(settings.__dict__ if isinstance(settings, Settings) else {"guidance": settings}),
         )
 
 
@@ -148,8 +149,8 @@ def reference(bench: _Bench, samples: list[int], steps: int) -> None:
         bench.ends[sample] = (x, D)
 
 
-def endpoint_errors(bench: _Bench, samples: list[int], levels: Tensor, ems: EMS | None, settings: Settings) -> Tensor:
-    """Mean squared error [K] of the end point against the reference from the same noise."""
+def endpoint_errors(bench: _Bench, samples: list[int], levels: Tensor, ems: EMS | None, settings: Settings | float) -> Tensor:
+    """Mean squared error [K] of the end point against the reference from the same noise; `settings` as in `_Bench.solve`."""
 
     def run(part: list[int]) -> Tensor:
         x = bench.solve(part, levels, ems, settings)
@@ -164,7 +165,7 @@ def evaluations_of_calibration(plan: CalibrationPlan, scales: int) -> int:
     if not plan.schedules:
         return 0
     noises = plan.calibration + plan.report
-    tried = 2 * len(plan.combinations) + len(plan.strengths)
+    tried = 2 * len(plan.combinations) + len(plan.strengths) + 1
     runs = len(plan.schedules) * sum(plan.steps) * (plan.calibration * tried + plan.report * 3)
     return scales * (noises * (plan.reference_steps + 1) + runs)
 
@@ -245,12 +246,19 @@ def _row(
         shrunk[settings] = error(chosen_on, settings)
     everything = {**data, **full, **shrunk}
     winner = min(everything, key=everything.__getitem__)
+    if _without_file(bench, chosen_on, levels, guidance, f"{name} {steps}") <= everything[winner]:
+        winner = best_data
     lambdas = bench.runner.job.space.lambda_of(levels)
     at_full = replace(best_data, strength=1.0)
     chosen = EvidenceRow(guidance, name, steps, "calibration", data[best_data], everything[winner], full[at_full])
     report = [error(reported_on, s, of) for s, of in ((best_data, "without"), (winner, "recommended"), (at_full, "full"))]
     advice = RecommendedSetting(guidance, name, tuple(lambdas[lambdas.isfinite()].tolist()), winner)
     return Row(advice, (chosen, EvidenceRow(guidance, name, steps, "report", *report)))
+
+
+def _without_file(bench: _Bench, samples: list[int], levels: Tensor, guidance: float, key: str) -> float:
+    """The error of the same run without a file, with all options at "auto"."""
+    return bench.kept(f"{key} without a file", lambda: _geometric(endpoint_errors(bench, samples, levels, None, guidance)))
 
 
 def _geometric(errors: Tensor) -> float:

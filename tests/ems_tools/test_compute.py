@@ -194,6 +194,19 @@ def test_recommendation_never_loses_on_calibration_noise() -> None:
     assert list(rows_of(state).values()) == rows
 
 
+def test_statistics_that_lose_to_no_file_are_not_recommended(monkeypatch) -> None:
+    """Whatever they gain on the formulas: at "auto" a run without a file takes other steps than these."""
+    job = Job((2, 4, 4), uniform_grid(0.05, 20.0, 16), samples=8)
+    model = _toy_model()
+    st = estimate_moments({1.0: model}, job, JobState())[0].statistics()
+    good = EMS(torch.tensor(job.lambdas, dtype=torch.float64), st.l, st.s, st.b)
+    plan = CalibrationPlan({"karras": lambda n: karras(EDM(0.05, 20.0), n, to_zero=True)}, (5,), 4, 4, reference_steps=60)
+    for without, used in ((1e9, True), (0.0, False)):
+        monkeypatch.setattr(sys.modules[CalibrationPlan.__module__], "_without_file", lambda *_, error=without: error)
+        (row,) = calibrate(model, good, job, 1.0, plan, JobState())
+        assert bool(row.advice.settings.strength) == used and (row.evidence[0].ems < row.evidence[0].data_prediction) == used
+
+
 def _toy_model():
     namespace: dict[str, Any] = {}
     exec(TOY, namespace)

@@ -349,6 +349,14 @@ def test_strength_0_is_data_prediction(corrector, mixture, y_start, sigmas, smoo
     torch.testing.assert_close(found, run(mixture, y_start, sigmas(6), **options), rtol=1e-13, atol=1e-13)
 
 
+def test_recommended_strength_0_is_no_file_at_all(mixture, y_start, sigmas, smooth_ems):
+    """At "auto": the steps without statistics, of which the calibration knew; not the formula of the recommended order."""
+    ems = recommending(smooth_ems, (lambdas_of(sigmas(6)), Settings(order=3, strength=0.0)))
+    found = run(mixture, y_start, sigmas(6), ems=ems, guidance=4.0)
+    assert torch.equal(found, run(mixture, y_start, sigmas(6), guidance=4.0))
+    assert not torch.equal(found, run(mixture, y_start, sigmas(6), order=3))
+
+
 def test_strength_scales_the_statistics(mixture, y_start, sigmas, smooth_ems):
     found = run(mixture, y_start, sigmas(6), ems=smooth_ems, strength=0.5, **FULL)
     assert torch.equal(found, run(mixture, y_start, sigmas(6), ems=smooth_ems.scaled(0.5), **FULL))
