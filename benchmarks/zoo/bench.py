@@ -187,7 +187,7 @@ def fit(
 
     model = Counted(network.denoiser(guidance, entry.classes_of("fit")[: classes or None]))
     source = Source({guidance: model}, entry.shape, entry.schedule, {})
-    job, plan, state = job_for(source, effort), plan_for(source, effort, steps), JobState()
+    job, plan, state = job_for(source, effort, steps=steps), plan_for(source, effort, steps), JobState()
     assert plan.fit is not None
     began = time.perf_counter()
     estimate_moments(source.models, job, state, batch=32, keep=plan.fit.noises)
