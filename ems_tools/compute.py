@@ -70,9 +70,7 @@ class Effort:
 
 _QUICK_FIT = FitPlan((4, 5, 6, 8, 10), 9, 5, search=3, spacings=7, searched=1, moves=0, panel=11, panel_noises=3)
 _FIT = FitPlan(tuple(range(4, 13)), 24, 12, searched=3, moves=3, panel=19, panel_noises=4, rounds=1, refine_noises=8, refined=5)
-_THOROUGH_FIT = FitPlan(
-    tuple(range(4, 13)), 64, 24, search=12, spacings=12, searched=5, moves=8, panel=40, heat=2, rounds=2, refined=7
-)
+_THOROUGH_FIT = FitPlan(tuple(range(4, 13)), 64, 24, search=12, spacings=12, searched=5, moves=8, panel=40, rounds=2, refined=7)
 EFFORTS = {
     "quick": Effort(9, 24, 1, 4, (5, 8), 0, _FEW, (0.5,), 40, _QUICK_FIT, 6),
     "standard": Effort(24, 40, 1, 4, (6, 10), 1, _FEW[:2], (0.5,), 40, _FIT, 2),

@@ -67,7 +67,7 @@ def plan_for(
         if plan.is_sane(space):
             return plan
         warnings.warn(f"the fitted coefficients {_NOT_SANE}", RuntimeWarning, stacklevel=2)
-    if _takes_typical_steps(levels, ems is None or unused or not settings.strength, chosen):
+    if _takes_typical_steps(levels, ems is None or not settings.strength, chosen):
         return typical_plan(host, space, guidance)
     if ems is not None and settings.strength:
         plan = make_plan(host, space, ems, settings)
@@ -110,8 +110,7 @@ def takes_typical_steps(levels: Tensor, space: Space, ems: EMS | None, chosen: M
     Statistics of which strength 0 is recommended are not used. `settings_for` then only says what options would start from of
     which the user sets one.
     """
-    without = ems is None or not settings_for(levels, space, ems, chosen).strength
-    return _takes_typical_steps(levels, without, chosen)
+    return _takes_typical_steps(levels, ems is None or not settings_for(levels, space, ems, chosen).strength, chosen)
 
 
 def _takes_typical_steps(levels: Tensor, without: bool, chosen: Mapping[str, object]) -> bool:

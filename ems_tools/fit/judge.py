@@ -1,12 +1,11 @@
 """What a fit is worth: on noise of no other use, against the best of a panel of formulas and schedules (see `panel`).
 
-Only the rival is chosen on some of that noise, which errs in its favour: chosen on other noise, it was up to twice as far
-off as the best of the panel, and the fit was flattered by as much.
+Only the rival is chosen on some of that noise, which errs in its favour: chosen on other noise, it is often not the best of
+the panel here, and the fit is flattered.
 
 What the file stores and every host prints is the ratio of the two errors. A fit that is not better is not used: the panel's
-winner, which is a schedule and coefficients too, then stands in its place, and the ratio is 1. (To ask for a fit that is
-better by a standard error as well was worse in every way on the zoo: on few noises the winner is in as much doubt as the
-fit.)
+winner, which is a schedule and coefficients too, then stands in its place, and the ratio is 1. No margin
+is asked for: on few noises the panel's winner is in as much doubt as the fit.
 """
 
 from __future__ import annotations

@@ -46,9 +46,8 @@ next to nothing, and what a file's standard errors leave counts. Fitted steps ma
 of fewer than six the interpolation tells little: the shipped file's four steps at guidance 1 would now and then be refused."""
 FEW_STEPS = 10
 LEANING, LIMIT_ALONE = 0.15, 12.0
-"""From which share of what passes by the second measure on fitted steps are not leant on, and what passes then.
-Right fits seldom stray so far, and then stay well below; the bent ones of the test of this rule begin above.
-"""
+"""From which share of what passes by the second measure on fitted steps are not leant on, and what passes then. Right
+fits seldom stray so far, and then stay well below; the bent ones of the test of this rule begin above."""
 SEEN = 3e-3
 """Of a picture's contrast: what nobody sees, and what a solution from so few evaluations cannot tell either."""
 FURTHER = 2.4
