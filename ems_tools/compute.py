@@ -25,7 +25,7 @@ from .estimate.run import estimate_moments
 from .estimate.source import Source
 from .file.contents import EMSFile
 from .file.rows import MAX_FITTED_STEPS, EMSMeta, FittedRow
-from .fit.run import FitPlan, evaluations_of_fit, fit_steps
+from .fit.run import FitPlan, evaluations_of_fit, evaluations_of_passes, fit_passes, fit_steps, forget
 from .judge.calibrate import CalibrationPlan, Row, calibrate, evaluations_of_calibration
 
 if TYPE_CHECKING:
@@ -100,10 +100,15 @@ def job_for(subject: Source, effort: Effort, seed: int = 0, steps: tuple[int, ..
     return replace(job, **changes)
 
 
-def plan_for(source: Source, effort: Effort, steps: tuple[int, ...] = ()) -> CalibrationPlan:
+PASSES = 4
+"""Spacings on which steps in fewer passes are tried."""
+
+
+def plan_for(source: Source, effort: Effort, steps: tuple[int, ...] = (), passes: bool = False) -> CalibrationPlan:
     """The calibration, on the host's own schedules, then on two of the paper's: as many as the effort says.
 
     `steps`, where given, are the only step counts that are fitted and judged: who uses one or two pays for no others.
+    `passes`: whether steps in fewer passes of the network are fitted as well.
     Raises EstimateError unless each lies between 2 and 64.
     """
     if any(not 2 <= n <= MAX_FITTED_STEPS for n in steps):
@@ -130,7 +135,7 @@ def plan_for(source: Source, effort: Effort, steps: tuple[int, ...] = ()) -> Cal
         effort.noises,
         strengths=effort.strengths,
         reference_steps=effort.reference_steps,
-        fit=replace(effort.fit, fixed=hosts),
+        fit=replace(effort.fit, fixed=hosts, passes=PASSES if passes else 0),
     )
     if effort.combinations is not None:
         return replace(plan, combinations=effort.combinations)
@@ -144,7 +149,8 @@ def evaluations(job: Job, plan: CalibrationPlan | None) -> int:
         return evaluations_of(job)
     scales = len(job.guidance)
     fit = evaluations_of_fit(plan.fit, len(job.lambdas), scales, min(job.samples, plan.fit.noises)) if plan.fit else 0
-    return evaluations_of(job) + evaluations_of_calibration(plan, scales) + fit
+    passes = evaluations_of_passes(plan.fit, job.guidance) if plan.fit else 0
+    return evaluations_of(job) + evaluations_of_calibration(plan, scales) + fit + passes
 
 
 def compute_ems(  # noqa: PLR0913 - what to compute, and options by name
@@ -201,11 +207,17 @@ def with_fit(
 ) -> EMSFile:
     """The file with schedules and coefficients fitted at each of its guidance scales; `options` are those of `fit_steps`."""
     rows: list[FittedRow] = []
+    passes: list[FittedRow] = []
     for guidance in job.guidance:
-        rows += fit_steps(source, job, guidance, fit, state, progress=progress, **options)
+        found = fit_steps(source, job, guidance, fit, state, progress=progress, **options)
+        passes += fit_passes(source, job, guidance, fit, state, found, progress=progress, **options)
+        forget(state, guidance)
+        rows += found
     used = evaluations_of_fit(fit, len(job.lambdas), len(job.guidance), min(job.samples, fit.noises))
-    facts = {"fit_noises": fit.noises, "fit_held_out": fit.held_out, "fit_evaluations": used}
-    file = replace(file, meta=replace(file.meta, fitted=tuple(rows), estimate={**file.meta.estimate, **facts}))
+    used += evaluations_of_passes(fit, job.guidance)
+    facts = {"fit_noises": fit.noises, "fit_held_out": fit.held_out, "fit_evaluations": used, "fit_passes": fit.passes}
+    meta = replace(file.meta, fitted=tuple(rows), passes=tuple(passes), estimate={**file.meta.estimate, **facts})
+    file = replace(file, meta=meta)
     # Standard errors give way if the rows make the file too large to share.
     return file if file.errors is None or file.per_element else replace(file.compacted(), moments=file.moments)
 
@@ -217,8 +229,9 @@ def is_result_of(file: EMSFile, source: Source, job: Job, plan: CalibrationPlan 
     facts = {k: v for k, v in mine.meta.estimate.items() if k != "samples"}
     same = all(file.meta.estimate.get(k) == v for k, v in facts.items()) and dict(file.meta.model) == dict(mine.meta.model)
     same = same and file.guidance.tolist() == mine.guidance.tolist() and file.lambdas.tolist() == mine.lambdas.tolist()
-    noises = (fit.noises, fit.held_out) if fit else (None, None)
-    same = same and noises == tuple(file.meta.estimate.get(key) for key in ("fit_noises", "fit_held_out"))
+    known = file.meta.estimate
+    noises = (fit.noises, fit.held_out, fit.passes) if fit else (None, None, 0)
+    same = same and noises == (known.get("fit_noises"), known.get("fit_held_out"), known.get("fit_passes", 0))
     return same and {row.steps for row in file.meta.fitted} == (set(fit.steps) if fit else set())
 
 

@@ -1,7 +1,7 @@
 """Trajectories of a model in y and lambda: the one fine solve that everything is measured against, and runs of few steps.
 
-A `Runner` carries what every stage needs to evaluate a model (batch, device, dtype, progress); `Trajectories` are what a fine
-solve leaves behind: y and D at every point of a grid, on some elements of every sample.
+A `Runner` carries what every stage needs to evaluate a model (batch, device, dtype, progress), a `Pair` is two of them;
+`Trajectories` are what a fine solve leaves behind: y and D at every point of a grid, on some elements of every sample.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .estimate.job import Job, JobState, Model, denoiser_for, in_batches, sample
 
 __all__ = [
     "ELEMENTS",
+    "Pair",
     "Path",
     "Runner",
     "Trajectories",
@@ -55,6 +56,11 @@ class Runner:
         """Y [K, C, ...] as a host begins at `lam`: noise times sigma, on the CPU."""
         return sample_noise(self.job, list(samples))[0] * math.exp(-lam)
 
+    def answers(self, samples: Sequence[int], y: Tensor, lam: float, both: bool = False) -> list[Tensor]:
+        """[D]: what a run of few steps combines. See `Pair` for `both`."""
+        del both
+        return [self.denoise(samples, y, lam)]
+
     def denoise(self, samples: Sequence[int], y: Tensor, lam: float) -> Tensor:
         """D [K, C, ...] of y [K, C, ...], float32 on the CPU."""
         at = {k: i for i, k in enumerate(samples)}
@@ -67,6 +73,33 @@ class Runner:
             return D.to("cpu", torch.float32)
 
         return torch.cat([D for _, D in in_batches(list(samples), self.batch, run)])
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both answers of a guided model, for steps in fewer passes of the network.
+
+    Args:
+        conditional: c, one pass.
+        guided: D, two passes.
+    """
+
+    conditional: Runner
+    guided: Runner
+
+    @property
+    def job(self) -> Job:
+        """See `Runner`."""
+        return self.guided.job
+
+    def start(self, samples: Sequence[int], lam: float) -> Tensor:
+        """See `Runner`."""
+        return self.guided.start(samples, lam)
+
+    def answers(self, samples: Sequence[int], y: Tensor, lam: float, both: bool = False) -> list[Tensor]:
+        """[c], or [c, D] for `both`, each [K, C, ...]."""
+        parts = (self.conditional, self.guided) if both else (self.conditional,)
+        return [runner.denoise(samples, y, lam) for runner in parts]
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,11 +250,12 @@ def kept_trajectories(runner: Runner, state: JobState, name: str, samples: Seque
     return Trajectories(runner.job.lambdas, elements, y, D)
 
 
-def few_steps(runner: Runner, samples: Sequence[int], steps: FittedSteps) -> Tensor:
-    """The end y [K, C, ...] of a run of few steps with these coefficients."""
-    y, history = runner.start(samples, steps.lambdas[0]) * steps.start, []
-    for lam, decay, weights in zip(steps.lambdas, steps.decay, steps.weights, strict=True):
-        history.append(runner.denoise(samples, y, lam))
+def few_steps(runner: Runner | Pair, samples: Sequence[int], steps: FittedSteps) -> Tensor:
+    """The end y [K, C, ...] of a run of few steps with these coefficients; those in fewer passes need a `Pair`."""
+    y, history = runner.start(samples, steps.lambdas[0]) * steps.start, list[Tensor]()
+    guided = steps.guided or (False,) * len(steps.lambdas)
+    for lam, both, decay, weights in zip(steps.lambdas, guided, steps.decay, steps.weights, strict=True):
+        history += runner.answers(samples, y, lam, both)
         y = y * decay
         for weight, past in zip(weights, history, strict=True):
             y = y.add_(past, alpha=weight) if weight else y

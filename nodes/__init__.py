@@ -48,6 +48,7 @@ def _add_sampler() -> None:
 
 
 def _add_scheduler() -> None:
-    from .sampling import FITTED_NAME, fitted_schedule
+    from .sampling import FITTED_NAME, PASSES_NAME, fitted_schedule, passes_schedule
 
     host.add_scheduler(FITTED_NAME, fitted_schedule)
+    host.add_scheduler(PASSES_NAME, passes_schedule)

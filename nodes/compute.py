@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from . import host
 from .graph import Place, Prompt
 from .model import latent_of, words_of_guider
@@ -52,6 +54,7 @@ class ComputeNode:
         schedulers: str = "auto",
         steps: str = "auto",
         guider: Guider | None = None,
+        fewer_passes: bool = False,
         unique_id: str = "",
         prompt: Prompt | None = None,
     ) -> dict[str, object]:
@@ -63,9 +66,7 @@ class ComputeNode:
         from .session import Request, measure
 
         run = plain_guider(model, positive, negative) if guider is None else guider
-        latent = latent_of(run.model_patcher, latent_size)
-        if getattr(latent, "is_nested", False):
-            raise host.HostError("several latents in one (video with sound, say) cannot be measured: no EMS for this model")
+        latent = _single(latent_of(run.model_patcher, latent_size))
         identity = identity_of(run.model_patcher, Place(prompt or {}, str(unique_id)))
         prompts = [positive, *_built_in(clip, positive)]
         request = Request(
@@ -82,11 +83,19 @@ class ComputeNode:
             schedulers=_listed(schedulers),
             steps=_step_counts(steps),
             node=str(unique_id),
+            passes=fewer_passes,
         )
         file, path = measure(request)
         trust().computed(file)
         host.say(one_line("done", gain_of(file), path.name), str(unique_id))
         return _outputs(file, path)
+
+
+def _single(latent: Tensor) -> Tensor:
+    """The latent, unless it is several in one. Raises HostError."""
+    if getattr(latent, "is_nested", False):
+        raise host.HostError("several latents in one (video with sound, say) cannot be measured: no EMS for this model")
+    return latent
 
 
 def _required() -> dict[str, tuple[object, ...]]:
@@ -147,6 +156,14 @@ def _optional() -> dict[str, tuple[object, ...]]:
             {
                 "tooltip": "If you sample with a guider other than plain CFG: compute under it. Its model, negative "
                 "prompt and its own settings are used, with the guidance scales given here."
+            },
+        ),
+        "fewer_passes": (
+            "BOOLEAN",
+            {
+                "default": False,
+                "tooltip": "Also fit steps that leave out the negative prompt's pass here and there, for the scheduler "
+                "dpm_solver_v3_fewer_passes. Takes up to four times as long.",
             },
         ),
     }

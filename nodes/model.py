@@ -19,6 +19,7 @@ from .protocols import Guider, Latent, ModelSampling, Options, Patcher
 __all__ = [
     "Running",
     "changes_of",
+    "is_plain",
     "latent_of",
     "level_table",
     "model_sampling_of",
@@ -148,13 +149,14 @@ def words_of_guider(guider: Guider | None, patcher: Patcher | None) -> str:
     patches of its MODEL.
     """
     named = (
-        [] if guider is None or _plain(guider) else [_name(type(guider).__name__, _numbers(vars(guider), scale_name(guider)))]
+        [] if guider is None or is_plain(guider) else [_name(type(guider).__name__, _numbers(vars(guider), scale_name(guider)))]
     )
     words = ", ".join([*named, *changes_of(patcher)])
     return words if len(words) <= _MOST else words[: _MOST - 3] + "..."
 
 
-def _plain(guider: Guider) -> bool:
+def is_plain(guider: Guider) -> bool:
+    """Whether the guider predicts as core's CFGGuider does."""
     import comfy.samplers
 
     return getattr(type(guider), "predict_noise", None) is comfy.samplers.CFGGuider.predict_noise

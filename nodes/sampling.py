@@ -5,22 +5,36 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..ems_tools.hosting import Run, Steps, choose_steps, sample_on_trial, unfitted_steps
+from ..ems_tools.hosting import Origin, Run, Steps, choose_steps, sample_on_trial, unfitted_steps
 from ..sampler import StepInfo, half_corrector_sigma
 from . import host
 from .find import Found, find, find_file, identity_of, none_for, trust
 from .graph import Asked, asked, executing
 from .model import Running, level_table, run_of_guider, running, words_of_guider
+from .passes import HostPasses, NotOfferedError, why_not
 from .protocols import Callback, Guider, ModelSampling, Options
 
-__all__ = ["AUTO", "FITTED_NAME", "NAME", "SamplerNode", "choice", "fitted_schedule", "sample_host", "steps_for"]
+__all__ = [
+    "AUTO",
+    "FITTED_NAME",
+    "NAME",
+    "PASSES_NAME",
+    "SamplerNode",
+    "choice",
+    "fitted_schedule",
+    "passes_schedule",
+    "sample_host",
+    "steps_for",
+]
 
 NAME = "dpm_solver_v3"
 FITTED_NAME = "dpm_solver_v3_fitted"
+PASSES_NAME = "dpm_solver_v3_fewer_passes"
 AUTO = "auto"
 EVERYWHERE, HALF = "everywhere", "half (paper)"
 _SAID: set[str] = set()
@@ -42,7 +56,7 @@ def sample_host(
     """
     if len(sigmas) < 2:
         return x
-    run = running(model)
+    run, passes = running(model), HostPasses(model)
     options = dict(dpm_solver_v3_options or {})
     model_options: Options = (extra_args or {}).get("model_options") or {}
     found = _statistics(run, x, model_options, options.pop("same_architecture", False))
@@ -52,27 +66,32 @@ def sample_host(
     if below != AUTO:
         options["corrector_below"] = half_corrector_sigma(level_table(run.sampling)) if below == HALF else float("inf")
     clock = _Clock(callback)
-    out = sample_on_trial(
-        trust(),
-        found.origin,
-        _tell,
-        model,
-        x,
-        sigmas,
-        extra_args,
-        clock,
-        disable,
-        ems=found.ems,
-        space=run.space,
-        guidance=run.guidance,
-        **options,
-    )
+    given = (trust(), found.origin, _tell, model, x, sigmas, extra_args, clock, disable)
+    sample = partial(sample_on_trial, *given, ems=found.ems, space=run.space, guidance=run.guidance, **options)
+    reason = why_not(run, extra_args or {})
+    try:
+        out = sample(passes=None if reason else passes)
+    except NotOfferedError:
+        reason = "this ComfyUI evaluates its conditionings in another way"
+        out = sample()
+    _tell_passes(passes.count, len(sigmas) - 1, reason, found, run, sigmas)
     if found.missing and clock.seconds > 0:
         from ..ems_tools.hosting.jobs import evaluations_of_effort, in_words
 
         spent = in_words(clock.seconds / len(x) * evaluations_of_effort("quick"))
         host.say(f"{found.message} (about {spent} for this cfg)", executing().node)
     return out
+
+
+def _tell_passes(made: int, steps: int, reason: str, found: Found, run: Running, sigmas: Tensor) -> None:
+    """How many passes a run in fewer of them made, or why it was none although its steps were meant for that."""
+    if made and not reason:
+        host.log(f"{made} passes of the network in {steps} steps")
+        return
+    advice, lambdas = getattr(found.ems, "recommendation", None), run.space.lambda_of(sigmas.detach().cpu().double()).tolist()
+    meant = advice is not None and advice.fitted_for(lambdas) is None and advice.fitted_for(lambdas, passes=True) is not None
+    if meant and reason:
+        _tell(f"no pass was left out ({reason}): take {FITTED_NAME} with this")
 
 
 def _tell(message: str) -> None:
@@ -179,8 +198,18 @@ def fitted_schedule(model_sampling: ModelSampling, steps: int) -> Tensor:
     return steps_for(model_sampling, steps, 1.0, asked())
 
 
+def passes_schedule(model_sampling: ModelSampling, steps: int) -> Tensor:
+    """The same for the scheduler "dpm_solver_v3_fewer_passes": more SIGMAS, in as many passes as `steps` guided steps."""
+    return steps_for(model_sampling, steps, 1.0, asked(), passes=True)
+
+
 def steps_for(
-    model_sampling: ModelSampling | None, steps: int, denoise: float, facts: Asked, guider: Guider | None = None
+    model_sampling: ModelSampling | None,
+    steps: int,
+    denoise: float,
+    facts: Asked,
+    guider: Guider | None = None,
+    passes: bool = False,
 ) -> Tensor:
     """The model's fitted steps, or unfitted ones with the reason on the node, in float32.
 
@@ -190,15 +219,21 @@ def steps_for(
         denoise: below 1 the last part of a longer schedule.
         facts: what the steps are for.
         guider: of the run, if it is at hand: then it, not `facts`, says what the guidance is.
+        passes: take steps in fewer passes, where the file has some that won and was computed on this machine.
     """
-    chosen = chosen_steps(model_sampling, steps, denoise, facts, guider)
+    chosen = chosen_steps(model_sampling, steps, denoise, facts, guider, passes)
     host.say_first(chosen.message, chosen.brief, executing().node)
     host.log(chosen.message, warn=not chosen.fitted)
     return chosen.levels.to(torch.float32)
 
 
 def chosen_steps(
-    model_sampling: ModelSampling | None, steps: int, denoise: float, facts: Asked, guider: Guider | None = None
+    model_sampling: ModelSampling | None,
+    steps: int,
+    denoise: float,
+    facts: Asked,
+    guider: Guider | None = None,
+    passes: bool = False,
 ) -> Steps:
     """As `steps_for`, not told to anybody."""
     table = level_table(model_sampling)
@@ -211,7 +246,10 @@ def chosen_steps(
             run = replace(run_of_guider(guider, facts.sampler), schedule=table)
         handle = find_file(patcher) if getattr(patcher, "model", None) is not None else None
         missing = f"{none_for(identity_of(patcher, executing()))} for fitted steps" if handle is None else ""
-        return choose_steps(handle.file if handle else None, handle.name if handle else missing, run, steps, denoise)
+        if handle is None:
+            return choose_steps(None, missing, run, steps, denoise)
+        ours = trust().is_ours(Origin(handle.file, handle.name))
+        return choose_steps(handle.file, handle.name, run, steps, denoise, passes and ours)
     except Exception as error:
         title, levels = unfitted_steps(table, max(round(steps / denoise), steps))
         reason = f"looking for fitted steps failed ({type(error).__name__}: {error})"

@@ -25,7 +25,7 @@ from ..ems_tools.hosting.jobs import Watch, place_for, request_facts
 from ..ems_tools.judge.calibrate import CalibrationPlan
 from ..sampler import SamplingError, Space
 from . import host
-from .model import level_table, model_sampling_of, scale_name
+from .model import is_plain, level_table, model_sampling_of, scale_name
 from .protocols import Conditioning, Guider, ModelSampling, Options, Patcher
 
 __all__ = ["Request", "measure", "prompted"]
@@ -52,6 +52,7 @@ class Request:
         schedulers: host's names, () for the usual ones.
         steps: step counts to fit, () for the effort's.
         node: id of the node.
+        passes: fit steps in fewer passes as well, which needs plain guidance.
     """
 
     guider: Guider
@@ -67,6 +68,7 @@ class Request:
     schedulers: tuple[str, ...]
     steps: tuple[int, ...]
     node: str
+    passes: bool = False
 
 
 def measure(r: Request) -> tuple[EMSFile, Path]:
@@ -83,9 +85,10 @@ def measure(r: Request) -> tuple[EMSFile, Path]:
         identity=facts,
         levels=table.levels if _rounds(sampling) else None,
         host_schedules=schedules,
+        conditional=_Denoiser(session, 1.0) if is_plain(r.guider) else None,
     )
     job = job_for(source, EFFORTS[r.effort], r.seed, r.steps)
-    plan = plan_for(source, EFFORTS[r.effort], r.steps)
+    plan = plan_for(source, EFFORTS[r.effort], r.steps, r.passes)
     folder = host.output_folder()
     path, done = place_for(folder, r.name, source, job, plan, host.log, keep_moments=r.keep_moments)
     if done is None:

@@ -24,7 +24,7 @@ from .schedules import (
     uniform_time,
 )
 from .settings import AUTO, DEFAULTS, DEFAULTS_STRONG_GUIDANCE, Recommendation, RecommendationEntry, Settings, SolverOptions
-from .solver import Run, SamplingError, StepInfo, sample_dpm_solver_v3
+from .solver import Answers, Run, SamplingError, StepInfo, sample_dpm_solver_v3
 from .space import Space
 from .wrapper import LambdaDenoiser
 
@@ -34,6 +34,7 @@ __all__ = [
     "DEFAULTS_STRONG_GUIDANCE",
     "EDM",
     "EMS",
+    "Answers",
     "EMSError",
     "FittedSteps",
     "Flow",

@@ -42,12 +42,14 @@ def plan_for(
     ems: EMS | None = None,
     space: Space | str = Space.SIGMA,
     guidance: float | None = None,
+    passes: bool = False,
     **options: Unpack[SolverOptions],
 ) -> Plan:
     """What `sample_dpm_solver_v3` does with these arguments; a plan without steps for fewer than two sigmas.
 
     Args:
         sigmas, ems, space, guidance: as there.
+        passes: whether steps in fewer passes can be made.
         options: those of `Settings`; what is left out is "auto".
 
     Raises:
@@ -61,7 +63,7 @@ def plan_for(
     if len(levels) < 2:
         return Plan(tuple(levels.tolist()), ())
     host = tuple(levels.tolist())
-    fitted = _fitted_for(levels, space, ems, chosen)
+    fitted = _fitted_for(levels, space, ems, chosen, passes)
     if fitted is not None:
         plan = fitted_plan(host, space, fitted)
         if plan.is_sane(space):
@@ -134,11 +136,13 @@ def _is_unused(levels: Tensor, space: Space, ems: EMS) -> bool:
     return ems.growth(finite) > GROWTH_LIMIT
 
 
-def _fitted_for(levels: Tensor, space: Space, ems: EMS | None, chosen: Mapping[str, object]) -> FittedSteps | None:
+def _fitted_for(
+    levels: Tensor, space: Space, ems: EMS | None, chosen: Mapping[str, object], passes: bool
+) -> FittedSteps | None:
     """Coefficients fitted on this very schedule, unless the user chose an option."""
     if ems is None or ems.recommendation is None or any(value != AUTO for value in chosen.values()):
         return None
-    return ems.recommendation.fitted_for(space.lambda_of(levels).tolist())
+    return ems.recommendation.fitted_for(space.lambda_of(levels).tolist(), passes)
 
 
 def _levels(sigmas: Tensor, space: Space) -> Tensor:

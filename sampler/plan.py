@@ -65,11 +65,18 @@ class Plan:
         levels: the host's noise levels, [n + 1].
         steps: what to do at each, [n].
         start: factor of x before the first step.
+        guided: for steps in fewer passes (see `fitted`), () for all others. Nodes are then answers, not evaluations.
     """
 
     levels: tuple[float, ...]
     steps: tuple[StepPlan, ...]
     start: float = 1.0
+    guided: tuple[bool, ...] = ()
+
+    @property
+    def answers(self) -> list[int]:
+        """How many answers each evaluation gives."""
+        return [1 + both for both in self.guided] if self.guided else [1] * len(self.steps)
 
     def updates(self) -> Iterator[Update]:
         """The steps as one update each, from the x where the model was called: corrections are part of it."""
@@ -279,10 +286,10 @@ def fitted_plan(levels: tuple[float, ...], space: Space, fitted: FittedSteps) ->
     alphas = _Nodes.of(levels, space).alphas
     slope = torch.zeros(1, dtype=torch.float64)  # m = D
     steps = [
-        StepPlan(slope, None, Update.of_numbers(decay, weights, range(i + 1)).in_host_space(alphas[i], alphas[i + 1]))
+        StepPlan(slope, None, Update.of_numbers(decay, weights, range(len(weights))).in_host_space(alphas[i], alphas[i + 1]))
         for i, (decay, weights) in enumerate(zip(fitted.decay, fitted.weights))
     ]
-    return Plan(levels, tuple(steps), fitted.start)
+    return Plan(levels, tuple(steps), fitted.start, fitted.guided)
 
 
 @lru_cache(maxsize=8)

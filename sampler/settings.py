@@ -130,9 +130,10 @@ class Recommendation:
     entries: tuple[RecommendationEntry, ...] = field(default_factory=tuple)
     fitted: tuple[FittedSteps, ...] = ()
 
-    def fitted_for(self, lambdas: list[float]) -> FittedSteps | None:
-        """The coefficients fitted on the very schedule with these lambdas, if any."""
-        return next((steps for steps in self.fitted if steps.matches(lambdas)), None)
+    def fitted_for(self, lambdas: list[float], passes: bool = False) -> FittedSteps | None:
+        """The coefficients fitted on the very schedule with these lambdas, if any; those in fewer passes only if `passes`."""
+        usable = (steps for steps in self.fitted if passes or not steps.guided)
+        return next((steps for steps in usable if steps.matches(lambdas)), None)
 
     def best_for(self, lambdas: list[float]) -> Settings | None:
         """The settings of the entry whose schedule is nearest to `lambdas`, None without entries.

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import TypedDict
 
 import torch
@@ -23,12 +24,16 @@ from .plan import Plan
 from .settings import AUTO, Corrector, Predictor, SolverOptions
 from .space import Space
 
-__all__ = ["Run", "SamplingError", "StepInfo", "sample_dpm_solver_v3"]
+__all__ = ["Answers", "Run", "SamplingError", "StepInfo", "sample_dpm_solver_v3"]
 
 _GREW = (
     "the latent grew beyond all bounds before {place}: the statistics (EMS) do not suit this model or this schedule. Sample "
     "with strength 0, or compute EMS for this model; if it happens at strength 0 too, lower the guidance scale."
 )
+
+
+Answers = Callable[..., Sequence[Tensor]]
+"""What makes the passes of steps in fewer of them, see `sample_dpm_solver_v3`."""
 
 
 class SamplingError(RuntimeError):
@@ -67,6 +72,7 @@ def sample_dpm_solver_v3(  # noqa: PLR0913 - the first six are k-diffusion's, th
     lower_order_final: bool | str = AUTO,
     strength: float | str = AUTO,
     guidance: float | None = None,
+    passes: Answers | None = None,
 ) -> Tensor:
     """Solve the probability-flow ODE from sigmas[0] to sigmas[-1] with one call of `model` per step.
 
@@ -89,6 +95,9 @@ def sample_dpm_solver_v3(  # noqa: PLR0913 - the first six are k-diffusion's, th
             `sigmas` a schedule fitted to the model, its fitted coefficients are used (see `fitted`).
         guidance: the guidance scale that `model` applies, if known: what "auto" means beside options that are set, or with
             statistics, depends on it.
+        passes: for a schedule fitted in fewer passes (see `fitted`): passes(x, sigma, guided, **extra_args) returns (c,), the
+            conditional answer from one pass of the network, or where `guided` (c, D) from two. `model` is not called then.
+            None: such schedules are followed like any other.
 
     Returns:
         x [B, C, ...] at sigmas[-1], in x's dtype.
@@ -108,12 +117,12 @@ def sample_dpm_solver_v3(  # noqa: PLR0913 - the first six are k-diffusion's, th
     }
     if ems is not None:
         ems.check_fits(x.shape)
-    plan = plan_for(sigmas, ems=ems, space=space, guidance=guidance, **chosen)
+    plan = plan_for(sigmas, ems=ems, space=space, guidance=guidance, passes=passes is not None, **chosen)
     if not plan.steps:
         return x
     arguments = (model, x, extra_args or {}, callback, disable)
     try:
-        return _solve(plan, *arguments)
+        return _solve(plan, *arguments, passes)
     except DivergedError as error:
         if ems is None:
             raise
@@ -129,14 +138,17 @@ def _solve(
     extra_args: Mapping[str, object],
     callback: Callable[[StepInfo], None] | None,
     disable: bool | None,
+    passes: Answers | None = None,
 ) -> Tensor:
     """The loop: x at the plan's last level."""
     run, ones = Run(plan, x), x.new_ones(len(x))
     del x
     for i in _progress(len(plan.steps), disable):
         x, level = run.x, run.level
-        denoised = model(x, level * ones, **extra_args)
-        run.observe(denoised)
+        if plan.guided and passes is not None:
+            denoised = run.observe(*passes(x, level * ones, plan.guided[i], **extra_args))
+        else:
+            denoised = run.observe(model(x, level * ones, **extra_args))
         if callback is not None:
             callback({"x": x, "i": i, "sigma": level, "sigma_hat": level, "denoised": denoised})
         del x, denoised  # so that the step itself has their memory
@@ -161,13 +173,13 @@ class Run:
     """
 
     def __init__(self, plan: Plan, x: Tensor) -> None:
-        self.plan, self.i = plan, 0
+        self.plan, self.i, self._known = plan, 0, 0
         self._host_dtype = x.dtype
         dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
         self._x = x.to(dtype) if plan.start == 1 else x.to(dtype) * plan.start
         self._levels = torch.tensor(plan.levels, dtype=torch.float64).to(x.device, dtype).unbind()
-        self._steps = _ready(plan, x.device, dtype, x.ndim)
-        self._history: dict[int, Tensor] = {}  # node -> m
+        self._steps, self._answers = _ready(plan, x.device, dtype, x.ndim), plan.answers
+        self._history: dict[int, Tensor] = {}  # node (an answer: mostly, one an evaluation) -> m
         self._lent: Tensor | None = None  # a copy of x for a model that may write into it, as the first call shows
         self._free: list[Tensor] = []  # memory of nodes that no later step looks back to: new pages would cost as much as a sum
 
@@ -196,8 +208,18 @@ class Run:
         """Add `change` [B, C, ...] to the state: what a host did to `x` since the last step, as inpainting does."""
         self._x = self._x + change
 
-    def observe(self, denoised: Tensor) -> None:
-        """Take in D [B, C, ...] of `x` at `level`: m = D - (1 - l) y."""
+    def observe(self, *answers: Tensor) -> Tensor:
+        """Take in D [B, C, ...] of `x` at `level`: m = D - (1 - l) y; in a plan of fewer passes c, or c and D.
+
+        Returns the last answer.
+        """
+        if len(answers) != self._answers[self.i]:
+            raise SamplingError(f"{len(answers)} answers came at step {self.i + 1}, where {self._answers[self.i]} are needed")
+        for answer in answers:
+            self._observe(answer)
+        return answers[-1]
+
+    def _observe(self, denoised: Tensor) -> None:
         if denoised.shape != self._x.shape:
             raise SamplingError(
                 f"the model returned a tensor of shape {tuple(denoised.shape)} for a latent of shape {tuple(self._x.shape)}: "
@@ -210,7 +232,8 @@ class Run:
         # A copy: a model may write its next output over this one, from whichever call on (CUDA graphs do so once recorded).
         m = self._free.pop() if self._free else torch.empty_like(self._x)
         self._steps[self.i].write_m(m, self._x, denoised)
-        self._history[self.i] = m
+        self._history[self._known] = m
+        self._known += 1
 
     def advance(self) -> None:
         """Correct the step that led here and go on to the next level, in one update."""
@@ -281,7 +304,9 @@ def _ready(plan: Plan, device: torch.device, dtype: torch.dtype, ndim: int) -> t
         return value.reshape(-1, *(1,) * (ndim - 2)).to(device, dtype)
 
     updates = list(plan.updates())
-    last = {node: i for i, update in enumerate(updates) for node in (i, *update.nodes)}  # step that uses a node last
+    known = list(accumulate(plan.answers, initial=0))
+    new = [range(a, b) for a, b in pairwise(known)]
+    last = {node: i for i, update in enumerate(updates) for node in (*new[i], *update.nodes)}  # step that uses a node last
     return tuple(
         _Step(
             coefficient(step.slope),

@@ -16,7 +16,7 @@ from ..estimate.source import Source
 from ..file.contents import EMSFile
 from ..file.layout import SUFFIX
 from ..file.reader import EMSFileError, load_ems_file
-from ..fit.run import FitPlan, evaluations_of_fit
+from ..fit.run import FitPlan, evaluations_of_fit, evaluations_of_passes
 from ..judge.calibrate import CalibrationPlan
 from ..share.library import safe_name
 from .model import add_model_options, add_running_options, scales, seconds_of, shape, source_of
@@ -60,6 +60,7 @@ def add_compute(commands: Commands) -> None:
     p.add_argument("--probes", type=int, help="Jacobian probes per point (1)")
     p.add_argument("--steps", type=shape, default=(), help="fit these step counts only, comma-separated: one costs half")
     p.add_argument("--per-element", action="store_true", help="statistics per latent element: one size only, large")
+    _add_passes(p)
     p.add_argument("--until", type=float, help="stop when the standard errors of l, s and b (rms) are at most this")
     p.add_argument("--no-evidence", action="store_true", help="leave out calibration, recommendation and fit")
     p.add_argument("--no-fit", action="store_true", help="leave out the fitted schedules; 'ems fit' can add them later")
@@ -69,6 +70,11 @@ def add_compute(commands: Commands) -> None:
     add_running_options(p)
     p.add_argument("--dry-run", action="store_true", help="show the plan only")
     p.set_defaults(run=run_compute)
+
+
+def _add_passes(parser: argparse.ArgumentParser) -> None:
+    told = "also fit steps in fewer passes of the network, for guidance: up to four times the cost of the fit"
+    parser.add_argument("--passes", action="store_true", help=told)
 
 
 def run_compute(args: argparse.Namespace) -> int:
@@ -113,6 +119,7 @@ def _print_plan(args: argparse.Namespace, source: Source, job: Job, plan: Calibr
     if plan is not None and plan.fit is not None:
         known = min(job.samples, plan.fit.noises)
         cost = evaluations_of_fit(plan.fit, len(job.lambdas), len(job.guidance), known)
+        cost += evaluations_of_passes(plan.fit, job.guidance)
         evidence += f"; {_fit_in_words(plan.fit)}, {cost} of the evaluations"
     print(
         f"{source.identity['name']}: guidance {scales}; {job.samples} trajectories of {len(job.lambdas)} points each, "
@@ -170,6 +177,12 @@ def _fit_verdict(file: EMSFile) -> int:
             f"  guidance {row.guidance:g}, fitted, {row.steps} steps: error {value:.2f} [{low:.2f}, {high:.2f}] of "
             f"that of {row.fixed_schedule}, on {row.noises} noises of no other use{kept}"
         )
+    for row in file.meta.passes:
+        value, low, high = row.ratio
+        print(
+            f"  guidance {row.guidance:g}, {row.passes} passes in {row.steps} steps: error {value:.2f} [{low:.2f}, {high:.2f}] "
+            f"of that of {row.fixed_schedule}"
+        )
     return 0
 
 
@@ -197,6 +210,7 @@ def add_fit(commands: Commands) -> None:
     p.add_argument("--out", type=Path, help="file to write (default: the same file)")
     p.add_argument("--effort", choices=sorted(EFFORTS), default="standard", help="how much to try (standard)")
     p.add_argument("--steps", type=shape, help="step counts to fit, comma-separated (by effort)")
+    _add_passes(p)
     p.add_argument("--seed", type=int, default=0, help="of start noise (0)")
     add_running_options(p)
     p.add_argument("--dry-run", action="store_true", help="show the plan only")
@@ -211,7 +225,7 @@ def run_fit(args: argparse.Namespace) -> int:
     if source.schedule.space.value != file.meta.space:
         raise EstimateError(f"{args.file} is in {file.meta.space} space, the model in {source.schedule.space.value} space")
     effort = EFFORTS[args.effort]
-    fit = plan_for(source, effort).fit
+    fit = plan_for(source, effort, passes=args.passes).fit
     assert fit is not None
     fit = replace(fit, steps=tuple(args.steps)) if args.steps else fit
     most = (len(file.lambdas) - 1) // FINER
@@ -222,7 +236,7 @@ def run_fit(args: argparse.Namespace) -> int:
         )
     out = args.out or args.file
     job = replace(job_for(source, effort, args.seed), lambdas=tuple(file.lambdas.tolist()))
-    total = evaluations_of_fit(fit, len(job.lambdas), len(job.guidance))
+    total = evaluations_of_fit(fit, len(job.lambdas), len(job.guidance)) + evaluations_of_passes(fit, job.guidance)
     seconds = seconds_of(source, job, args) * total
     scales = ", ".join(f"{g:g}" for g in job.guidance)
     print(f"{_fit_in_words(fit)}, at guidance {scales}".capitalize())
@@ -230,8 +244,9 @@ def run_fit(args: argparse.Namespace) -> int:
     if args.dry_run:
         return 0
     state = JobState.open(out.with_name(out.name + ".fit.partial"), job)
-    begun = state.facts.setdefault("effort", [args.effort, list(fit.steps)])
-    if begun != [args.effort, list(fit.steps)]:
+    mine = [args.effort, list(fit.steps), fit.passes]
+    begun = state.facts.setdefault("effort", mine)
+    if begun != mine:
         raise EstimateError(f"{state.path} holds a fit begun with effort and steps {begun}: finish it so, or delete it")
     try:
         with _Bar() as bar:
@@ -252,7 +267,7 @@ def _job(args: argparse.Namespace, source: Source) -> tuple[Job, CalibrationPlan
     effort = replace(effort, **given)
     job = job_for(source, effort, args.seed, args.steps, per_element=args.per_element)
     groups = 4 if args.per_element else job.groups
-    plan = None if args.no_evidence else plan_for(source, effort, args.steps)
+    plan = None if args.no_evidence else plan_for(source, effort, args.steps, args.passes)
     if plan is not None and args.no_fit:
         plan = replace(plan, fit=None)
     return replace(job, groups=groups), plan

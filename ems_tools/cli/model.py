@@ -93,6 +93,8 @@ def source_of(args: argparse.Namespace) -> Source:
     for plug in plugs():
         found = plug.source_of(args)
         if found is not None:
+            if args.passes and found.conditional is None:
+                raise EstimateError("--passes: of this model the conditional answer cannot be had alone; leave it out")
             return found
     if args.model is None:
         return _embedded(args)
@@ -107,7 +109,9 @@ def source_of(args: argparse.Namespace) -> Source:
         schedule = EDM(args.sigma_min, args.sigma_max)
     if not 0 < args.sigma_min < args.sigma_max:
         raise EstimateError("--sigma-min must be above 0 and below --sigma-max")
-    return Source(models, args.shape, schedule, {"name": args.name or args.model.replace(":", "."), "source": args.model})
+    identity = {"name": args.name or args.model.replace(":", "."), "source": args.model}
+    alone = _denoiser(make, 1.0, args.model) if args.passes else None
+    return Source(models, args.shape, schedule, identity, conditional=alone)
 
 
 def _embedded(args: argparse.Namespace) -> Source:
@@ -121,7 +125,8 @@ def _embedded(args: argparse.Namespace) -> Source:
     }
     if args.classes is not None:
         identity["classes"] = ", ".join(map(str, args.classes))
-    return Source(models, embedded.SHAPE, VPDiscrete.linear(), identity)
+    alone = embedded.GuidedDenoiser(network, labels, 1.0)
+    return Source(models, embedded.SHAPE, VPDiscrete.linear(), identity, conditional=alone)
 
 
 def _imported(name: str) -> Callable[[float], Model]:

@@ -26,6 +26,7 @@ class Source:
         identity: what is known of the model: name, hashes, prediction; strings.
         levels: the host's own noise levels, if it rounds to them.
         host_schedules: the host's step schedules to judge on, before the paper's, by name.
+        conditional: the conditional answer alone, from one pass of the network; None if the model has no such answer.
     """
 
     models: Mapping[float, Model]
@@ -34,6 +35,7 @@ class Source:
     identity: Mapping[str, str]
     levels: Tensor | None = None
     host_schedules: Mapping[str, Callable[[int], Tensor]] | None = None
+    conditional: Model | None = None
 
     def __post_init__(self) -> None:
         """A host's text can be anything; here it becomes what a file can hold."""

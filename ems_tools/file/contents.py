@@ -6,7 +6,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import cast
@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ...sampler import EMS, EMSError, Recommendation, RecommendationEntry, Space
+from ...sampler import EMS, EMSError, FittedSteps, Recommendation, RecommendationEntry, Space
 from .layout import DTYPE_NAMES, encoded
 from .rows import MAX_GUIDANCE, MAX_LAMBDA, MIN_GUIDANCE, EMSMeta, FittedRow
 from .storage import write_atomic
@@ -127,7 +127,8 @@ class EMSFile:
         found = [r for r in self.meta.recommendation if r.guidance == nearest]
         entries = tuple(RecommendationEntry(r.lambdas, r.settings, r.schedule) for r in found)
         facts = {"model": str(self.meta.model.get("name", "")), "space": self.meta.space, "guidance": f"{inside:g}"}
-        fitted = tuple(r.coefficients for r in self._fitted_rows(guidance) if r.coefficients is not None)
+        rows = (*self._near(self.meta.fitted, guidance), *self._near(self.meta.passes, guidance))
+        fitted = tuple(r.coefficients for r in rows if r.coefficients is not None)
         recommendation = Recommendation(entries, fitted) if entries or fitted else None
         l, s, b = (self._between(v, inside) for v in (self.l, self.s, self.b))
         return EMS(self.lambdas, l, s, b, facts, recommendation)
@@ -143,14 +144,25 @@ class EMSFile:
     def _nearest(guidance: float, scales: list[float]) -> float:
         return min(scales, key=lambda g: abs(math.log(g / guidance)))
 
-    def _fitted_rows(self, guidance: float) -> list[FittedRow]:
-        """The rows of the nearest scale that is near enough."""
+    def _near(self, rows: Sequence[FittedRow], guidance: float) -> list[FittedRow]:
+        """Those of the nearest scale that is near enough."""
         low, high = FITTED_REACH
-        scales = [g for g in sorted({r.guidance for r in self.meta.fitted}) if low <= guidance / g <= high]
+        scales = [g for g in sorted({r.guidance for r in rows}) if low <= guidance / g <= high]
         if not scales:
             return []
         nearest = self._nearest(guidance, scales)
-        return [r for r in self.meta.fitted if r.guidance == nearest]
+        return [r for r in rows if r.guidance == nearest]
+
+    def passes_sigmas(self, passes: int, guidance: float) -> tuple[Tensor, FittedSteps] | None:
+        """The schedule [n + 1] fitted in so many passes at this guidance scale, host levels in float64, and its steps.
+
+        None where the file has none, because guided steps were better or none were tried.
+        """
+        row = next((r for r in self._near(self.meta.passes, guidance) if r.passes == passes), None)
+        if row is None or row.coefficients is None or guidance == 1:
+            return None
+        lambdas = torch.tensor([*row.lambdas, math.inf], dtype=torch.float64)
+        return Space(self.meta.space).level_of(lambdas), row.coefficients
 
     def fitted_sigmas(self, steps: int, guidance: float, denoise: float = 1.0) -> Tensor:
         """The schedule fitted for `steps` evaluations at this guidance scale: host levels [steps + 1] in float64.
@@ -180,7 +192,7 @@ class EMSFile:
 
     def _fitted_row(self, steps: int, guidance: float, denoise: float) -> tuple[int, FittedRow | None]:
         total = max(round(steps / denoise), steps)
-        return total, next((r for r in self._fitted_rows(guidance) if r.steps == total), None)
+        return total, next((r for r in self._near(self.meta.fitted, guidance) if r.steps == total), None)
 
     def _between(self, values: Tensor, guidance: float) -> Tensor:
         at = int(torch.searchsorted(self.guidance, guidance).item())
@@ -278,7 +290,7 @@ def _check_values(name: str, value: Tensor, low: float, high: float) -> None:
 def _check_scales(file: EMSFile) -> None:
     scales = set(file.guidance.tolist())
     judged = {row.guidance for row in file.meta.evidence} | {row.guidance for row in file.meta.recommendation}
-    judged |= {row.guidance for row in file.meta.fitted}
+    judged |= {row.guidance for row in (*file.meta.fitted, *file.meta.passes)}
     if judged - scales:
         covered = ", ".join(f"{g:g}" for g in sorted(scales))
         raise EMSError(f"evidence or recommendation for guidance {min(judged - scales):g}; the file covers {covered}")

@@ -12,7 +12,7 @@ A safetensors file (8 bytes of header length, a JSON header, raw tensors) with
 
 and string metadata: `format`, `format_version`, `content_sha256`, `program`, `date`, and JSON in `model`, `noise`,
 `grid`, `estimate`, `evidence`, `recommendation`, and where there is any, `fitted`. Keys that begin with `modelspec.` or `ss_`
-are kept as they are.
+are kept as they are. Version 2 is for files with `passes`, steps in fewer passes, which version 1 has not; else they are alike.
 
 Reading executes nothing. Size and header length are checked before anything is parsed, every type, shape, dtype, offset
 and range before it is used. `content_sha256` covers names, dtypes, shapes, bytes and metadata, and the header must be
@@ -67,7 +67,7 @@ __all__ = [
     "too_large",
 ]
 
-FORMAT, VERSION = "dpm-solver-v3-ems", "1"
+FORMAT, VERSION, VERSIONS = "dpm-solver-v3-ems", "1", ("1", "2")
 SUFFIX = ".ems.safetensors"
 MAX_FILE_BYTES, MAX_HEADER_BYTES = 256 * 2**20, 2**20
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
@@ -97,6 +97,7 @@ _FITTED_COLUMNS = (
     *("guidance", "steps", "lambdas", "start", "decay", "weights"),
     *("fitted", "fixed", "fixed_schedule", "ratio", "noises"),
 )
+_PASSES_COLUMNS = (*_FITTED_COLUMNS, "guided")
 
 
 def metadata_of(meta: EMSMeta) -> dict[str, str]:
@@ -112,15 +113,19 @@ def metadata_of(meta: EMSMeta) -> dict[str, str]:
     }
     if meta.fitted:
         plain["fitted"] = {"columns": _FITTED_COLUMNS, "rows": [fitted_values(row) for row in meta.fitted]}
-    texts = {"format": FORMAT, "format_version": VERSION, "program": meta.program, "date": meta.date}
+    if meta.passes:
+        plain["passes"] = {"columns": _PASSES_COLUMNS, "rows": [fitted_values(row) for row in meta.passes]}
+    texts = {"format": FORMAT, "format_version": VERSIONS[bool(meta.passes)], "program": meta.program, "date": meta.date}
     return {**meta.foreign, **texts, **{name: _json(value) for name, value in plain.items()}}
 
 
 def fitted_values(row: FittedRow) -> list[object]:
-    """A fitted row as JSON-serialisable values; no coefficients are three nulls."""
+    """A fitted row as JSON-serialisable values; no coefficients are three nulls. One of fewer passes ends with `guided`."""
     c = row.coefficients
     parts: list[object] = [None, None, None] if c is None else [c.start, c.decay, c.weights]
-    return [row.guidance, row.steps, row.lambdas, *parts, row.fitted, row.fixed, row.fixed_schedule, row.ratio, row.noises]
+    tail: list[object] = [row.fitted, row.fixed, row.fixed_schedule, row.ratio, row.noises]
+    more = [c.guided] if c is not None and c.guided else []
+    return [row.guidance, row.steps, row.lambdas, *parts, *tail, *more]
 
 
 def evidence_values(row: EvidenceRow) -> list[object]:
@@ -248,9 +253,9 @@ def _check_version(metadata: Mapping[str, str]) -> None:
         found = f"format is {metadata['format']!r:.60}" if "format" in metadata else "it names no format"
         raise EMSError(f"is a safetensors file but holds no EMS ({found}): choose a file made by 'ems compute'")
     version = metadata.get("format_version", "")
-    if version != VERSION:
-        if version.isascii() and version.isdigit() and len(version) < 6 and int(version) > int(VERSION):
-            raise EMSError(f"has format version {version}, this program reads {VERSION}: update DPM-Solver-v3")
+    if version not in VERSIONS:
+        if version.isascii() and version.isdigit() and len(version) < 6 and int(version) > int(VERSIONS[-1]):
+            raise EMSError(f"has format version {version}, this program reads up to {VERSIONS[-1]}: update DPM-Solver-v3")
         raise EMSError(f"has format version {version!r:.40}, which does not exist; {DAMAGED}")
 
 
@@ -289,15 +294,23 @@ def parse_meta(metadata: dict[str, str]) -> EMSMeta:
         if name not in left:
             raise EMSError(f"metadata '{name}' is missing")
         plain[name] = _parse_json(left.pop(name), f"metadata '{name}'")
-    table = _parse_json(left.pop("fitted"), "metadata 'fitted'") if "fitted" in left else None
-    fitted = () if table is None else tuple(map(fitted_row, _rows("fitted", table, _FITTED_COLUMNS)))
+    fitted, passes = (_fitted_table(left, *table) for table in (("fitted", _FITTED_COLUMNS), ("passes", _PASSES_COLUMNS)))
+    if bool(passes) != (metadata.get("format_version") == VERSIONS[1]):
+        raise EMSError("steps in fewer passes make a file one of version 2, and no other file is")
     noise = plain.pop("noise")
     if not isinstance(noise, dict) or set(noise) != {"space", "sigma_min", "sigma_max", "schedule"}:
         raise EMSError("metadata 'noise' must hold space, sigma_min, sigma_max and schedule")
     evidence = tuple(EvidenceRow(*row) for row in _rows("evidence", plain.pop("evidence"), _EVIDENCE_COLUMNS))
     advice = tuple(advice_row(row) for row in _rows("recommendation", plain.pop("recommendation"), _ADVICE_COLUMNS))
-    plain = {**plain, "evidence": evidence, "recommendation": advice, "fitted": fitted}
+    plain = {**plain, "evidence": evidence, "recommendation": advice, "fitted": fitted, "passes": passes}
     return EMSMeta(**noise, **plain, program=program, date=date, foreign=left)
+
+
+def _fitted_table(left: dict[str, str], name: str, columns: tuple[str, ...]) -> tuple[FittedRow, ...]:
+    """The rows of a table that may be missing, taken out of what is left."""
+    if name not in left:
+        return ()
+    return tuple(map(fitted_row, _rows(name, _parse_json(left.pop(name), f"metadata '{name}'"), columns)))
 
 
 def _rows(name: str, table: object, columns: tuple[str, ...]) -> list[list[Any]]:
@@ -328,10 +341,13 @@ def advice_row(row: list[Any]) -> RecommendedSetting:
 
 def fitted_row(values: list[Any]) -> FittedRow:
     """The inverse of `fitted_values`. Raises EMSError on anything else."""
-    guidance, steps, lambdas, start, decay, weights, fitted, fixed, schedule, ratio, noises = values
+    guidance, steps, lambdas, start, decay, weights, fitted, fixed, schedule, ratio, noises, *more = values
+    guided = more[0] if more else ()
+    if not isinstance(guided, (list, tuple)) or len(guided) > MAX_FITTED_STEPS or not all(isinstance(v, bool) for v in guided):
+        raise EMSError("a row of fewer passes must say true or false of each evaluation")
 
     def numbers(value: object) -> tuple[float, ...]:
-        if not isinstance(value, (list, tuple)) or len(value) > MAX_FITTED_STEPS + 1:
+        if not isinstance(value, (list, tuple)) or len(value) > 2 * MAX_FITTED_STEPS:
             raise EMSError("a fitted row must hold short lists of numbers")
         return tuple(number("a fitted row's number", v, -1e31, 1e31) for v in value)
 
@@ -340,7 +356,7 @@ def fitted_row(values: list[Any]) -> FittedRow:
         if not isinstance(weights, (list, tuple)) or len(weights) > MAX_FITTED_STEPS:
             raise EMSError("a fitted row's weights must be a short list")
         try:
-            coefficients = FittedSteps(where, numbers(decay), tuple(map(numbers, weights)), *numbers([start]))
+            coefficients = FittedSteps(where, numbers(decay), tuple(map(numbers, weights)), numbers([start])[0], tuple(guided))
         except ValueError as error:
             raise error if isinstance(error, EMSError) else EMSError(str(error)) from error
     return FittedRow(guidance, steps, where, coefficients, numbers(fitted), numbers(fixed), schedule, numbers(ratio), noises)

@@ -114,6 +114,9 @@ class FittedRow:
         fitted, fixed: squared errors of the fit and of `fixed_schedule`, the best fixed one, on `noises` held-out noises:
             geometric mean, median, mean.
         ratio: the geometric means' ratio, and its bootstrap 95 % interval.
+
+    A row of steps in fewer passes has coefficients with `guided`; what it has to beat are the guided steps, fitted or not, that
+    cost as many passes of the network.
     """
 
     guidance: float
@@ -146,6 +149,11 @@ class FittedRow:
             if wrong:
                 raise EMSError(f"a fitted row's coefficients are none that a step can need: {wrong}")
 
+    @property
+    def passes(self) -> int:
+        """Of the network, for a picture under guidance."""
+        return 2 * self.steps if self.coefficients is None else self.coefficients.passes
+
 
 @dataclass(frozen=True)
 class EMSMeta:
@@ -157,6 +165,7 @@ class EMSMeta:
         grid: how the points in lambda were chosen.
         estimate: samples, probes, resolution, source of points, seed, evaluations, ...
         fitted: schedules and coefficients for few steps.
+        passes: the same in fewer passes of the network, for guidance; each row for another number of passes.
         program, date: version that made the file; ISO date, given by the caller so that equal content is equal bytes.
         foreign: metadata of other tools, keys `modelspec.*` and `ss_*`.
     """
@@ -174,6 +183,7 @@ class EMSMeta:
     date: str = ""
     foreign: Mapping[str, str] = field(default_factory=dict)
     fitted: tuple[FittedRow, ...] = ()
+    passes: tuple[FittedRow, ...] = ()
 
     def __post_init__(self) -> None:
         if self.space not in [s.value for s in Space]:
@@ -199,13 +209,26 @@ class EMSMeta:
         cases = {(row.guidance, row.steps) for row in self.fitted}
         if len(cases) != len(self.fitted) or len(cases) > MAX_FITTED_ROWS:
             raise EMSError(f"fitted rows must be at most {MAX_FITTED_ROWS}, each for another guidance scale or number of steps")
+        _check_passes(self)
         first, last = -math.log(high) - MARGIN, -math.log(low) + MARGIN
-        for row in self.fitted:
+        for row in (*self.fitted, *self.passes):
             if row.lambdas[0] < first or row.lambdas[-1] > last:
                 span = f"from lambda {row.lambdas[0]:g} to {row.lambdas[-1]:g}"
                 raise EMSError(f"a fitted row goes {span}, outside the file's noise range, {first:.3g} to {last:.3g}")
             if row.lambdas[0] > first + LATEST * (last - first):
                 raise EMSError(f"a fitted row begins at lambda {row.lambdas[0]:g}, where most of the noise range is over")
+
+
+def _check_passes(meta: EMSMeta) -> None:
+    """Which table a row is in says what its answers are. Raises EMSError."""
+    if any(row.coefficients is not None and row.coefficients.guided for row in meta.fitted):
+        raise EMSError("a fitted row's coefficients leave out passes: such rows have a table of their own")
+    kept = [row.coefficients for row in meta.passes]
+    if any(c is None or not c.guided for c in kept):
+        raise EMSError("a row of fewer passes must say which of its evaluations are guided")
+    cases = {(row.guidance, row.passes) for row in meta.passes}
+    if len(cases) != len(meta.passes) or len(cases) > MAX_FITTED_ROWS:
+        raise EMSError(f"rows of fewer passes must be at most {MAX_FITTED_ROWS}, each for another scale or number of passes")
 
 
 def error_ratio(row: EvidenceRow) -> float:

@@ -21,7 +21,7 @@ from ..file.rows import FittedRow
 from ..trajectory import Runner, Trajectories, few_steps
 from .steps import objective
 
-__all__ = ["judged_row", "ratio_of"]
+__all__ = ["averages", "judged_row", "ratio_of"]
 
 
 def judged_row(
@@ -45,7 +45,7 @@ def judged_row(
         if measured[0] < 1:
             kept, mine, ratio = fitted, own, measured
     return FittedRow(
-        guidance, len(kept.lambdas), kept.lambdas, kept, _averages(mine), _averages(theirs), name, ratio, len(samples)
+        guidance, len(kept.lambdas), kept.lambdas, kept, averages(mine), averages(theirs), name, ratio, len(samples)
     )
 
 
@@ -76,7 +76,7 @@ def _usable(errors: Tensor) -> Tensor:
     return errors.nan_to_num(nan=1e30).clamp(1e-30, 1e30)
 
 
-def _averages(errors: Tensor) -> tuple[float, float, float]:
+def averages(errors: Tensor) -> tuple[float, float, float]:
     """Geometric mean, median and mean, to 5 digits."""
     errors = _usable(errors)
     values = (math.exp(objective(errors)), errors.median().item(), errors.mean().item())

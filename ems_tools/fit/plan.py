@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-__all__ = ["KEPT", "FitPlan", "evaluations_of_fit", "searched_steps"]
+__all__ = ["KEPT", "FitPlan", "evaluations_of_fit", "evaluations_of_passes", "searched_steps"]
 
 KEPT = 2
 """Entrants of the panel that are left after the first heat; this sampler without a file joins them."""
@@ -30,6 +30,7 @@ class FitPlan:
             fit's: on the same noise they differ by what they are, so few tell them apart. The best two, and this sampler
             without a file, run at every step count on the first `panel_noises` of those held out, and the best of these on
             all of them.
+        passes: for steps in fewer passes of the network, spacings that they are tried on; 0: none are fitted.
         rounds: of refinement for the final error, on `refine_noises`, for at most `refined` steps.
     """
 
@@ -47,6 +48,7 @@ class FitPlan:
     rounds: int = 0
     refine_noises: int = 12
     refined: int = 8
+    passes: int = 0
 
 
 def searched_steps(plan: FitPlan) -> list[int]:
@@ -73,11 +75,33 @@ def evaluations_of_fit(plan: FitPlan, grid: int, scales: int, known: int = 0) ->
     return scales * (teacher + searched + runs + refinement)
 
 
-def _cost_of_refinement(plan: FitPlan, steps: int) -> int:
-    """A knob costs the evaluations after it; a round also one run before and at most three after it."""
+def evaluations_of_passes(plan: FitPlan, scales: Sequence[float]) -> int:
+    """Denoiser evaluations of `fit_passes` at most, at these guidance scales; a conditional pass alone counts as one."""
+    from .passes import FINALISTS, SEARCH, patterns
+
+    if not plan.passes:
+        return 0
+    total = 0
+    for n in set(plan.steps):
+        sizes = [2 * len(pattern) for pattern in patterns(n)]
+        if not sizes:
+            continue
+        total += (plan.passes * sizes[0] + sum(sizes[1:])) * min(plan.search, SEARCH, plan.noises)
+        total += FINALISTS * max(sizes) * plan.noises + 3 * n * plan.held_out
+        total += max(_cost_of_refinement(plan, n, pattern) for pattern in patterns(n))
+    return total * sum(g != 1 for g in scales)
+
+
+def _cost_of_refinement(plan: FitPlan, steps: int, guided: Sequence[bool] = ()) -> int:
+    """A knob costs the evaluations after it; a round also one run before and at most three after it.
+
+    `guided` is the pattern of steps in fewer passes, of as many passes as `steps` guided ones.
+    """
     from .refine import knobs_of
 
     if not plan.rounds or steps > plan.refined:
         return 0
-    runs = sum(steps - i - (what in ("y", "D")) for what, i, _ in knobs_of(steps)) + 4 * steps
-    return plan.rounds * plan.refine_noises * runs + 2 * plan.noises * steps
+    answers = [1 + both for both in guided] or [1] * steps
+    knobs = knobs_of(len(answers), guided)
+    runs = sum(sum(answers[i + (what in ("y", "D")) :]) for what, i, _ in knobs) + 4 * sum(answers)
+    return plan.rounds * plan.refine_noises * runs + 2 * plan.noises * sum(answers)

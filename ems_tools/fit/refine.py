@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from ...sampler import FittedSteps
-from ..trajectory import Runner, Trajectories
+from ..trajectory import Pair, Runner, Trajectories
 from .steps import corrected, least_squares, objective, step_on
 
 __all__ = ["knobs_of", "refine", "with_last_step"]
@@ -31,10 +32,11 @@ class _Point:
     decay: list[float]
     weights: list[list[float]]
     start: float
+    guided: tuple[bool, ...] = ()
 
     @classmethod
     def of(cls, steps: FittedSteps) -> _Point:
-        point = cls(list(steps.lambdas), list(steps.decay), [list(row) for row in steps.weights], steps.start)
+        point = cls(list(steps.lambdas), list(steps.decay), [list(row) for row in steps.weights], steps.start, steps.guided)
         point._add(-1)
         return point
 
@@ -42,19 +44,21 @@ class _Point:
         """The coefficients themselves."""
         other = self.copy()
         other._add(1)
-        return FittedSteps(tuple(other.lambdas), tuple(other.decay), tuple(map(tuple, other.weights)), other.start)
+        return FittedSteps(
+            tuple(other.lambdas), tuple(other.decay), tuple(map(tuple, other.weights)), other.start, other.guided
+        )
 
     def copy(self) -> _Point:
-        return _Point(list(self.lambdas), list(self.decay), [list(row) for row in self.weights], self.start)
+        return _Point(list(self.lambdas), list(self.decay), [list(row) for row in self.weights], self.start, self.guided)
 
     def _add(self, sign: int) -> None:
         for i, (lam, then) in enumerate(zip(self.lambdas, [*self.lambdas[1:], math.inf])):
             first = math.exp(lam - then)
             self.decay[i] += sign * first
-            self.weights[i][i] += sign * (1 - first)
+            self.weights[i][-1] += sign * (1 - first)
 
     def move(self, knob: tuple[str, int, int], by: float) -> None:
-        """Turn one knob: a lambda, the start, or in step i the share of y against D_i, or of D_i against an older D."""
+        """Turn one knob: a lambda, the start, or in step i the share of y against the newest answer, or of that against j."""
         what, i, j = knob
         if what == "lambda":
             self.lambdas[i] += by
@@ -62,9 +66,9 @@ class _Point:
             self.start += by
         elif what == "y":
             self.decay[i] += by
-            self.weights[i][i] -= by
+            self.weights[i][-1] -= by
         else:
-            self.weights[i][i] += by
+            self.weights[i][-1] += by
             self.weights[i][j] -= by
 
 
@@ -72,13 +76,21 @@ _TURN = {"lambda": 0.04, "start": 0.01, "y": 0.02, "D": 0.04}
 """How far a knob is turned to see what it does."""
 
 
-def knobs_of(steps: int) -> list[tuple[str, int, int]]:
-    """Of all steps but the last, whose coefficients are fitted whatever the others are."""
+def knobs_of(steps: int, guided: Sequence[bool] = ()) -> list[tuple[str, int, int]]:
+    """Of all steps but the last, whose coefficients are fitted whatever the others are; `guided` as in `FittedSteps`.
+
+    ("D", i, j): in step i the newest answer against answer j, one of the two before it (of three, in fewer passes).
+    """
     knobs = [("lambda", i, 0) for i in range(steps)] + [("y", i, 0) for i in range(steps - 1)]
-    return [("start", 0, 0), *knobs] + [("D", i, j) for i in range(1, steps - 1) for j in range(max(i - 2, 0), i)]
+    newest = [k - 1 for k in accumulate(1 + both for both in guided or [False] * steps)]
+    back = 3 if guided else 2
+    answers = [("D", i, j) for i, new in enumerate(newest[:-1]) for j in range(max(new - back, 0), new)]
+    return [("start", 0, 0), *knobs, *answers]
 
 
-def refine(runner: Runner, samples: Sequence[int], teacher: Trajectories, steps: FittedSteps, rounds: int) -> FittedSteps:
+def refine(
+    runner: Runner | Pair, samples: Sequence[int], teacher: Trajectories, steps: FittedSteps, rounds: int
+) -> FittedSteps:
     """Turn all knobs together so that the *final* error falls: Gauss-Newton rounds on the mean log error.
 
     Fitting each step to the teacher for its own sake ignores what an error there does to the steps after it. Derivatives
@@ -88,7 +100,7 @@ def refine(runner: Runner, samples: Sequence[int], teacher: Trajectories, steps:
         point = _Point.of(steps)
         ys, history, residual = _trace(runner, samples, teacher, steps)
         errors = residual.square().mean(1)
-        knobs = knobs_of(len(steps.lambdas))
+        knobs = knobs_of(len(steps.lambdas), steps.guided)
         columns = []
         for knob in knobs:
             moved = point.copy()
@@ -119,7 +131,7 @@ def refine(runner: Runner, samples: Sequence[int], teacher: Trajectories, steps:
 
 
 def with_last_step(
-    runner: Runner, samples: Sequence[int], teacher: Trajectories, steps: FittedSteps
+    runner: Runner | Pair, samples: Sequence[int], teacher: Trajectories, steps: FittedSteps
 ) -> tuple[FittedSteps, Tensor]:
     """The same steps with the last one's coefficients fitted anew, and the errors [K] on these samples."""
     states, history, _ = _trace(runner, samples, teacher, steps)
@@ -130,8 +142,8 @@ def with_last_step(
     c = least_squares(features, target)[0]
     errors = (target - torch.einsum("f,kfp->kp", c, features)).square().mean(1)
     decay, weights = corrected(0.0, [0.0] * (len(past) - 1) + [1.0], c.tolist())
-    kept = FittedSteps(steps.lambdas, (*steps.decay[:-1], decay), (*steps.weights[:-1], tuple(weights)), steps.start)
-    return kept, errors
+    decays, rows = (*steps.decay[:-1], decay), (*steps.weights[:-1], tuple(weights))
+    return FittedSteps(steps.lambdas, decays, rows, steps.start, steps.guided), errors
 
 
 def _turns(columns: Tensor, residual: Tensor, errors: Tensor) -> Tensor:
@@ -145,7 +157,7 @@ def _turns(columns: Tensor, residual: Tensor, errors: Tensor) -> Tensor:
 
 
 def _trace(
-    runner: Runner,
+    runner: Runner | Pair,
     samples: Sequence[int],
     teacher: Trajectories,
     steps: FittedSteps,
@@ -153,12 +165,13 @@ def _trace(
     ys: Sequence[Tensor] = (),
     past: Sequence[Tensor] = (),
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Y and D at every evaluation, and the final residual [K, P]; of a run that differs from (ys, past) from `begin` on."""
-    states, history = list(ys[: begin + 1]), list(past[: begin + 1])
+    """Y and all answers of a run, and the final residual [K, P]; of one that differs from (ys, past) from `begin` on."""
+    known = [0, *accumulate(steps.answers)]
+    states, history = list(ys[: begin + 1]), list(past[: known[begin + 1]])
     if not states:
         states = [runner.start(samples, steps.lambdas[0]) * steps.start]
     for i in range(max(begin, 0), len(steps.lambdas)):
-        if i >= len(history):
-            history.append(runner.denoise(samples, states[-1], steps.lambdas[i]))
+        if known[i] >= len(history):
+            history += runner.answers(samples, states[-1], steps.lambdas[i], bool(steps.guided) and steps.guided[i])
         states.append(step_on(states[-1], history, steps.decay[i], steps.weights[i]))
     return states[:-1], history, states[-1].flatten(1)[:, teacher.elements].double() - teacher.clean

@@ -14,6 +14,7 @@ Every run's result is kept in the job's state, so a cancelled fit goes on where 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -23,12 +24,13 @@ from ..estimate.job import Evaluating, Job, JobState, Meter, Progress, snapped_g
 from ..estimate.source import Source
 from ..file.layout import fitted_row, fitted_values
 from ..file.rows import FittedRow, insane
-from ..trajectory import Runner, kept_trajectories
+from ..trajectory import Pair, Runner, kept_trajectories
 from .candidates import Bench, best_spacing, follows, likely_entrants
 from .formulas import OWN
 from .judge import judged_row
 from .panel import Entrant, entrants
-from .plan import FitPlan, evaluations_of_fit, searched_steps
+from .passes import best_passes, passes_row
+from .plan import FitPlan, evaluations_of_fit, evaluations_of_passes, searched_steps
 from .refine import refine, with_last_step
 from .spacing import CANDIDATES, Range, Spacing
 from .steps import closed_loop, objective, rounded
@@ -36,7 +38,7 @@ from .steps import closed_loop, objective, rounded
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["JUDGE_NOISE", "FitPlan", "evaluations_of_fit", "fit_steps"]
+__all__ = ["JUDGE_NOISE", "FitPlan", "evaluations_of_fit", "evaluations_of_passes", "fit_passes", "fit_steps", "forget"]
 
 JUDGE_NOISE = 2_000_000_000
 """Index of the first sample that a fit is judged on. A fit uses the statistics' samples, from 0; calibration counts from
@@ -90,11 +92,56 @@ def fit_steps(
         rows[n] = judged_row(runner, judge_on, judge, guidance, fitted, rivals, plan.panel_noises)
         state.facts.setdefault("fit", []).append(fitted_values(rows[n]))
         state.save()
+    return [rows[n] for n in wanted if n in rows]
+
+
+def fit_passes(
+    source: Source,
+    job: Job,
+    guidance: float,
+    plan: FitPlan,
+    state: JobState,
+    rivals: Sequence[FittedRow],
+    *,
+    progress: Callable[[Progress], None] = lambda p: None,
+    **options: Unpack[Evaluating],
+) -> list[FittedRow]:
+    """Rows of fewer passes for one guidance scale, of those numbers of passes at which they win; see `passes`.
+
+    `rivals` are the scale's guided steps. Without `plan.passes`, without guidance and without the source's conditional answer
+    there are none. Everything else as in `fit_steps`, which comes before.
+    """
+    if not plan.passes or guidance == 1 or source.conditional is None:
+        return []
+    name = f"{guidance:g}"
+    known: dict[str, list[object]] = state.facts.setdefault("passes", {}).setdefault(name, {})
+    meter = Meter(progress, "passes", evaluations_of_passes(plan, [guidance]), f"fewer passes at guidance {name}", state)
+    runners = (Runner(job, model, tick=meter.tick, **options) for model in (source.conditional, source.models[guidance]))
+    pair, samples = Pair(*runners), range(plan.noises)
+    held_out = range(JUDGE_NOISE, JUDGE_NOISE + plan.held_out)
+    teacher = kept_trajectories(pair.guided, state, f"fit.{name}", samples)
+    truth = kept_trajectories(pair.guided, state, f"judge.{name}", held_out)
+    span, snap = Range.of(job.lambdas, source.schedule), _snapping(source.levels, job)
+    bench = Bench(pair.guided, plan, samples, teacher, span, snap, state, name)
+    for rival in rivals:
+        if str(rival.steps) in known:
+            continue
+        found = best_passes(pair, samples, teacher, bench.lambdas, rival.steps, plan)
+        if found is not None and rival.steps <= plan.refined:
+            found = _refined(bench, pair, found)
+        row = passes_row(pair, held_out, truth, rival, found)
+        known[str(rival.steps)] = [] if row is None else fitted_values(row)
+        state.save()
+    return [fitted_row(values) for values in known.values() if values]
+
+
+def forget(state: JobState, guidance: float) -> None:
+    """Drop from the state what was needed to fit at this scale, once its rows are there."""
+    name = f"{guidance:g}"
     for key in [key for key in state.tensors if key.startswith((f"fit.{name}.", f"judge.{name}."))]:
         del state.tensors[key]
     state.facts.get("fit_runs", {}).pop(name, None)
     state.save()
-    return [rows[n] for n in wanted if n in rows]
 
 
 def _known(state: JobState, name: str) -> int:
@@ -137,18 +184,23 @@ def _fitted(bench: Bench, spacing: Spacing, steps: int) -> FittedSteps | None:
         lambdas = next((v for v in (bench.lambdas(s, steps) for s in CANDIDATES) if len(v) == steps), [])
     if not lambdas:
         return None
-    plan = bench.plan
     found, _ = closed_loop(bench.runner, bench.samples, bench.teacher, lambdas)
-    few = min(plan.refine_noises, len(bench.samples) // 2)
-    if not plan.rounds or steps > plan.refined or few < 2:
+    return _refined(bench, bench.runner, found) if steps <= bench.plan.refined else found
+
+
+def _refined(bench: Bench, runner: Runner | Pair, found: FittedSteps) -> FittedSteps:
+    """Steps refined for the final error, if the plan says so and noise that took no part in it agrees."""
+    plan, samples, teacher = bench.plan, bench.samples, bench.teacher
+    few = min(plan.refine_noises, len(samples) // 2)
+    if not plan.rounds or few < 2:
         return found
-    before = with_last_step(bench.runner, bench.samples, bench.teacher, found)[1]
-    refined = refine(bench.runner, bench.samples[:few], bench.teacher.part(few), found, plan.rounds)
+    before = with_last_step(runner, samples, teacher, found)[1]
+    refined = refine(runner, samples[:few], teacher.part(few), found, plan.rounds)
     moved = bench.snap(refined.lambdas)
-    if len(moved) < steps:
+    if len(moved) < len(found.lambdas):
         return found
-    refined = FittedSteps(tuple(moved), refined.decay, refined.weights, refined.start)
-    refined, after = with_last_step(bench.runner, bench.samples, bench.teacher, refined)
+    refined = replace(refined, lambdas=tuple(moved))
+    refined, after = with_last_step(runner, samples, teacher, refined)
     return rounded(refined) if objective(after[few:]) < objective(before[few:]) else found
 
 

@@ -135,4 +135,5 @@ def rounded(steps: FittedSteps) -> FittedSteps:
         tuple(map(short, steps.decay)),
         tuple(tuple(map(short, row)) for row in steps.weights),
         short(steps.start),
+        steps.guided,
     )

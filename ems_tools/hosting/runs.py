@@ -107,7 +107,7 @@ def choose_statistics(file: EMSFile, name: str, reason: str, run: Run, shape: tu
     return Statistics(ems, f"EMS {name}, {reason}, guidance {run.guidance:g}{text}", bool(notes))
 
 
-def choose_steps(file: EMSFile | None, name: str, run: Run, steps: int, denoise: float = 1.0) -> Steps:
+def choose_steps(file: EMSFile | None, name: str, run: Run, steps: int, denoise: float = 1.0, passes: bool = False) -> Steps:
     """The steps of a host's "fitted" schedule: those of `file`, or unfitted ones with the reason.
 
     Args:
@@ -116,6 +116,8 @@ def choose_steps(file: EMSFile | None, name: str, run: Run, steps: int, denoise:
         run: what is known of the run.
         steps: evaluations.
         denoise: below 1 the last part of a schedule of round(steps / denoise) steps, as hosts do it.
+        passes: spend the passes of so many guided steps on more steps, some of them without the unconditional pass, where the
+            file holds such a schedule. The result then has more than `steps` steps.
 
     Raises:
         ValueError: `steps` below 1 or `denoise` not in (0, 1].
@@ -125,6 +127,11 @@ def choose_steps(file: EMSFile | None, name: str, run: Run, steps: int, denoise:
     why = name if file is None else _why_not(file, name, run, steps, denoise)
     if file is not None and not why:
         assert run.guidance is not None
+        fewer = file.passes_sigmas(2 * steps, run.guidance) if passes and denoise == 1 else None
+        if fewer is not None and not _beyond(fewer[0], name, run.schedule):
+            n, guided = len(fewer[1].lambdas), sum(fewer[1].guided)
+            told = f"{n} steps in the passes of {steps}, {guided} of them guided, fitted at cfg {run.guidance:g}, from {name}"
+            return Steps(fewer[0], True, told, told)
         levels = file.fitted_sigmas(steps, run.guidance, denoise)
         return Steps(levels, True, *[f"schedule fitted for {steps} steps at cfg {run.guidance:g}, from {name}"] * 2)
     title, levels = unfitted_steps(run.schedule, max(round(steps / denoise), steps))

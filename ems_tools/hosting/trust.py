@@ -24,6 +24,7 @@ from ...sampler import (
     AUTO,
     EDM,
     EMS,
+    Answers,
     SamplingError,
     Settings,
     SolverOptions,
@@ -64,7 +65,8 @@ class Origin:
             digest = hashlib.sha256()
             for name in ("lambdas", "guidance", "l", "s", "b"):
                 digest.update(getattr(self.file, name).contiguous().numpy().data)
-            digest.update(json.dumps([fitted_values(row) for row in self.file.meta.fitted]).encode())
+            rows = (*self.file.meta.fitted, *self.file.meta.passes)
+            digest.update(json.dumps([fitted_values(row) for row in rows]).encode())
             digest.update(repr(self.file.meta.recommendation).encode())
             _KEYS[self.file] = digest.hexdigest()[:32]
         return _KEYS[self.file]
@@ -87,8 +89,11 @@ class TrustBook:
 
     def is_trusted(self, origin: Origin, case: str) -> bool:
         """Whether the file was computed here, or has passed in a run of this kind."""
-        entry = self._load().get(origin.key, {})
-        return entry.get("computed") is True or case in _texts(entry.get("passed"))
+        return self.is_ours(origin) or case in _texts(self._load().get(origin.key, {}).get("passed"))
+
+    def is_ours(self, origin: Origin) -> bool:
+        """Whether the file was computed here."""
+        return self._load().get(origin.key, {}).get("computed") is True
 
     def refusal(self, origin: Origin) -> str:
         """Why the file is not used any more, "" if it may be."""
@@ -147,6 +152,7 @@ def sample_on_trial(  # noqa: PLR0913 - nine are the sampler's
     ems: EMS | None = None,
     space: Space | str = Space.SIGMA,
     guidance: float | None = None,
+    passes: Answers | None = None,
     **options: Unpack[SolverOptions],
 ) -> Tensor:
     """`sample_dpm_solver_v3`, with statistics that are not known to be right watched on their first use.
@@ -156,6 +162,7 @@ def sample_on_trial(  # noqa: PLR0913 - nine are the sampler's
         origin: the file that `ems` is from; None for none, or for one that needs no trial.
         tell: shown to the user.
         model, x, sigmas, extra_args, callback, disable, ems, space, guidance, options: the sampler's.
+        passes: the sampler's too; only files that this machine computed are followed in fewer passes, for no trial judges that.
 
     Returns:
         x at sigmas[-1]; of a file that fails, the picture that sampling without it gives.
@@ -176,7 +183,7 @@ def sample_on_trial(  # noqa: PLR0913 - nine are the sampler's
     plain = not fitted and settings_for(levels, space, ems, chosen, guidance).strength == 0  # whatever the file says
     case = f"guidance {guidance}, {len(levels) - 1} steps{', fitted' if fitted else ''}"
     if plain or len(levels) < 3 or book.is_trusted(origin, case):
-        return run(model, *given, ems=ems)
+        return run(model, *given, ems=ems, passes=passes if book.is_ours(origin) else None)
     from ..judge.trial import Trial, Verdict  # here, because a host that starts needs no judge
 
     trial = Trial(model, space, x)
@@ -198,7 +205,7 @@ def sample_on_trial(  # noqa: PLR0913 - nine are the sampler's
 
 
 def _are_fitted(ems: EMS, lambdas: Tensor) -> bool:
-    """Whether the file holds steps fitted to this schedule."""
+    """Whether the file holds steps fitted to this schedule, all of them guided."""
     return ems.recommendation is not None and ems.recommendation.fitted_for(lambdas.tolist()) is not None
 
 

@@ -26,6 +26,9 @@ def lines_of(file: EMSFile) -> list[str]:
     if file.meta.fitted:
         lines += ["", "fitted schedules: error on noise of no other use, against the best other sampler and schedule"]
         lines += [f"  {line}" for line in _fitted_table(file)]
+    if file.meta.passes:
+        lines += ["", "in fewer passes (of the network; a guided step makes two): error against guided steps of as many passes"]
+        lines += [f"  {line}" for line in _passes_table(file)]
     return lines
 
 
@@ -90,6 +93,7 @@ def facts_of(file: EMSFile) -> dict[str, Any]:
         "evidence": [asdict(row) for row in meta.evidence],
         "recommendation": [_plain(entry) for entry in meta.recommendation],
         "fitted": [asdict(row) for row in meta.fitted],
+        "passes": [asdict(row) for row in meta.passes],
     }
 
 
@@ -141,6 +145,15 @@ def _fitted_table(file: EMSFile) -> list[str]:
         kept = "" if r.coefficients and r.ratio != (1, 1, 1) else "  (the other is kept)"
         errors = f"{r.fixed[0]:9.2e}  {r.fitted[0]:9.2e}  {value:6.3f}  {low:.3f} to {high:.3f}"
         lines.append(f"{r.guidance:8g}  {r.steps:5}  {r.fixed_schedule:<30.30} {errors}{kept}")
+    return lines
+
+
+def _passes_table(file: EMSFile) -> list[str]:
+    lines = [f"{'guidance':>8}  {'passes':>6}  {'steps':>5}  {'guided':>6}  {'ratio':>6}  95 % interval"]
+    for r in sorted(file.meta.passes, key=lambda r: (r.guidance, r.passes)):
+        value, low, high = r.ratio
+        counts = f"{r.guidance:8g}  {r.passes:6}  {r.steps:5}  {r.passes - r.steps:6}"
+        lines.append(f"{counts}  {value:6.3f}  {low:.3f} to {high:.3f}")
     return lines
 
 

@@ -277,8 +277,8 @@ def test_any_json_in_the_metadata_is_accepted_as_it_is_or_refused(value, data):
 
 def test_a_newer_version_says_to_update():
     metadata, tensors = corrupt._parts(GOOD)
-    metadata["format_version"] = "2"
-    with pytest.raises(EMSFileError, match="format version 2, this program reads 1: update"):
+    metadata["format_version"] = "3"
+    with pytest.raises(EMSFileError, match="format version 3, this program reads up to 2: update"):
         decode_ems_file(corrupt._signed((metadata, tensors)))
 
 

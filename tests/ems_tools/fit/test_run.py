@@ -25,7 +25,7 @@ from dpm_solver_v3.ems_tools.fit.formulas import FORMULAS, OWN, formula_steps
 from dpm_solver_v3.ems_tools.fit.judge import judged_row
 from dpm_solver_v3.ems_tools.fit.panel import entrants
 from dpm_solver_v3.ems_tools.fit.refine import refine
-from dpm_solver_v3.ems_tools.fit.run import FitPlan, evaluations_of_fit, fit_steps
+from dpm_solver_v3.ems_tools.fit.run import FitPlan, evaluations_of_fit, fit_steps, forget
 from dpm_solver_v3.ems_tools.fit.spacing import CANDIDATES, Range, Spacing
 from dpm_solver_v3.ems_tools.fit.steps import closed_loop, least_squares, objective, rounded
 from dpm_solver_v3.ems_tools.trajectory import Runner, Trajectories, few_steps, teach
@@ -301,6 +301,8 @@ def test_statistics_leave_their_trajectories_to_the_fit(mixture, job) -> None:
     fitted(model, job, state)
     announced = evaluations_of_fit(PLAN, len(job.lambdas), 1, 4)
     assert 0.7 * announced < counted[0] <= announced
+    assert "fit.1.y" in state.tensors  # for steps in fewer passes, which come after
+    forget(state, 1.0)
     assert not [key for key in state.tensors if key.startswith(("fit.", "judge."))]
 
 

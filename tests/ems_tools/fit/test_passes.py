@@ -1,0 +1,261 @@
+"""Steps in fewer passes: patterns keep their budget, runs make the passes that they say, files keep what won."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpm_solver_v3.ems_tools.cli.main import main
+from dpm_solver_v3.ems_tools.compute import EFFORTS, PASSES, compute_ems, evaluations, is_result_of, job_for, plan_for
+from dpm_solver_v3.ems_tools.estimate.job import Job, uniform_grid
+from dpm_solver_v3.ems_tools.estimate.source import Source
+from dpm_solver_v3.ems_tools.file.contents import EMSFile
+from dpm_solver_v3.ems_tools.file.layout import fitted_row, fitted_values
+from dpm_solver_v3.ems_tools.file.reader import EMSFileError, decode_ems_file, load_ems_file
+from dpm_solver_v3.ems_tools.file.rows import FittedRow
+from dpm_solver_v3.ems_tools.fit.passes import best_passes, fit_pattern, passes_row, patterns
+from dpm_solver_v3.ems_tools.fit.plan import FitPlan
+from dpm_solver_v3.ems_tools.fit.refine import refine, with_last_step
+from dpm_solver_v3.ems_tools.fit.spacing import Range
+from dpm_solver_v3.ems_tools.fit.steps import closed_loop, objective
+from dpm_solver_v3.ems_tools.hosting import Origin, Run, TrustBook, choose_steps, sample_on_trial
+from dpm_solver_v3.ems_tools.show.describe import lines_of
+from dpm_solver_v3.ems_tools.trajectory import Pair, Runner, few_steps, teach
+from dpm_solver_v3.sampler import EDM, EMS, EMSError, FittedSteps, Recommendation, SamplingError, sample_dpm_solver_v3
+
+GUIDANCE, SHAPE = 3.0, (2, 4, 4)
+JOB = Job(shape=SHAPE, lambdas=uniform_grid(0.03, 10.0, 60), samples=8, guidance=(GUIDANCE,))
+CENTRES = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(1))
+PLAN = FitPlan(steps=(4,), noises=6, search=3, passes=2)
+
+
+class Counted:
+    """Guidance over two answers; counts the passes, one for each answer and sample."""
+
+    def __init__(self, conditional, unconditional) -> None:
+        self.conditional, self.unconditional, self.passes = conditional, unconditional, 0
+
+    def only(self, y: Tensor, sigma: Tensor) -> Tensor:
+        self.passes += len(y)
+        out: Tensor = self.conditional(y, sigma)
+        return out
+
+    def guided(self, y: Tensor, sigma: Tensor) -> Tensor:
+        return self.answers(y, sigma, True)[-1]
+
+    def answers(self, y: Tensor, sigma: Tensor, both: bool) -> tuple[Tensor, ...]:
+        """As the sampler asks for them."""
+        c = self.only(y, sigma)
+        if not both:
+            return (c,)
+        self.passes += len(y)
+        return c, c + (GUIDANCE - 1) * (c - self.unconditional(y, sigma))
+
+    def pair(self) -> Pair:
+        return Pair(Runner(JOB, self.only), Runner(JOB, self.guided))
+
+    def source(self) -> Source:
+        return Source({GUIDANCE: self.guided}, SHAPE, EDM(0.03, 10.0), {"name": "two centres"}, conditional=self.only)
+
+
+def mixture(centres: Tensor):
+    """The exact denoiser of points at `centres` [n, ...], each with a spread of 0.3."""
+
+    def denoise(y: Tensor, sigma: Tensor) -> Tensor:
+        s2 = sigma.double().reshape(-1, 1) ** 2
+        rows, points = y.double().flatten(1), centres.double().flatten(1)
+        near = torch.softmax(-torch.cdist(rows, points).square() / (2 * (s2 + 0.09)), 1)
+        mean = near @ points
+        return (mean + 0.09 / (0.09 + s2) * (rows - mean)).reshape(y.shape).to(y.dtype)
+
+    return denoise
+
+
+def one_class() -> Counted:
+    """Two centres against all four."""
+    return Counted(mixture(CENTRES[:2]), mixture(CENTRES))
+
+
+@pytest.fixture
+def network() -> Counted:
+    """The same."""
+    return one_class()
+
+
+def proportional() -> Counted:
+    """U = c / 2, so that c alone tells everything."""
+    wanted = mixture(CENTRES[:2])
+    return Counted(wanted, lambda y, sigma: wanted(y, sigma) / 2)
+
+
+def found_by(network: Counted, steps: int = 4) -> FittedSteps:
+    samples = range(6)
+    teacher = teach(network.pair().guided, samples)
+    span = Range.of(JOB.lambdas, None)
+    at = lambda spacing, n: [round(v, 6) for v in spacing.lambdas(n, span, teacher)]  # noqa: E731
+    found = best_passes(network.pair(), samples, teacher, at, steps, PLAN)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("steps", [3, 4, 5, 6, 8, 12])
+def test_every_pattern_costs_what_so_many_guided_steps_cost(steps: int) -> None:
+    found = patterns(steps)
+    assert found and len(set(found)) == len(found)
+    for guided in found:
+        assert len(guided) + sum(guided) == 2 * steps and any(guided) and len(guided) > steps
+    assert not patterns(2)
+
+
+def test_the_sampler_makes_the_passes_of_the_pattern_and_follows_the_fit(network: Counted) -> None:
+    steps = found_by(network)
+    assert steps.passes == 8
+    ems = dataclasses.replace(EMS.degenerate(2), recommendation=Recommendation((), (steps,)))
+    sigmas = torch.tensor([*(math.exp(-lam) for lam in steps.lambdas), 0.0], dtype=torch.float64)
+    noise = network.pair().start(range(3), steps.lambdas[0]).double()
+    seen: list[int] = []
+    network.passes = 0
+    out = sample_dpm_solver_v3(
+        network.guided, noise, sigmas, None, lambda s: seen.append(s["i"]), ems=ems, passes=network.answers
+    )
+    assert network.passes == 3 * 8 and seen == list(range(len(steps.lambdas)))
+    expected = few_steps(network.pair(), range(3), steps)
+    assert (out - expected).abs().max() < 1e-4
+    # Whoever offers no passes gets the schedule with guided steps, whatever coefficients there are for it.
+    network.passes = 0
+    other = sample_dpm_solver_v3(network.guided, noise, sigmas, ems=ems)
+    plain = sample_dpm_solver_v3(network.guided, noise, sigmas, ems=dataclasses.replace(ems, recommendation=None), strength=0)
+    assert network.passes == 2 * 3 * 2 * len(steps.lambdas) and torch.isfinite(other).all() and torch.isfinite(plain).all()
+    with pytest.raises(SamplingError, match="1 answers came at step"):
+        sample_dpm_solver_v3(network.guided, noise, sigmas, ems=ems, passes=lambda x, s, both: network.answers(x, s, False))
+
+
+def test_an_unconditional_answer_that_follows_from_the_conditional_one_is_not_missed() -> None:
+    """Where u = c / 2 steps without any unconditional pass do as well as guided ones, at half the passes."""
+    network, samples = proportional(), range(6)
+    teacher = teach(network.pair().guided, samples)
+    lambdas = uniform_grid(0.1, 10.0, 5)
+    guided, _ = closed_loop(network.pair().guided, samples, teacher, lambdas)
+    steps, _ = fit_pattern(network.pair(), samples, teacher, lambdas, (False,) * 6) or (None, 0.0)
+    assert steps is not None and steps.passes == 6
+    mine = objective(teacher.errors(few_steps(network.pair(), samples, steps)))
+    assert mine < objective(teacher.errors(few_steps(network.pair().guided, samples, guided))) + 0.1
+
+
+def test_refining_lowers_the_final_error(network: Counted) -> None:
+    pair, samples = network.pair(), range(6)
+    teacher, steps = teach(pair.guided, samples), found_by(network)
+    before = objective(with_last_step(pair, samples, teacher, steps)[1])
+    refined = refine(pair, samples, teacher, steps, 2)
+    assert refined.guided == steps.guided
+    assert objective(teacher.errors(few_steps(pair, samples, refined))) < before + 1e-6
+
+
+def rival(steps: int, coefficients: FittedSteps) -> FittedRow:
+    one = (1.0, 1.0, 1.0)
+    return FittedRow(GUIDANCE, steps, coefficients.lambdas, coefficients, one, one, "", one, 4)
+
+
+@pytest.mark.parametrize("wins", [True, False])
+def test_a_row_is_kept_where_it_beats_the_guided_steps(wins: bool, network: Counted) -> None:
+    samples = range(20, 26)
+    truth = teach(network.pair().guided, samples)
+    mine, lambdas = found_by(network), uniform_grid(0.1, 10.0, 3)
+    theirs, _ = closed_loop(network.pair().guided, range(6), teach(network.pair().guided, range(6)), lambdas)
+    if not wins:
+        mine = dataclasses.replace(mine, decay=(1.2 * mine.decay[0], *mine.decay[1:]))
+    row = passes_row(network.pair(), samples, truth, rival(4, theirs), mine)
+    assert (row is not None) == wins
+    if row is not None:
+        assert row.passes == 8 and row.ratio[0] < 1 and row.fixed_schedule == "4 guided steps"
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory: pytest.TempPathFactory) -> EMSFile:
+    """A whole quick computation with steps in fewer passes; it counts its evaluations."""
+    network = one_class()
+    source = network.source()
+    job = job_for(source, EFFORTS["quick"], steps=(4, 5))
+    plan = plan_for(source, EFFORTS["quick"], (4, 5), passes=True)
+    path = tmp_path_factory.mktemp("passes") / "two.ems.safetensors"
+    seen: list[int] = []
+    compute_ems(source, job, plan, path, batch=8, progress=lambda p: seen.append(p.done) if p.stage == "passes" else None)
+    assert seen and plan.fit is not None and plan.fit.passes == PASSES
+    file = load_ems_file(path)
+    assert is_result_of(file, source, job, plan)
+    assert not is_result_of(file, source, job, plan_for(source, EFFORTS["quick"], (4, 5)))
+    assert network.passes <= 2 * evaluations(job, plan)
+    return file
+
+
+def test_a_file_keeps_what_won_and_says_so(computed: EMSFile, tmp_path: Path) -> None:
+    assert {row.passes for row in computed.meta.passes} == {8, 10}
+    data = computed.encode()
+    assert b'"format_version":"2"' in data and decode_ems_file(data).meta.passes == computed.meta.passes
+    for row in computed.meta.passes:
+        assert fitted_row(list(fitted_values(row))) == row
+    text = "\n".join(lines_of(computed))
+    assert "in fewer passes" in text and "version" not in text
+    without = dataclasses.replace(computed, meta=dataclasses.replace(computed.meta, passes=()))
+    assert b'"format_version":"1"' in without.encode()
+    computed.save(tmp_path / "kept.ems.safetensors")
+    assert main(["inspect", str(tmp_path / "kept.ems.safetensors")]) == 0
+
+
+def test_rows_in_the_wrong_table_are_refused(computed: EMSFile) -> None:
+    meta = computed.meta
+    with pytest.raises(EMSError, match="a table of their own"):
+        dataclasses.replace(meta, fitted=meta.passes)
+    with pytest.raises(EMSError, match="must say which of its evaluations are guided"):
+        dataclasses.replace(meta, passes=meta.fitted)
+    with pytest.raises(EMSError, match="each for another scale or number of passes"):
+        dataclasses.replace(meta, passes=(meta.passes[0], meta.passes[0]))
+    data = computed.encode()
+    with pytest.raises(EMSFileError):
+        decode_ems_file(data.replace(b'"format_version":"2"', b'"format_version":"1"'))
+    row = list(fitted_values(meta.passes[0]))
+    with pytest.raises(EMSError, match="true or false"):
+        fitted_row([*row[:-1], [1, 0, 1, 1, 0]])
+    with pytest.raises(EMSError, match="all answers so far"):
+        fitted_row([*row[:-1], [not both for both in row[-1]]])  # type: ignore[attr-defined]
+
+
+def test_hosts_take_more_steps_in_the_same_passes_where_they_are_asked_to(computed: EMSFile) -> None:
+    run = Run(EDM(0.03, 10.0), GUIDANCE, sampler="dpm_solver_v3")
+    plain, fewer = (choose_steps(computed, "two", run, 4, passes=passes) for passes in (False, True))
+    assert len(plain.levels) == 5 and len(fewer.levels) == 6 and fewer.fitted
+    assert "5 steps in the passes of 4, 3 of them guided, fitted at cfg 3, from two" in fewer.message
+    assert len(choose_steps(computed, "two", run, 6, passes=True).levels) == 7  # none for so many
+    partial = choose_steps(computed, "two", run, 4, 0.5, passes=True)
+    assert len(partial.levels) == 5
+    one = choose_steps(computed, "two", Run(EDM(0.03, 10.0), 1.0, sampler="dpm_solver_v3"), 4, passes=True)
+    assert len(one.levels) == 5
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_only_files_computed_here_leave_out_passes(computed: EMSFile, ours: bool) -> None:
+    network, book, origin = one_class(), TrustBook(None), Origin(computed, "two")
+    if ours:
+        book.computed(computed)
+    found = computed.passes_sigmas(8, GUIDANCE)
+    assert found is not None
+    levels, steps = found
+    x = network.pair().start(range(2), steps.lambdas[0])
+    told: list[str] = []
+    out = sample_on_trial(
+        book,
+        origin,
+        told.append,
+        network.guided,
+        x,
+        levels,
+        ems=computed.at(GUIDANCE),
+        guidance=GUIDANCE,
+        passes=network.answers,
+    )
+    assert torch.isfinite(out).all() and (network.passes == 2 * 8) == ours
