@@ -81,7 +81,7 @@ def test_cli_page_has_every_command() -> None:
 
 def test_library_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text(encoding="utf-8"), re.DOTALL)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text(encoding="utf-8"), re.DOTALL))
     names: dict[str, object] = {}
     exec(compile(code, "library.md", "exec"), names)
     assert tuple(names["x"].shape) == (1, 3, 32, 32)  # type: ignore[attr-defined]
