@@ -84,6 +84,8 @@ def _sample(
         return cast(Tensor, measure(denoiser, x, extra_args))
     if len(sigmas) < 2:
         return x
+    if run.space is Space.FLOW and float(sigmas.max()) > 1:  # Forge gives its time steps there, up to 9999, to any sampler
+        raise host.HostError(f"this schedule type has no noise levels for this model: choose Simple, Beta or {FITTED_LABEL}")
     choice = chosen(run.p)
     options = choice.solver()
     sigmas = torch.unique_consecutive(sigmas)
