@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...sampler import EMS, SamplingError, Settings, sample_dpm_solver_v3
+from ...sampler.plan import make_plan
 from ..estimate.job import Evaluating, Job, JobState, Meter, Model, Progress, denoiser_for, in_batches, sample_noise
 from ..file.layout import advice_row, advice_values, evidence_values
 from ..file.rows import EvidenceRow, RecommendedSetting
@@ -107,6 +108,10 @@ class _Bench:
         noise = sample_noise(runner.job, samples)[0].to(runner.device, runner.dtype)
         top = levels[:1].to(torch.float64)
         start = noise * (space.alpha_of(top) * (-space.lambda_of(top)).exp()).nan_to_num(1.0).item()
+        if ems is not None and isinstance(settings, Settings):
+            host = tuple(levels.to(torch.float64).unique_consecutive().tolist())
+            if not make_plan(host, space, ems, settings).is_sane(space):
+                ems = None  # as sampling would, with a warning that is not for who computes: other settings are tried too
         return sample_dpm_solver_v3(
             denoiser_for(runner.model, samples, space).model,
             start,
