@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,6 +133,8 @@ def user_file(name: str) -> Path | None:
 # --- what runs now
 
 
+_LINE = 44
+"""Letters of a line. The front end breaks longer ones within words, at what a node of 300 pixels holds."""
 _NOTES: dict[str, tuple[object, str]] = {}
 """By node: the prompt, and what begins all its messages in that prompt, because a node shows one message only."""
 
@@ -143,7 +146,9 @@ def say(text: str, node: str = "") -> None:
     prompt, note = _NOTES.get(node, (None, ""))
     if callable(send) and node:
         try:
-            send(one_line(note if prompt == getattr(server, "last_prompt_id", None) else "", text), node)
+            shown = one_line(note if prompt == getattr(server, "last_prompt_id", None) else "", text)
+            lines = textwrap.wrap(shown, _LINE, break_long_words=False, break_on_hyphens=False)
+            send("\n".join(lines), node)
         except Exception as error:
             LOG.debug("no node status: %s", error)
 

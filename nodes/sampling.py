@@ -79,7 +79,7 @@ def sample_host(
         from ..ems_tools.hosting.jobs import evaluations_of_effort, in_words
 
         spent = in_words(clock.seconds / len(x) * evaluations_of_effort("quick"))
-        host.say(f"{found.message} (about {spent} for this cfg)", executing().node)
+        host.say(f"{found.message} (about {spent} a cfg)", executing().node)
     return out
 
 

@@ -156,9 +156,10 @@ class ComfyServer:
         threading.Thread(target=read, daemon=True).start()
 
     def texts(self) -> str:
-        """Everything that nodes showed as status text (binary message 3: 4 bytes type, 4 bytes length of id, id, text)."""
+        """Every status text that nodes showed, a line each (binary message 3: 4 bytes type, 4 bytes length of id, id, text)."""
         binary = [e for e in list(self.events) if isinstance(e, bytes) and int.from_bytes(e[:4], "big") == 3]
-        return "\n".join(e[8 + int.from_bytes(e[4:8], "big") :].decode("utf-8", "replace") for e in binary)
+        texts = [e[8 + int.from_bytes(e[4:8], "big") :].decode("utf-8", "replace") for e in binary]
+        return "\n".join(" ".join(text.split("\n")) for text in texts)
 
     def progress(self) -> list[dict[str, Any]]:
         return [e["data"] for e in list(self.events) if isinstance(e, dict) and e.get("type") == "progress"]
