@@ -178,23 +178,22 @@ def _draw_curve(pen: Pen, axes: _Axes, curve: Curve) -> None:
 
 
 def _legend_lines(panel: Panel, measure: Callable[[str, int], float]) -> list[list[Curve]]:
-    """The named curves in lines that fit below the panel."""
-    lines: list[list[Curve]] = []
-    room = 0.0
-    for curve in panel.named:
-        needed = _SAMPLE + 6 + measure(curve.name, _SMALL) + _GAP
-        if not lines or needed > room:
-            lines.append([])
-            room = WIDTH - _RIGHT - _GAP
-        lines[-1].append(curve)
-        room -= needed
-    return lines
+    """The named curves in lines that fit below the panel, as many on each but the last."""
+    named = panel.named
+    columns = max(1, int((WIDTH - _RIGHT - _GAP) / _legend_width(named, measure)))
+    return [named[k : k + columns] for k in range(0, len(named), columns)]
+
+
+def _legend_width(curves: Sequence[Curve], measure: Callable[[str, int], float]) -> float:
+    """Of a column of the legend."""
+    return _SAMPLE + 6 + max((measure(curve.name, _SMALL) for curve in curves), default=0) + _GAP
 
 
 def _draw_legend(pen: Pen, axes: _Axes, lines: list[list[Curve]]) -> None:
+    width = _legend_width([curve for line in lines for curve in line], pen.width_of)
     for k, line in enumerate(lines):
-        u, v = axes.left - _LEFT + _GAP, axes.bottom + _BOTTOM + _LEGEND_LINE * k + 4
-        for curve in line:
+        v = axes.bottom + _BOTTOM + _LEGEND_LINE * k + 4
+        for column, curve in enumerate(line):
+            u = axes.left - _LEFT + _GAP + round(column * width)
             pen.line([(u, v), (u + _SAMPLE, v)], curve.colour, 2.2, curve.dash)
             pen.text((u + _SAMPLE + 6, v), curve.name, _SMALL, "left")
-            u += round(_SAMPLE + 6 + pen.width_of(curve.name, _SMALL) + _GAP)
