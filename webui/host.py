@@ -32,6 +32,7 @@ __all__ = [
     "output_folder",
     "refresh_button",
     "shared",
+    "shown",
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,3 +191,9 @@ def output_folder() -> Path:
 def data_folder() -> Path:
     """The host's own folder for data."""
     return _path("data_path", ROOT)
+
+
+def shown(path: Path) -> str:
+    """`path` as a page shows it: from the host's folder on, where it lies in there."""
+    folder = data_folder()
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)

@@ -31,7 +31,7 @@ STYLE = """<style>
 .dpmv3-done { border-color: #2e8b57 }
 .dpmv3-stopped { border-color: #e69f00 }
 .dpmv3-box progress { width: 100%; height: 1em }
-.dpmv3-scroll { overflow: auto; max-height: 21em; margin-bottom: 0.8em; border: 1px solid var(--border-color-primary, #888) }
+.dpmv3-scroll { overflow: auto; max-height: 32em; margin-bottom: 0.8em; border: 1px solid var(--border-color-primary, #888) }
 .dpmv3-scroll table { border-collapse: collapse; width: 100%; margin: 0 }
 .dpmv3-scroll table, .dpmv3-scroll tr { border: 0 !important }
 .dpmv3-scroll th, .dpmv3-scroll td { padding: 0.25em 0.7em !important; text-align: left; border: 0 !important;
@@ -89,9 +89,10 @@ def next_step(file: EMSFile) -> str:
     scales = ", ".join(f"{g:g}" for g in file.guidance.tolist())
     if not counts:
         return f"Next: choose the sampler {NAME}. It finds this file by the checkpoint."
+    others = "Those that are listed below use the file as well." if file.meta.evidence else "Others work as without a file."
     return (
         f'Next: choose the sampler {NAME} and the schedule type "{FITTED_LABEL}", with {runs_of(counts)} steps and a CFG scale '
-        f"near {scales}. With other schedule types the sampler uses the file as well."
+        f"near {scales}. {others}"
     )
 
 
@@ -155,7 +156,7 @@ def details(name: str, path: Path, file: EMSFile) -> str:
     parts = [f'<p class="dpmv3-name">{escape(name)}</p>']
     about = f"{facts}; CFG scales {scales}; {file.channels} latent channels; fingerprint {fingerprint(path)}"
     parts.append(f'<p class="dpmv3-quiet">{escape(about)}</p>')
-    tables = _fitted(file.meta.fitted) + _evidence(file.meta.evidence)
+    tables = _fitted(file.meta.fitted) + _evidence(file.meta.evidence, bool(file.meta.fitted))
     parts.append(f'<div class="dpmv3-side"><div>{_drawn(summary_of(file)[0])}</div><div>{tables}</div></div>')
     parts.append(f'<details class="dpmv3"><summary>Curves of the statistics</summary>{_plot(file)}</details>')
     text = preformatted("\n".join(lines_of(file)))
@@ -175,17 +176,20 @@ def _fitted(rows: Sequence[FittedRow]) -> str:
         ratio, low, high = row.ratio
         better = row.coefficients is not None and row.ratio != (1.0, 1.0, 1.0)
         gain = f"{ratio:.2f} ({low:.2f} to {high:.2f})" if better else "1"
-        use = "fitted steps" if better else f"{row.fixed_schedule}, as nothing fitted was better"
+        use = "fitted steps" if better else "the best known"
         table.append([f"{row.guidance:g}", str(row.steps), gain, row.fixed_schedule, use])
     about = (
         "Error of a picture with these steps, over that of the best known method and schedule for this checkpoint, on start "
-        "noise that took no part in the fit; in brackets the interval that holds it in 95 of 100 cases. 0.5 is half the error."
+        "noise that took no part in the fit; in brackets the interval that holds it in 95 of 100 cases. 0.5 is half the error. "
+        "Where nothing fitted was better, the best known is used."
     )
     heads = ["CFG scale", "Steps", "Error ratio", "Best known", "In use"]
     return _head(f'Schedule type "{FITTED_LABEL}"', about) + _table(heads, table)
 
 
-def _evidence(rows: Sequence[EvidenceRow]) -> str:
+def _evidence(rows: Sequence[EvidenceRow], fitted: bool) -> str:
+    if not rows and fitted:
+        return _head("Other schedule types", "They were not measured: there the sampler works as without this file.")
     if not rows:
         return _head("Evidence", "None: these statistics have not been tried against sampling without them.")
     judged = [r for r in rows if r.split == "report"] or list(rows)
@@ -205,7 +209,7 @@ def _evidence(rows: Sequence[EvidenceRow]) -> str:
 def _plot(file: EMSFile) -> str:
     rows = statistics_of(file)
     shown = sorted({0, len(rows) // 2, len(rows) - 1})
-    return _drawn([panel for k in shown for panel in rows[k]])
+    return _drawn([panel for k in shown for panel in rows[k] if panel.curves])
 
 
 def _drawn(panels: Sequence[Panel]) -> str:

@@ -157,10 +157,11 @@ class Work:
     def _ending(self) -> str:
         if self.file is not None:
             self.share = 1.0
-            return one_line(f"Done: {self.path}", gain_of(self.file))
+            return one_line(f"Done: {host.shown(self.path)}" if self.path else "Done", gain_of(self.file))
         if self.stopped:
-            partial = self.path and self.path.with_name(self.path.name + ".partial")
-            kept = f"What was measured is kept in {partial}" if partial and partial.exists() else "Nothing was measured yet"
+            kept = "Nothing was measured yet"
+            if self.path and (partial := self.path.with_name(self.path.name + ".partial")).exists():
+                kept = f"What was measured is kept in {host.shown(partial)}"
             return f"Stopped. {kept}: compute with the same settings again to go on."
         return "The host ended the pass before anything was measured; its console says why."
 

@@ -41,15 +41,20 @@ FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-back
 
 
 class WebUI:
-    """One server; its data, and what it printed, below `base`. It starts with the first of its checkpoints, of one `kind`."""
+    """One server; its data, and what it printed, below `base`. It starts with the first of its checkpoints, of one `kind`.
 
-    def __init__(self, tree: Path, base: Path, checkpoints: tuple[str, ...] = ("tiny", "other"), kind: str = "sd15") -> None:
+    `pack` is the folder of the extension that stands beside ours.
+    """
+
+    def __init__(
+        self, tree: Path, base: Path, checkpoints: tuple[str, ...] = ("tiny", "other"), kind: str = "sd15", pack: str = "pack"
+    ) -> None:
         self.tree, self.base = tree, base
         self.folder = base / "models" / "ems"
         self.process: subprocess.Popen[bytes] | None = None
         self.forge = (tree / "modules_forge").is_dir()
         (base / "extensions").mkdir(parents=True)
-        for name, target in (("dpm v3 (odd).name", ROOT), ("recorder", FOLDER / "pack")):
+        for name, target in (("dpm v3 (odd).name", ROOT), (pack, FOLDER / pack)):
             (base / "extensions" / name).symlink_to(target, target_is_directory=True)
         # Their picture of the steps needs a network that they would download. What one picture overrides is put back after it
         # only if it stands here.
@@ -170,14 +175,14 @@ def open_tab(page: Any, name: str) -> None:
     page.get_by_role("tab", name=name, exact=True).or_(page.get_by_role("button", name=name, exact=True)).first.click()
 
 
-def compute(page: Any, until: str, name: str = "", effort: str = "tiny") -> str:
+def compute(page: Any, until: str, name: str = "", effort: str = "tiny", pixels: int = 64, scales: str = "1, 3") -> str:
     """Fill the tab in and press Compute; the status once it holds `until`."""
     page.locator("#dpm_solver_v3_prompt textarea").fill("a fox")
     for side in ("width", "height"):
         field = page.locator(f"#dpm_solver_v3_{side} input[type=number]")
-        field.fill("64")
+        field.fill(str(pixels))
         field.press("Tab")
-    page.locator("#dpm_solver_v3_scales").locator("textarea, input").first.fill("1, 3")
+    page.locator("#dpm_solver_v3_scales").locator("textarea, input").first.fill(scales)
     page.locator("#dpm_solver_v3_name").locator("textarea, input").first.fill(name)
     page.locator("#dpm_solver_v3_effort label", has_text=effort).click()
     page.locator("#dpm_solver_v3_compute").click()
