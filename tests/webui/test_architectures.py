@@ -75,11 +75,16 @@ def test_a_schedule_type_without_noise_levels(webui: WebUI) -> None:
 
 def test_hires_and_inpainting(webui: WebUI) -> None:
     plain: dict[str, Any] = {"scheduler": SCHEDULES[webui.checkpoint.stem]}
-    hires = {"hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.6, "hr_second_pass_steps": 4}
+    hires: dict[str, Any] = {"hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.6, "hr_second_pass_steps": 4}
     large = webui.picture(enable_hr=True, hr_additional_modules=[], **hires, **plain)
     assert large.pixels.shape[-2:] == (96, 96) and large.pixels.isfinite().all() and NAME in large.infotext
     start = base64.b64encode(webui.picture(**plain).png).decode()
-    masked = {"init_images": [start], "mask": _half(Path(webui.base)), "denoising_strength": 0.7, "inpainting_fill": 1}
+    masked: dict[str, Any] = {
+        "init_images": [start],
+        "mask": _half(Path(webui.base)),
+        "denoising_strength": 0.7,
+        "inpainting_fill": 1,
+    }
     made = webui.picture(kind="img2img", **masked, **plain)
     assert NAME in made.infotext and made.latents.isfinite().all()
 
