@@ -49,15 +49,23 @@ def main() -> None:
 def make(networks: Sequence[str], weights: Path, noises: int, to: Path) -> None:
     """Write the trajectories of these networks, at every guidance scale that they know."""
     parts: list[tuple[Tensor, Tensor]] = []
+    scales: list[float] = []
     for name in networks:
         network = load(name, weights)
         for guidance in network.entry.guidances:
             parts.append(trajectories_of(network, guidance, noises))
+            scales.append(guidance)
             print(f"{name}, guidance {guidance:g}: response {[round(v, 2) for v in parts[-1][1][::20].tolist()]}", flush=True)
     denoised = torch.cat([D for D, _ in parts], 1).float().contiguous()
     response = torch.stack([answers for _, answers in parts], 1).float().contiguous()
     owner = torch.arange(len(parts), dtype=torch.int32).repeat_interleave(DIRECTIONS)
-    values = {"lambdas": GRID.float(), "denoised": denoised, "response": response, "owner": owner}
+    values = {
+        "lambdas": GRID.float(),
+        "denoised": denoised,
+        "response": response,
+        "owner": owner,
+        "guidance": torch.tensor(scales),
+    }
     save_file(values, to)
 
 

@@ -18,8 +18,9 @@ with a response that was measured along real errors: 0 under much noise, towards
 the run is known for every trajectory before the first model call, errors included, and each step aims at y* itself. The
 factors of a step minimise the sum over trajectories of |y_t - y*_t|^2 / (smallest possible of that trajectory + `_FLOOR` of
 DDIM's), so that no trajectory counts for more than can be gained on it, plus `_RIDGE` guidance^2 |v|^2: what the response
-does not foresee in the answers to errors grows with the guidance scale, and large factors would blow it up. After each
-evaluation the step that led there is redone with it (as UniC does, arXiv 2302.04867), then the next one is taken.
+does not foresee in the answers to errors grows with the guidance scale, and large factors would blow it up. Where the guidance
+scale of the run is known, trajectories of scales near it count most. After each evaluation the step that led there is redone
+with it (as UniC does, arXiv 2302.04867), then the next one is taken.
 
 Nothing here is infinite at sigma = 0 or at t = 1 of a flow, so these are steps like all others: the last one may extrapolate
 D, and D at t = 1 serves as history.
@@ -40,7 +41,7 @@ from torch import Tensor
 from .coefficients import Update
 from .space import Space
 
-__all__ = ["FILE", "LAST", "MOST_STEPS", "Trajectories", "load_trajectories", "typical_steps"]
+__all__ = ["FILE", "LAST", "MOST_STEPS", "Trajectories", "load_trajectories", "stored_trajectories", "typical_steps"]
 
 FILE = Path(__file__).with_name("typical.safetensors")
 LAST = 4
@@ -50,6 +51,8 @@ MOST_STEPS = 40
 30 steps and, on a network with random weights at 80, converged more slowly (tests/pipelines/test_cli.py)."""
 _RIDGE, _FLOOR, _OWN_RIDGE = 0.1, 0.1, 1e-2
 _UNKNOWN_GUIDANCE = 3.0
+_NEAR_GUIDANCE = 0.5
+"""Trajectories of a guidance scale that is off by a factor of e to this power count exp(-1/2) times."""
 _NEGLIGIBLE = 1e-12
 """Squared errors of DDIM below this, where the data's variance is 1, are not worth a higher order."""
 
@@ -65,17 +68,22 @@ class Trajectories:
         denoised: [K, F]; F numbers are the coordinates of all trajectories side by side.
         response: [K, F] of D to an error of y.
         owner: [F] which model and guidance scale a coordinate belongs to, 0 .. M - 1.
+        guidance: [M] that scale.
     """
 
     lambdas: Tensor
     denoised: Tensor
     response: Tensor
     owner: Tensor
+    guidance: Tensor
 
-    @property
-    def models(self) -> int:
-        """M."""
-        return int(self.owner.max().item()) + 1
+    def weights(self, guidance: float | None) -> Tensor:
+        """[M], 1 in sum: how much each counts in a run of this guidance scale; all alike where it is not known."""
+        if guidance is None:
+            return torch.full_like(self.guidance, 1 / len(self.guidance))
+        known = self.guidance.log()
+        nearest = min(max(math.log(max(abs(guidance), 1.0)), known.min().item()), known.max().item())
+        return (-0.5 * ((known - nearest) / _NEAR_GUIDANCE) ** 2).softmax(0)
 
     @cached_property
     def state(self) -> Tensor:
@@ -112,12 +120,17 @@ class Trajectories:
             state = state + h * weight * math.exp(node * h - h) * self._cubic(self.denoised, i, node * u)
         return state
 
-    def shifted(self, shifts: Sequence[float]) -> Trajectories:
-        """The same trajectories at other scales of the data: moved by each of `shifts` in lambda, side by side."""
-        found = [[self.at(lam - s) for lam in self.lambdas.tolist()] for s in shifts]
-        denoised, response = (torch.cat([torch.stack([row[k] for row in rows]) for rows in found], 1) for k in (0, 2))
-        owner = torch.cat([self.owner + k * self.models for k in range(len(shifts))])
-        return Trajectories(self.lambdas, denoised, response, owner)
+    def varied(self, variants: Sequence[tuple[float, float]]) -> Trajectories:
+        """The same trajectories side by side, each moved in lambda (another scale of the data) and of another response.
+
+        Args:
+            variants: the shift in lambda and the factor of the response, which stays below 1.
+        """
+        found = [[self.at(lam - shift) for lam in self.lambdas.tolist()] for shift, _ in variants]
+        denoised = torch.cat([torch.stack([row[0] for row in rows]) for rows in found], 1)
+        answers = [(factor * torch.stack([row[2] for row in rows])).clamp(max=1) for rows, (_, factor) in zip(found, variants)]
+        owner = torch.cat([self.owner + k * len(self.guidance) for k in range(len(variants))])
+        return Trajectories(self.lambdas, denoised, torch.cat(answers, 1), owner, self.guidance.repeat(len(variants)))
 
 
 _GAUSS = ((0.5 - math.sqrt(0.15), 5 / 18), (0.5, 4 / 9), (0.5 + math.sqrt(0.15), 5 / 18))
@@ -134,13 +147,13 @@ def _lagrange(u: float) -> list[float]:
     ]
 
 
-_SCALES = (-0.8, 0.0, 0.8)
-"""Data of another scale or model space is seen at another lambda: every trajectory also counts moved by so much."""
+_VARIANTS = ((-0.8, 1.0), (0.0, 0.5), (0.0, 1.5), (0.8, 1.0))
+"""Data of another scale or model space is seen at another lambda, and a response is a mean over pictures that differ in it."""
 
 
 @lru_cache(maxsize=1)
-def load_trajectories(path: Path = FILE) -> Trajectories:
-    """The trajectories of the package, at three scales. The file is a safetensors one; reading it needs torch only."""
+def stored_trajectories(path: Path = FILE) -> Trajectories:
+    """The trajectories of the package as they were measured. The file is a safetensors one; reading it needs torch only."""
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     values = {}
@@ -150,7 +163,13 @@ def load_trajectories(path: Path = FILE) -> Trajectories:
         flat = torch.frombuffer(bytearray(content[start + low : start + high]), dtype=dtype)
         values[name] = flat.reshape(entry["shape"]).to(torch.float64)
     owner = values["owner"].long()
-    return Trajectories(values["lambdas"], values["denoised"], values["response"][:, owner], owner).shifted(_SCALES)
+    return Trajectories(values["lambdas"], values["denoised"], values["response"][:, owner], owner, values["guidance"])
+
+
+@lru_cache(maxsize=1)
+def load_trajectories() -> Trajectories:
+    """Those that steps are chosen on: the stored ones, varied."""
+    return stored_trajectories().varied(_VARIANTS)
 
 
 def typical_steps(
@@ -168,7 +187,8 @@ def typical_steps(
         for step i the update that redoes step i - 1 with D_i (none at the first), and the one that leads on.
     """
     scale = _UNKNOWN_GUIDANCE if guidance is None else max(abs(guidance), 1.0)
-    loop = _ClosedLoop(tuple(levels), space, trajectories or load_trajectories(), _RIDGE * scale**2)
+    trajectories = trajectories or load_trajectories()
+    loop = _ClosedLoop(tuple(levels), space, trajectories, trajectories.weights(guidance), _RIDGE * scale**2)
     steps = []
     for i in range(len(levels) - 1):
         loop.evaluate(i)
@@ -180,11 +200,13 @@ def typical_steps(
 class _ClosedLoop:
     """The run so far on every trajectory: y (corrected, or predicted where not yet) and D at the nodes, [F] each."""
 
-    def __init__(self, levels: tuple[float, ...], space: Space, trajectories: Trajectories, ridge: float) -> None:
+    def __init__(
+        self, levels: tuple[float, ...], space: Space, trajectories: Trajectories, weights: Tensor, ridge: float
+    ) -> None:
         host = torch.tensor(levels, dtype=torch.float64)
         self.levels, self.alphas = levels, space.alpha_of(host).tolist()
         self.lambdas = space.lambda_of(host).tolist()
-        self.owner, self.models, self.ridge = trajectories.owner, trajectories.models, ridge
+        self.owner, self.weights, self.ridge = trajectories.owner, weights, ridge
         found = [trajectories.at(lam) for lam in self.lambdas]
         self.true = [state for _, state, _ in found]
         self.ideal = [(denoised, response) for denoised, _, response in found]
@@ -204,7 +226,7 @@ class _ClosedLoop:
         factors: list[float] = []
         if len(nodes) > 1:
             changes = torch.stack([self.denoised[j] - self.denoised[start] for j in nodes[1:]], 1)
-            v = _best_factors(changes, target, self.owner, self.models, self.ridge)
+            v = _best_factors(changes, target, self.owner, self.weights, self.ridge)
             factors, ddim = v.tolist(), ddim + changes @ v
         self.y[end : end + 1] = [ddim]
         weights = [1 - ratio - sum(factors), *factors]
@@ -213,10 +235,10 @@ class _ClosedLoop:
         return Update.of_numbers(decay, [w * self.alphas[end] for w in weights], nodes)
 
 
-def _best_factors(changes: Tensor, target: Tensor, owner: Tensor, models: int, ridge: float) -> Tensor:
-    """Factors v [m] with changes @ v near target: changes [F, m], target [F], coordinates owned as `owner` [F] says."""
+def _best_factors(changes: Tensor, target: Tensor, owner: Tensor, weights: Tensor, ridge: float) -> Tensor:
+    """Factors v [m], changes @ v near target: changes [F, m], target [F], coordinates owned as `owner` [F], `weights` [M]."""
     m = changes.shape[1]
-    products = torch.zeros(models, m + 1, m + 1, dtype=torch.float64)
+    products = torch.zeros(len(weights), m + 1, m + 1, dtype=torch.float64)
     columns = torch.cat([changes, target[:, None]], 1)
     products.index_add_(0, owner, columns[:, :, None] * columns[:, None, :])
     gram, right, ddim = products[:, :m, :m], products[:, :m, m], products[:, m, m]
@@ -224,5 +246,5 @@ def _best_factors(changes: Tensor, target: Tensor, owner: Tensor, models: int, r
     eye = torch.eye(m, dtype=torch.float64)
     own = torch.linalg.solve(gram * relative[:, None, None] + _OWN_RIDGE * eye, right * relative[:, None])
     smallest = ddim - 2 * (own * right).sum(1) + torch.einsum("ki,kij,kj->k", own, gram, own)
-    weight = 1 / (smallest.clamp(min=0) + _FLOOR * ddim + _NEGLIGIBLE) / models
+    weight = weights / (smallest.clamp(min=0) + _FLOOR * ddim + _NEGLIGIBLE)
     return torch.linalg.solve(torch.einsum("k,kij->ij", weight, gram) + ridge * eye, weight @ right)

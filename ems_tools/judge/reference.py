@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...sampler import Space
 from ...sampler.plan import Plan
-from ...sampler.typical import load_trajectories
+from ...sampler.typical import stored_trajectories
 
 __all__ = ["Node", "Reference", "chosen_nodes", "integral", "settled", "stepped"]
 
@@ -62,7 +62,7 @@ def chosen_nodes(run: Sequence[Node], clean: float, evaluations: int) -> list[No
 
 def response(lam: float) -> float:
     """What a typical denoiser answers to an error of y: 0 under much noise, towards 1 at the clean end."""
-    return float(load_trajectories().at(lam)[2].median())
+    return float(stored_trajectories().at(lam)[2].median())
 
 
 @dataclass

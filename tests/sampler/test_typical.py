@@ -114,14 +114,25 @@ def test_trajectories_are_read_back_as_they_are_stored():
 def test_states_solve_the_ode_and_shifts_move_the_curves():
     lambdas = torch.linspace(-3, 3, 61, dtype=torch.float64)
     curve = torch.stack([lambdas.sin(), lambdas.cos()], 1)
-    trajectories = Trajectories(lambdas, curve, curve, torch.tensor([0, 1]))
+    trajectories = Trajectories(lambdas, curve, curve, torch.tensor([0, 1]), torch.tensor([1.0, 4.0]).double())
     denoised, state, _ = trajectories.at(0.234)
     assert torch.allclose(denoised, torch.tensor([math.sin(0.234), math.cos(0.234)]).double(), atol=1e-5)
     sine = lambda lam: (math.sin(lam) - math.cos(lam)) / 2  # noqa: E731  solves dy/dlambda = sin(lambda) - y
     assert state[0].item() == pytest.approx(sine(0.234) + math.exp(-3.234) * (math.sin(-3) - sine(-3)), abs=1e-5)
-    moved = trajectories.shifted([0.0, 0.5])
-    assert moved.models == 4
-    assert torch.allclose(moved.at(1.0)[0][2:], torch.tensor([math.sin(0.5), math.cos(0.5)]).double(), atol=1e-5)
+    moved = trajectories.varied([(0.0, 1.0), (0.5, 2.0)])
+    assert moved.guidance.tolist() == [1, 4, 1, 4]
+    denoised, _, response = (values[2:] for values in moved.at(1.0))
+    assert torch.allclose(denoised, torch.tensor([math.sin(0.5), math.cos(0.5)]).double(), atol=1e-5)
+    assert torch.allclose(response, torch.tensor([2 * math.sin(0.5), 1.0]).double(), atol=1e-3)  # 2 cos is above 1
+
+
+@pytest.mark.parametrize(("guidance", "nearest"), [(1.0, 1.0), (0.3, 1.0), (-4.2, 4.0), (3.8, 4.0), (1e30, 7.5)])
+def test_trajectories_of_a_near_guidance_scale_count_most(guidance, nearest):
+    found = load_trajectories()
+    weights = found.weights(guidance)
+    assert weights.sum().item() == pytest.approx(1)
+    assert set(found.guidance[weights == weights.max()].tolist()) == {nearest}
+    assert len(set(found.weights(None).tolist())) == 1
 
 
 def test_a_schedule_far_outside_of_the_grid_is_followed(mixture, y_start):
