@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..ems_tools.hosting import Origin, Run, Steps, choose_steps, sample_on_trial, unfitted_steps
-from ..sampler import StepInfo, half_corrector_sigma
+from ..ems_tools.hosting import Clock, Origin, Run, Steps, choose_steps, sample_on_trial, unfitted_steps
+from ..sampler import half_corrector_sigma
 from . import host
 from .find import Found, find, find_file, identity_of, none_for, trust
 from .graph import Asked, asked, executing
@@ -65,7 +64,7 @@ def sample_host(
     below = options.pop("corrector_region", AUTO)
     if below != AUTO:
         options["corrector_below"] = half_corrector_sigma(level_table(run.sampling)) if below == HALF else float("inf")
-    clock = _Clock(callback)
+    clock = Clock(callback)
     given = (trust(), found.origin, _tell, model, x, sigmas, extra_args, clock, disable)
     sample = partial(sample_on_trial, *given, ems=found.ems, space=run.space, guidance=run.guidance, **options)
     reason = why_not(run, extra_args or {})
@@ -75,10 +74,7 @@ def sample_host(
         reason = "this ComfyUI evaluates its conditionings in another way"
         out = sample()
     _tell_passes(passes.count, len(sigmas) - 1, reason, found, run, sigmas)
-    if found.missing and clock.seconds > 0:
-        from ..ems_tools.hosting.jobs import evaluations_of_effort, in_words
-
-        spent = in_words(clock.seconds / len(x) * evaluations_of_effort("quick"))
+    if found.missing and (spent := clock.cost(len(x))):
         host.say(f"{found.message} (about {spent} a cfg)", executing().node)
     return out
 
@@ -97,24 +93,6 @@ def _tell_passes(made: int, steps: int, reason: str, found: Found, run: Running,
 def _tell(message: str) -> None:
     host.log(message, warn=True)
     host.say(message, executing().node)
-
-
-class _Clock:
-    """Seconds of one evaluation of the whole batch, from the second evaluation on: the first one may load the model."""
-
-    def __init__(self, callback: Callback | None) -> None:
-        self.callback, self.seconds = callback, 0.0
-        self._first, self._count = 0.0, 0
-
-    def __call__(self, state: StepInfo) -> None:
-        now = time.perf_counter()
-        if self._count:
-            self.seconds = (now - self._first) / self._count
-        else:
-            self._first = now
-        self._count += 1
-        if self.callback is not None:
-            self.callback(state)
 
 
 def _statistics(run: Running, x: Tensor, model_options: Options, same_architecture: bool) -> Found:

@@ -36,12 +36,16 @@ _SUFFIX = ".ems.safetensors"
 
 @dataclass(frozen=True)
 class Found:
-    """Statistics for a run, or None; `title` for the picture's record; `message` says what was found and what to do."""
+    """Statistics for a run, or None; `title` for the picture's record; `message` says what was found and what to do.
+
+    `missing`: there is no file for this checkpoint, so computing one would help.
+    """
 
     ems: EMS | None
     message: str
     title: str = NONE
     origin: Origin | None = None
+    missing: bool = False
 
 
 @lru_cache(maxsize=1)
@@ -105,7 +109,7 @@ def find(run: model.Running, x: Tensor, guidance: float, wanted: str = AUTOMATIC
     entry, reason = find_entry(run, x.shape[1], wanted, same_architecture)
     file = None if entry is None else entry.file
     if entry is None or file is None:
-        return Found(None, reason)
+        return Found(None, reason, missing=wanted == AUTOMATIC)
     found = choose_statistics(file, entry.name, reason, facts_of(run, guidance), tuple(x.shape))
     if found.ems is None:
         return Found(None, found.message)

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..ems_tools.hosting import choose_steps, sample_on_trial, unfitted_steps
+from ..ems_tools.hosting import Clock, choose_steps, sample_on_trial, unfitted_steps
 from ..sampler import AUTO, LevelTable, SolverOptions, Space, StepInfo, settings_for, takes_typical_steps
 from . import host, model
 from .find import NONE, Found, facts_of, find, find_entry, trust
@@ -95,9 +95,9 @@ def _sample(
         run, watched = model.running(denoiser), _Watched(denoiser, known)
         guidance = run.guidance(extra_args.get("cond_scale"))
         found = _statistics(run, x, sigmas[start:], guidance, choice, options, part)
-        told = _told(callback, start)
+        clock = Clock(_told(callback, start))
         try:
-            return sample_on_trial(
+            out = sample_on_trial(
                 trust(),
                 found.origin,
                 partial(_dropped, denoiser, run, choice, part),
@@ -105,13 +105,16 @@ def _sample(
                 x,
                 sigmas[start:],
                 extra_args,
-                told,
+                clock,
                 quiet,
                 ems=found.ems,
                 space=run.space,
                 guidance=guidance,
                 **options,
             )
+            if found.missing:
+                _say_cost(watched.checkpoint, clock.cost(len(x)))
+            return out
         except _SwitchedError as switch:
             start, x, known, part = start + switch.call, switch.x, switch.denoised, "refiner"
 
@@ -159,6 +162,13 @@ def _say(topic: str, message: str) -> None:
     if _SAID.get(topic) != message:
         _SAID[topic] = message
         host.log(message)
+
+
+def _say_cost(checkpoint: str | int, spent: str) -> None:
+    """Once for a checkpoint: it is a little different each time."""
+    topic = f"cost {checkpoint}"
+    if spent and topic not in _SAID:
+        _say(topic, f"computing them in the tab EMS takes about {spent} for one CFG scale")
 
 
 def fitted_schedule(n: int, sigma_min: float, sigma_max: float, inner_model: Wrap, device: torch.device | str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -365,6 +366,17 @@ def test_last_line_of_the_log_is_what_holds_now(host: Any, capsys: pytest.Captur
     assert "EMS mine.ems.safetensors, made for this checkpoint" in capsys.readouterr().out
     host.make()
     assert "EMS" not in capsys.readouterr().out  # but not twice
+
+
+def test_without_a_file_the_log_says_once_how_long_computing_one_would_take(
+    host: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host.start()
+    host.make()
+    told = capsys.readouterr().out
+    assert re.search(r"computing them in the tab EMS takes about \d+(\.\d)? (s|min|h) for one CFG scale", told)
+    host.make()
+    assert "takes about" not in capsys.readouterr().out
 
 
 def test_log_shows_escapes_of_strangers_texts(
