@@ -45,9 +45,12 @@ def _sampler() -> None:
 
 
 def _schedule() -> None:
-    from .sampling import FITTED_LABEL, FITTED_NAME, fitted_schedule
+    from .fewer import is_offered
+    from .sampling import FITTED_LABEL, FITTED_NAME, PASSES_LABEL, PASSES_NAME, fitted_schedule, passes_schedule
 
     host.add_schedule(FITTED_NAME, FITTED_LABEL, fitted_schedule)
+    if is_offered():
+        host.add_schedule(PASSES_NAME, PASSES_LABEL, passes_schedule)
 
 
 def _settings() -> None:

@@ -9,17 +9,29 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..ems_tools.hosting import Clock, choose_steps, sample_on_trial, unfitted_steps
+from ..ems_tools.hosting import Clock, Origin, choose_steps, sample_on_trial, unfitted_steps
 from ..sampler import AUTO, LevelTable, SolverOptions, Space, StepInfo, settings_for, takes_typical_steps
-from . import host, model
+from . import fewer, host, model
 from .find import NONE, Found, facts_of, find, find_entry, trust
 from .objects import Denoiser, StepTold, Wrap
 from .options import Choice, chosen, record
 
-__all__ = ["ALIASES", "FITTED_LABEL", "FITTED_NAME", "MEASURE", "NAME", "fitted_schedule", "sample_host"]
+__all__ = [
+    "ALIASES",
+    "FITTED_LABEL",
+    "FITTED_NAME",
+    "MEASURE",
+    "NAME",
+    "PASSES_LABEL",
+    "PASSES_NAME",
+    "fitted_schedule",
+    "passes_schedule",
+    "sample_host",
+]
 
 NAME, ALIASES = "DPM-Solver-v3", ["dpm_solver_v3", "k_dpm_solver_v3"]
 FITTED_NAME, FITTED_LABEL = "dpm_solver_v3_fitted", "DPM-Solver-v3 fitted"
+PASSES_NAME, PASSES_LABEL = "dpm_solver_v3_fewer_passes", "DPM-Solver-v3 fewer passes"
 MEASURE = "dpm_solver_v3_measure"
 """Attribute of the processing object: what to do instead of sampling, `(denoiser, x, extra_args) -> x`."""
 _SAID: dict[str, str] = {}
@@ -93,6 +105,7 @@ def _sample(
     start, known = 0, None
     while True:
         run, watched = model.running(denoiser), _Watched(denoiser, known)
+        passes, reason = fewer.HostPasses(denoiser, watched), fewer.why_not(denoiser, run, extra_args)
         guidance = run.guidance(extra_args.get("cond_scale"))
         found = _statistics(run, x, sigmas[start:], guidance, choice, options, part)
         clock = Clock(_told(callback, start))
@@ -110,10 +123,12 @@ def _sample(
                 ems=found.ems,
                 space=run.space,
                 guidance=guidance,
+                passes=None if reason else passes,
                 **options,
             )
             if found.missing:
                 _say_cost(watched.checkpoint, clock.cost(len(x)))
+            _tell_passes(passes.count, reason, found, run, sigmas[start:])
             return out
         except _SwitchedError as switch:
             start, x, known, part = start + switch.call, switch.x, switch.denoised, "refiner"
@@ -149,6 +164,15 @@ def _statistics(
     return found
 
 
+def _tell_passes(made: int, reason: str, found: Found, run: model.Running, sigmas: Tensor) -> None:
+    """How many passes a run in fewer of them made, or why none was left out although its steps were meant for that."""
+    advice, lambdas = getattr(found.ems, "recommendation", None), run.space.lambda_of(sigmas.detach().cpu().double()).tolist()
+    if made:
+        host.log(f"{made} passes of the network in {len(lambdas) - 1} steps")
+    elif reason and advice is not None and advice.fitted_for(lambdas) is None and advice.fitted_for(lambdas, passes=True):
+        host.log(f"no pass was left out ({reason}): take the schedule type {FITTED_LABEL} with this")
+
+
 def _dropped(denoiser: Denoiser, run: model.Running, choice: Choice, part: str, message: str) -> None:
     """A file turned out to be wrong, and the picture is made anew: the host counts its steps from the start again."""
     _say("trial", message)
@@ -176,9 +200,19 @@ def fitted_schedule(n: int, sigma_min: float, sigma_max: float, inner_model: Wra
 
     The steps that were fitted to the checkpoint for `n` steps at this CFG scale, or the best unfitted ones with a message.
     """
-    run = model.asking(inner_model)
+    return _schedule(n, sigma_min, sigma_max, model.asking(inner_model), device, False)
+
+
+def passes_schedule(n: int, sigma_min: float, sigma_max: float, inner_model: Wrap, device: torch.device | str) -> Tensor:
+    """The same for "DPM-Solver-v3 fewer passes": more steps, in as many passes of the network as `n` guided ones."""
+    return _schedule(n, sigma_min, sigma_max, model.asking(inner_model), device, True)
+
+
+def _schedule(
+    n: int, sigma_min: float, sigma_max: float, run: model.Running, device: torch.device | str, passes: bool
+) -> Tensor:
     try:
-        message, levels = _steps(run, n)
+        message, levels = _steps(run, n, passes)
     except Exception as error:  # the picture comes first
         title, levels = unfitted_steps(_any_schedule(run, sigma_min, sigma_max), n)
         message = f"looking for fitted steps failed ({type(error).__name__}: {error}): {title} steps instead"
@@ -196,11 +230,12 @@ def _any_schedule(run: model.Running, sigma_min: float, sigma_max: float) -> Lev
         return LevelTable(torch.tensor([sigma_min, high], dtype=torch.float64), space)
 
 
-def _steps(run: model.Running, n: int) -> tuple[str, Tensor]:
+def _steps(run: model.Running, n: int, passes: bool) -> tuple[str, Tensor]:
     """What to tell the user, and the levels [n + 1]."""
     choice, guidance = chosen(run.p), None if run.p is None else run.guidance(getattr(run.p, "cfg_scale", None))
     entry, reason = find_entry(run, model.channels_of(run.p), choice.ems, choice.same_architecture)
     file, name = (None, reason.partition(": sampling")[0]) if entry is None else (entry.file, entry.name)
-    steps = choose_steps(file, name, facts_of(run, guidance, model.sampler_name(run.p)), n)
+    ours = file is not None and trust().is_ours(Origin(file, name))
+    steps = choose_steps(file, name, facts_of(run, guidance, model.sampler_name(run.p)), n, passes=passes and ours)
     advice = f", {reason}" if steps.fitted else ". The tab EMS fits steps to the checkpoint"
     return steps.message + advice, steps.levels

@@ -28,8 +28,7 @@ from ...sampler import FittedSteps
 from ..file.rows import FittedRow, insane
 from ..trajectory import Pair, Trajectories, few_steps
 from .judge import averages, ratio_of
-from .plan import FitPlan
-from .spacing import CANDIDATES, Spacing
+from .spacing import Spacing
 from .steps import formula_step, least_squares
 
 __all__ = ["FINALISTS", "SEARCH", "best_passes", "fit_pattern", "passes_row", "patterns"]
@@ -88,7 +87,7 @@ def best_passes(
     teacher: Trajectories,
     lambdas_of: Callable[[Spacing, int], Sequence[float]],
     steps: int,
-    plan: FitPlan,
+    spacings: Sequence[Spacing],
 ) -> FittedSteps | None:
     """The steps with the lowest error on noises left out; None where no pattern can be run.
 
@@ -97,10 +96,10 @@ def best_passes(
         samples, teacher: noises to fit on and their guided trajectories.
         lambdas_of: where a spacing evaluates at a number of evaluations.
         steps: the guided steps whose passes may be spent.
-        plan: `passes` spacings are tried with the first pattern on SEARCH noises, then the other patterns on the best
-            spacing, then the best FINALISTS of all on all noises.
+        spacings: are tried with the first pattern on SEARCH noises, then the other patterns on the best of them, then the best
+            FINALISTS of all on all noises.
     """
-    few = min(plan.search, SEARCH, len(samples))
+    few = min(SEARCH, len(samples))
     tried: list[tuple[float, Pattern, Sequence[float], Spacing]] = []
 
     def attempt(guided: Pattern, spacing: Spacing) -> None:
@@ -112,7 +111,7 @@ def best_passes(
     if not patterns(steps):
         return None
     first, *others = patterns(steps)
-    for spacing in CANDIDATES[: plan.passes]:
+    for spacing in spacings:
         attempt(first, spacing)
     if not tried:
         return None

@@ -30,7 +30,8 @@ class FitPlan:
             fit's: on the same noise they differ by what they are, so few tell them apart. The best two, and this sampler
             without a file, run at every step count on the first `panel_noises` of those held out, and the best of these on
             all of them.
-        passes: for steps in fewer passes of the network, spacings that they are tried on; 0: none are fitted.
+        passes: for steps in fewer passes of the network, spacings that they are tried on beside that of the guided steps; 0:
+            none are fitted.
         rounds: of refinement for the final error, on `refine_noises`, for at most `refined` steps.
     """
 
@@ -86,7 +87,7 @@ def evaluations_of_passes(plan: FitPlan, scales: Sequence[float]) -> int:
         sizes = [2 * len(pattern) for pattern in patterns(n)]
         if not sizes:
             continue
-        total += (plan.passes * sizes[0] + sum(sizes[1:])) * min(plan.search, SEARCH, plan.noises)
+        total += ((plan.passes + 1) * sizes[0] + sum(sizes[1:])) * min(SEARCH, plan.noises)
         total += FINALISTS * max(sizes) * plan.noises + 3 * n * plan.held_out
         total += max(_cost_of_refinement(plan, n, pattern) for pattern in patterns(n))
     return total * sum(g != 1 for g in scales)

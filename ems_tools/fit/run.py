@@ -13,6 +13,7 @@ Every run's result is kept in the job's state, so a cancelled fit goes on where 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -123,10 +124,13 @@ def fit_passes(
     truth = kept_trajectories(pair.guided, state, f"judge.{name}", held_out)
     span, snap = Range.of(job.lambdas, source.schedule), _snapping(source.levels, job)
     bench = Bench(pair.guided, plan, samples, teacher, span, snap, state, name)
+    chosen = {n: best_spacing(bench, n) for n in searched_steps(plan)}  # known from the guided fit
     for rival in rivals:
         if str(rival.steps) in known:
             continue
-        found = best_passes(pair, samples, teacher, bench.lambdas, rival.steps, plan)
+        near = chosen[min(chosen, key=lambda n: abs(math.log(n / rival.steps)))]
+        spacings = list(dict.fromkeys([near, *CANDIDATES[: plan.passes]]))
+        found = best_passes(pair, samples, teacher, bench.lambdas, rival.steps, spacings)
         if found is not None and rival.steps <= plan.refined:
             found = _refined(bench, pair, found)
         row = passes_row(pair, held_out, truth, rival, found)

@@ -19,9 +19,8 @@ from dpm_solver_v3.ems_tools.file.layout import fitted_row, fitted_values
 from dpm_solver_v3.ems_tools.file.reader import EMSFileError, decode_ems_file, load_ems_file
 from dpm_solver_v3.ems_tools.file.rows import FittedRow
 from dpm_solver_v3.ems_tools.fit.passes import best_passes, fit_pattern, passes_row, patterns
-from dpm_solver_v3.ems_tools.fit.plan import FitPlan
 from dpm_solver_v3.ems_tools.fit.refine import refine, with_last_step
-from dpm_solver_v3.ems_tools.fit.spacing import Range
+from dpm_solver_v3.ems_tools.fit.spacing import CANDIDATES, Range
 from dpm_solver_v3.ems_tools.fit.steps import closed_loop, objective
 from dpm_solver_v3.ems_tools.hosting import Origin, Run, TrustBook, choose_steps, sample_on_trial
 from dpm_solver_v3.ems_tools.show.describe import lines_of
@@ -31,7 +30,6 @@ from dpm_solver_v3.sampler import EDM, EMS, EMSError, FittedSteps, Recommendatio
 GUIDANCE, SHAPE = 3.0, (2, 4, 4)
 JOB = Job(shape=SHAPE, lambdas=uniform_grid(0.03, 10.0, 60), samples=8, guidance=(GUIDANCE,))
 CENTRES = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(1))
-PLAN = FitPlan(steps=(4,), noises=6, search=3, passes=2)
 
 
 class Counted:
@@ -98,7 +96,7 @@ def found_by(network: Counted, steps: int = 4) -> FittedSteps:
     teacher = teach(network.pair().guided, samples)
     span = Range.of(JOB.lambdas, None)
     at = lambda spacing, n: [round(v, 6) for v in spacing.lambdas(n, span, teacher)]  # noqa: E731
-    found = best_passes(network.pair(), samples, teacher, at, steps, PLAN)
+    found = best_passes(network.pair(), samples, teacher, at, steps, CANDIDATES[:2])
     assert found is not None
     return found
 
@@ -194,7 +192,7 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> EMSFile:
 
 
 def test_a_file_keeps_what_won_and_says_so(computed: EMSFile, tmp_path: Path) -> None:
-    assert {row.passes for row in computed.meta.passes} == {8, 10}
+    assert 8 in {row.passes for row in computed.meta.passes} <= {8, 10}
     data = computed.encode()
     assert b'"format_version":"2"' in data and decode_ems_file(data).meta.passes == computed.meta.passes
     for row in computed.meta.passes:
