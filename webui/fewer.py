@@ -1,9 +1,9 @@
 """Steps in fewer passes of the network in Forge: which runs allow them, and how their passes are made.
 
-At a CFG scale of 1 Forge makes the conditional pass alone, and the scale is an argument of every call. At a guided evaluation it
-keeps the unconditional answer where a sampler asks for that (`need_last_noise_uncond`, which its CFG++ samplers use), from which
-the conditional one follows. Nothing of the host is replaced. AUTOMATIC1111 makes both passes at every scale and leaves one out by
-a setting of the whole program only; so there, and wherever anything else decides about passes, every step is guided.
+At a CFG scale of 1 Forge makes the conditional pass alone, and the scale is an argument of every call. At a guided evaluation
+it keeps the unconditional answer where a sampler asks for that (`need_last_noise_uncond`, which its CFG++ samplers use), from
+which the conditional one follows. Nothing of the host is replaced. AUTOMATIC1111 makes both passes at every scale, but for a
+setting of the whole program; so there, and wherever anything else decides about passes, every step is guided.
 """
 
 from __future__ import annotations

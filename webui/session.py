@@ -60,6 +60,7 @@ class Request:
         name: of the file; the checkpoint's if empty.
         batch: samples at once.
         seed: of the start noise.
+        fewer: fit steps in fewer passes as well.
     """
 
     prompts: tuple[str, ...]
@@ -72,6 +73,7 @@ class Request:
     name: str = ""
     batch: int = 4
     seed: int = 0
+    fewer: bool = False
 
 
 def request_of(  # noqa: PLR0913 - gradio hands over one argument for each field of the page
@@ -86,6 +88,7 @@ def request_of(  # noqa: PLR0913 - gradio hands over one argument for each field
     name: str,
     batch: float | None,
     seed: float | None,
+    fewer: bool = False,
 ) -> Request:
     """From the fields of the page, where a box of a number may be empty. Raises EstimateError with what to change."""
     prompts = (prompt.strip(), *(PROMPTS if more else ()))
@@ -93,7 +96,8 @@ def request_of(  # noqa: PLR0913 - gradio hands over one argument for each field
     if not 1 <= at_once <= 1024:
         raise EstimateError(f"'Samples at once' must lie between 1 and 1024, not {at_once}")
     size = int(width or 512), int(height or 512)
-    return Request(prompts, negative, *size, scales_of(scales), effort, steps_of(steps), name.strip(), at_once, int(seed or 0))
+    counts, start = steps_of(steps), int(seed or 0)
+    return Request(prompts, negative, *size, scales_of(scales), effort, counts, name.strip(), at_once, start, fewer)
 
 
 def steps_of(text: str) -> tuple[int, ...]:
@@ -204,8 +208,9 @@ class Work:
             identity=self._identity(run, identity, list(schedules)),
             levels=table.levels if model.rounds_levels(run) else None,
             host_schedules=schedules,
+            conditional=_Denoiser(denoiser, extra_args, 1.0, len(r.prompts)) if r.fewer and not model.guider_of(run) else None,
         )
-        job, plan = job_for(source, effort, r.seed, r.steps), plan_for(source, effort, r.steps)
+        job, plan = job_for(source, effort, r.seed, r.steps), plan_for(source, effort, r.steps, r.fewer)
         self.path, done = place_for(host.output_folder(), r.name or identity.name or "model", source, job, plan, host.log)
         if done is None:
             watch = Watch(job, plan)

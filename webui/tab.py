@@ -18,6 +18,7 @@ from ..ems_tools.file import EMSFileError, load_ems_file
 from ..ems_tools.hosting.jobs import PROMPTS
 from ..ems_tools.judge.consistency import consistency_problems
 from . import page
+from .fewer import is_offered
 from .find import library
 from .session import BusyError, Work, begin, cost_in_words, current, request_of
 
@@ -100,7 +101,11 @@ def _inputs(gr: ModuleType) -> list[Any]:
         name = gr.Textbox(label="File name", placeholder="the checkpoint's", elem_id="dpm_solver_v3_name")
         batch = gr.Number(4, label="Samples at once", precision=0, elem_id="dpm_solver_v3_batch")
         seed = gr.Number(0, label="Seed", precision=0, elem_id="dpm_solver_v3_seed")
-    return [prompt, more, negative, width, height, scales, effort, steps, name, batch, seed]
+    fields = [prompt, more, negative, width, height, scales, effort, steps, name, batch, seed]
+    if is_offered():
+        label = "Also fit steps in fewer passes, some without the negative prompt (takes up to four times as long)"
+        fields.append(gr.Checkbox(False, label=label, elem_id="dpm_solver_v3_fewer"))
+    return fields
 
 
 def _cost(scales: str, effort: str, steps: str) -> str:

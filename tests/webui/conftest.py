@@ -55,6 +55,12 @@ class Conditions:
         self.shape, self.batch = shape, batch
 
 
+class Prompt(str):
+    """modules/prompt_parser.py: ComposableScheduledPromptConditioning, with the prompt's text for its conditioning."""
+
+    weight = 1.0
+
+
 def mean_of(prompt: str) -> Tensor:
     """[C, 1, 1], by the prompt's text."""
     seed = int(hashlib.sha256(prompt.encode()).hexdigest()[:8], 16)
@@ -129,7 +135,7 @@ class Host:
             inner = SimpleNamespace(predictor=Predictor(model.sigmas), model_config=SimpleNamespace())
             if self.kind == "reForge":
                 inner = SimpleNamespace(model_sampling=Predictor(model.sigmas))
-            model.forge_objects = SimpleNamespace(unet=SimpleNamespace(model=inner))
+            model.forge_objects = SimpleNamespace(unet=SimpleNamespace(model=inner, model_options={}))
         self.modules["modules.shared"].sd_model = model
 
     @property
@@ -163,6 +169,10 @@ class Host:
         if self.kind != "A1111":
             self._module("modules_forge")
             self._module("modules_forge.main_thread", run_and_wait_result=MainThread().run)
+        if self.kind == "Forge":
+            self._module("backend")
+            self._module("backend.sampling")
+            self._module("backend.sampling.sampling_function")
         self._module("gradio", **gradio_names())
         for name, module in self.modules.items():
             monkeypatch.setitem(sys.modules, name, module)
@@ -265,7 +275,10 @@ class Host:
         sampler.config = config
         prompts = p.prompt if isinstance(p.prompt, list) else [p.prompt]
         p.rng = SimpleNamespace(shape=(CHANNELS, p.height // 8, p.width // 8))  # modules/rng.py: ImageRNG
-        p.conditions = Conditions((len(prompts),), [[prompt] for prompt in prompts]), [[p.negative_prompt]] * len(prompts)
+        p.conditions = (
+            Conditions((len(prompts),), [[Prompt(prompt)] for prompt in prompts]),
+            [[p.negative_prompt]] * len(prompts),
+        )
         p.latents = sampler.sample(p, len(prompts))
         if not getattr(p.latents, "already_decoded", False):
             p.decoded = len(p.latents)
@@ -364,10 +377,14 @@ class KDiffusionSampler:
 class Denoiser(nn.Module):
     """modules/sd_samplers_cfg_denoiser.py: CFGDenoiser, with the refiner's switch inside of its call."""
 
+    masked = False
+
     def __init__(self, sampler: KDiffusionSampler, host: Host) -> None:
         super().__init__()
         self.sampler, self.host, self.p, self.step, self.total_steps, self.wrap = sampler, host, None, 0, None, None
         self.seen: list[tuple[list[str], float]] = []
+        self.passes, self.need_last_noise_uncond = 0, False
+        self.mask = torch.ones(1) if self.masked else None
 
     @property
     def inner_model(self) -> Any:
@@ -394,8 +411,15 @@ class Denoiser(nn.Module):
         assert len(image_cond) == len(x) == len(uncond) == len(cond.batch)
         prompts, negatives = [c[0] for c in cond.batch], [u[0] for u in uncond]
         self.seen.append((prompts, cond_scale))
-        wanted, unwanted = self._denoise(x, sigma, prompts), self._denoise(x, sigma, negatives)
         self.step += 1
+        wanted = self._denoise(x, sigma, prompts)
+        self.passes += 1
+        if self.host.kind == "Forge" and cond_scale == 1:
+            return wanted
+        unwanted = self._denoise(x, sigma, negatives)
+        self.passes += 1
+        if self.need_last_noise_uncond:
+            self.last_noise_uncond = (x - unwanted) / sigma[:, None, None, None]
         return unwanted + cond_scale * (wanted - unwanted)
 
     def _denoise(self, x: Tensor, sigma: Tensor, prompts: list[str]) -> Tensor:

@@ -222,6 +222,65 @@ def test_fitted_schedule_and_coefficients(host: Any, capsys: pytest.CaptureFixtu
     assert "suit the sampler dpm_solver_v3 only, not Euler" in said and "steps instead" in said
 
 
+def with_fewer_passes(host: Any) -> EMSFile:
+    """Six guided steps, and seven in as many passes: c alone at the first and the last."""
+    file = with_fit(host, "mine", LAMBDAS)
+    lambdas, guided = (-2.4, *LAMBDAS[1:], 2.8), (False, True, True, True, True, True, False)
+    rows = tuple(tuple(0.05 + 0.01 * k for k in range(known)) for known in (1, 3, 5, 7, 9, 11, 12))
+    steps = FittedSteps(lambdas, (0.5,) * 7, rows, guided=guided)
+    row = FittedRow(4.0, 7, lambdas, steps, (1.0,) * 3, (2.0,) * 3, "6 guided steps", (0.5, 0.4, 0.6), 8)
+    file = replace(file, meta=replace(file.meta, passes=(row,)))
+    file.save(host.data / "models" / "ems" / "mine.ems.safetensors")
+    return file
+
+
+def test_fewer_passes_in_forge(host: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As many passes as six guided steps make, counted in the host's denoiser; the result is the library's."""
+    host.start()
+    file = with_fewer_passes(host)
+    monkeypatch.setattr("dpm_solver_v3.ems_tools.hosting.TrustBook.is_ours", lambda *_: True)
+    label = f"{NAME} fewer passes"
+    assert (label in host.schedulers) == (host.kind == "Forge")
+    if host.kind != "Forge":
+        return
+    p = host.make(scheduler=label)
+    denoiser = p.sampler.model_wrap_cfg
+    assert len(p.used_sigmas) == 8 and denoiser.passes == 12 and not denoiser.need_last_noise_uncond
+    said = capsys.readouterr().out
+    assert "7 steps in the passes of 6, 5 of them guided" in said and "12 passes of the network in 7 steps" in said
+
+    def passes(x: Tensor, sigma: Tensor, guided: bool, **extra: Any) -> tuple[Tensor, ...]:
+        c, u = (denoiser(x, sigma, **{**extra, "cond_scale": scale}) for scale in (1.0, 0.0))
+        return (c, u + 4.0 * (c - u)) if guided else (c,)
+
+    expected = library_result(host, p, file.at(4.0), passes=passes)
+    assert torch.allclose(p.latents, expected, atol=1e-5)
+    plain = host.make(scheduler=FITTED)
+    assert len(plain.used_sigmas) == 7 and plain.sampler.model_wrap_cfg.passes == 12
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"), [("mask", "inpainting"), ("weight", "several prompts"), ("patch", "computed under plain guidance")]
+)
+def test_every_step_is_guided_where_something_else_wants_the_pass(
+    host: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str, reason: str
+) -> None:
+    host.start()
+    if host.kind != "Forge":
+        pytest.skip("only Forge can make one pass alone")
+    with_fewer_passes(host)
+    monkeypatch.setattr("dpm_solver_v3.ems_tools.hosting.TrustBook.is_ours", lambda *_: True)
+    if what == "mask":
+        monkeypatch.setattr(type(host.make().sampler.model_wrap_cfg), "masked", True)
+    elif what == "weight":
+        monkeypatch.setattr(type(host.make().conditions[0].batch[0][0]), "weight", 0.5)
+    else:
+        host.model.forge_objects.unet.model_options = {"sampler_post_cfg_function": [lambda args: args["denoised"]]}
+    p = host.make(scheduler=f"{NAME} fewer passes")
+    assert p.sampler.model_wrap_cfg.passes == 2 * (len(p.used_sigmas) - 1)
+    assert reason in capsys.readouterr().out
+
+
 def unfitted(host: Any, n: int) -> Tensor:
     """Where nothing was fitted: the schedule that was measured best for this family of models."""
     return unfitted_steps(LevelTable(host.model.sigmas.double()), n)[1].float()
