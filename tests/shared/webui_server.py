@@ -145,6 +145,7 @@ class Run:
         self.infotext, self.png = infotext, base64.b64decode(png)
         self.calls: list[list[Tensor]] = record["calls"]
         self.latents: Tensor = record["latents"]
+        self.rows: int = record["rows"]
         self.pixels: Tensor = record["images"]  # float32 in [0, 1], before they are rounded
 
 

@@ -1,6 +1,7 @@
 """An extension for the WebUI under test: a tiny effort, the library's plain sampler as "Library", and a record of each run.
 
-The record of the latest run lies at <data>/record.pt: what the denoiser was called with and returned, the latents, the images.
+The record of the latest run lies at <data>/record.pt: what the denoiser was called with and returned, the rows that the network
+evaluated, the latents, the images.
 """
 
 import dataclasses
@@ -71,6 +72,14 @@ class Recorder(scripts.Script):
 
     def before_process(self, p, *args):
         RECORD["calls"].clear()
+        RECORD["rows"] = 0
+
+    def process_batch(self, p, *args, **kwargs):
+        unet = getattr(getattr(p.sd_model, "forge_objects", None), "unet", None)
+        network = p.sd_model.model.diffusion_model if unet is None else unet.model.diffusion_model
+        if not getattr(network, "is_counted", False):
+            network.is_counted = True
+            network.register_forward_hook(lambda module, args, out: RECORD.update(rows=RECORD["rows"] + len(out)))
 
     def post_sample(self, p, ps, *args):
         RECORD["latents"] = torch.stack([s.detach().cpu() for s in ps.samples])
