@@ -105,6 +105,7 @@ def hostile(draw: random.Random) -> EMSFile:
         sums = torch.full((9, groups, min(points, 61), channels), extreme(draw, 1e300), dtype=torch.float64)
         moments = {"sums.0": sums, "count.0": torch.full((groups,), abs(extreme(draw, 1e11)), dtype=torch.float64)}
     l, s, b = (tables[name] for name in "lsb")
+    meta = replace(meta, passes=_fewer(draw, meta.fitted))
     return EMSFile(lambdas, torch.tensor(scales, dtype=torch.float64), l, s, b, meta, moments=moments)
 
 
@@ -150,6 +151,24 @@ def _fits(draw: random.Random) -> tuple[FittedRow, ...]:
     steps = FittedSteps(lambdas, tuple(decay), tuple(weights), start)
     errors = tuple(abs(extreme(draw, MAX_ERROR)) for _ in range(3))
     return (FittedRow(2.0, STEPS, lambdas, steps, errors, errors, "karras", errors, 4),)
+
+
+def _fewer(draw: random.Random, fitted: tuple[FittedRow, ...]) -> tuple[FittedRow, ...]:
+    """The same steps in fewer passes, or as many: guided anywhere, weights of c 0 or anything within the bounds."""
+    found = []
+    for row in fitted:
+        c = row.coefficients
+        if c is None or draw.random() < 0.5:
+            continue
+        guided, wild = tuple(draw.random() < 0.6 for _ in c.lambdas), draw.random() < 0.4
+        weights = tuple(
+            tuple(
+                v for w, both in zip(known, guided) for v in ((extreme(draw, MAX_WEIGHT) if wild else 0.0, w) if both else (w,))
+            )
+            for known in c.weights
+        )
+        found.append(replace(row, coefficients=replace(c, weights=weights, guided=guided)))
+    return tuple(found)
 
 
 def _commands(file: EMSFile, folder: Path) -> EMSFile:
