@@ -15,7 +15,7 @@ from .graph import Asked
 from .model import latent_of, level_table, model_sampling_of
 from .pictures import labelled_grid, panels_picture
 from .protocols import VAE, Conditioning, Latent, ModelSampling, Patcher
-from .sampling import FITTED_NAME, chosen_steps, sample_host
+from .sampling import FITTED_NAME, PASSES_NAME, chosen_steps, sample_host
 from .scheduler import host_levels
 
 if TYPE_CHECKING:
@@ -134,10 +134,11 @@ class CompareNode:
 
 def _named(run: _Run, model: Patcher, sampling: ModelSampling | None, cfg: float, counts: list[int]) -> _Run:
     """The run with what the fitted scheduler really gives: fitted steps, others, or some of both."""
-    if run.scheduler != FITTED_NAME:
+    if run.scheduler not in (FITTED_NAME, PASSES_NAME):
         return run
     facts = Asked(model, cfg, "", run.sampler)
-    fitted = [n for n in counts if chosen_steps(sampling, n, 1.0, facts).fitted]
+    fewer = run.scheduler == PASSES_NAME
+    fitted = [n for n in counts if chosen_steps(sampling, n, 1.0, facts, passes=fewer).fitted]
     some = f"fitted at {', '.join(map(str, fitted))} steps only"
     return _Run(run.sampler, run.scheduler, "fitted" if fitted == counts else some if fitted else "not fitted")
 
