@@ -5,8 +5,8 @@
 Prints the error of every sampler against the converged solution from the same start noise, with the same number of
 denoiser evaluations on the same steps, and writes `samples.png`, `errors.png` and `demo.json` into out/.
 
-`samples.png` shows the same noise sampled by the best built-in sampler (of the samplers and schedules in `PANEL` the pair with
-the smallest error on other noise), by ours, and converged. Below each picture is its distance from the converged one.
+`samples.png` shows the same noise in 5 steps of the best built-in sampler (of the samplers and schedules in `PANEL` the pair
+with the smallest error on other noise), in 5 of ours, and converged. Beside a picture is its distance from the converged one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from common import OUT, SCHEDULES, Problem, geometric_mean, per_sample_error
 from rivals import RIVALS, Denoiser, Rival
 from torch import Tensor
@@ -49,14 +48,14 @@ COLOURS = {
 }
 
 
-def samplers(ems: EMS | None, fitted: Tensor | None) -> dict[str, Rival]:
+def samplers(ems: EMS | None, fitted: Tensor | None, guidance: float) -> dict[str, Rival]:
     """The samplers of the demo by the name they are shown under; `fitted` is a schedule that replaces the common one."""
 
     def v3(statistics: EMS | None, own: Tensor | None = None) -> Rival:
         def run(denoiser: Denoiser, x: Tensor, sigmas: Tensor) -> Tensor:
             chosen = sigmas if own is None else own
             x = x * (chosen[0] / sigmas[0]).item()  # noise times the first sigma, as hosts begin
-            return sample_dpm_solver_v3(denoiser, x, chosen, ems=statistics, disable=True)
+            return sample_dpm_solver_v3(denoiser, x, chosen, ems=statistics, guidance=guidance, disable=True)
 
         return run
 
@@ -87,7 +86,7 @@ def run(problem: Problem, file: EMSFile | None, schedule: str, noises: int) -> d
                 bar.set_description(f"guidance {guidance:g}: {steps} steps")
                 ems = file.at(guidance) if file else None
                 fitted = file.fitted_sigmas(steps, guidance).float() if file and file.meta.fitted else None
-                for name, sampler in samplers(ems, fitted).items():
+                for name, sampler in samplers(ems, fitted, guidance).items():
                     x = sampler(denoiser, start, sigmas)
                     errors.setdefault(name, {})[steps] = per_sample_error(x, reference.end_of(sigmas, "clean"))
                 bar.update()
@@ -157,37 +156,30 @@ def _best_of_panel(problem: Problem, steps: int) -> tuple[str, str]:
     return min(tqdm(PANEL, unit="run", desc=f"best built-in sampler, {steps} steps"), key=error)
 
 
-def draw_samples(columns: list[Shown], path: Path) -> None:
-    """Rows: the best built-in sampler with its distance to the converged picture, ours with its own, converged."""
+def draw_samples(shown: Shown, path: Path) -> None:
+    """A row per noise: the best built-in sampler's picture, its distance from the converged one, the same of ours, the goal."""
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(11, 7.4), layout=ConstrainedLayoutEngine(h_pad=0.01, hspace=0))
-    axes = figure.subplots(5, len(columns), squeeze=False)
-    for c, column in enumerate(columns):
-        target = column.pictures["converged"]
-        axes[0][c].set_title(f"{column.steps} steps", fontsize=15)
-        for row, name in ((0, "best built-in"), (2, "DPM-Solver-v3"), (4, "converged")):
-            x = column.pictures[name]
-            axes[row][c].imshow(_strip((x.clamp(-1, 1) + 1) / 2), interpolation="bicubic")
+    target, theirs, ours = shown.pictures["converged"], shown.errors["best built-in"], shown.errors["DPM-Solver-v3"]
+    titles = {
+        "best built-in": f"best built-in sampler, {shown.steps} steps\nmean error {theirs:.4f}",
+        "DPM-Solver-v3": f"this project, {shown.steps} steps\nmean error {ours:.4f}: {100 * ours / theirs:.0f} %",
+        "converged": "the goal:\n200 steps",
+    }
+    figure = Figure(figsize=(11, 9.3), layout="constrained")
+    parts = figure.subfigures(1, 3, width_ratios=[2, 2, 1])
+    for part, (name, title) in zip(parts, titles.items(), strict=True):
+        part.suptitle(title, fontsize=15, fontweight="bold" if name == "DPM-Solver-v3" else "normal")
+        x = shown.pictures[name]
+        distance = (x - target).abs().mean(1)
+        axes = part.subplots(len(x), 1 if name == "converged" else 2, squeeze=False)
+        for row, picture, error in zip(axes, x, distance, strict=True):
+            row[0].imshow(((picture.clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy(), interpolation="bicubic")
             if name != "converged":
-                distance = (x - target).abs().mean(1, keepdim=True)
-                axes[row + 1][c].imshow(_strip(distance)[..., 0], cmap="inferno", vmin=0, vmax=0.35, interpolation="bicubic")
-                caption = f"mean error {column.errors[name]:.4f}"
-                if name != "best built-in":
-                    share = column.errors[name] / column.errors["best built-in"]
-                    caption += f", {100 * share:.0f} % of the best built-in's"
-                axes[row + 1][c].set_xlabel(caption, fontsize=12)
-        for row, label in enumerate(("best\nbuilt-in", "its error", "this\nproject", "its error", "converged\n(200 steps)")):
-            axes[row][c].set(xticks=[], yticks=[])
-            if c == 0:
-                axes[row][c].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=13)
+                row[1].imshow(error.numpy(), cmap="inferno", vmin=0, vmax=0.35, interpolation="bicubic")
+            for axis in row:
+                axis.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=100)
-
-
-def _strip(x: Tensor) -> np.ndarray:
-    """Pictures [n, C, H, W] side by side as [H, n W, C]."""
-    return x.permute(2, 0, 3, 1).reshape(x.shape[2], -1, x.shape[1]).numpy()
 
 
 def draw_errors(results: dict[float, Errors], path: Path) -> None:
@@ -225,7 +217,7 @@ def main() -> None:
     for column in columns:
         ours, theirs = column.errors["DPM-Solver-v3"], column.errors["best built-in"]
         print(f"{column.steps} steps: {column.built_in} {theirs:.5f}, v3 fitted {ours:.5f}, ratio {ours / theirs:.2f}")
-    draw_samples(columns, OUT / "samples.png")
+    draw_samples(columns[0], OUT / "samples.png")
     draw_errors(results, OUT / "errors.png")
     numbers = {
         str(g): {name: {n: geometric_mean(e).item() for n, e in t.items()} for name, t in errors.items()}

@@ -40,3 +40,16 @@ def test_kernel_distance_of_shifted_normals(eyes: ModuleType) -> None:
     exact = 3 * m**2 + 3 * (m**2) ** 2 + (m**3 + 3 * m) ** 2
     assert eyes.kernel_distance(a, b) == pytest.approx(exact, rel=0.15)
     assert abs(eyes.kernel_distance(a[:3000], a[3000:])) < 0.1 * exact
+
+
+def test_paired_kernel_distance_leaves_out_pairs_of_the_same_noise(eyes: ModuleType) -> None:
+    draw = torch.Generator().manual_seed(2)
+    b = torch.randn(60, 3, generator=draw, dtype=torch.float64)
+    a = b + 0.5 + 0.1 * torch.randn(60, 3, generator=draw, dtype=torch.float64)
+    kernel = lambda x, y: ((x @ y) / 3 + 1).item() ** 3  # noqa: E731
+    pairs = [(i, j) for i in range(60) for j in range(60) if i != j]
+    mean = sum(kernel(a[i], a[j]) + kernel(b[i], b[j]) - kernel(a[i], b[j]) - kernel(a[j], b[i]) for i, j in pairs) / len(pairs)
+    value, low, high = eyes.paired_kernel_interval(a, b)
+    assert value == pytest.approx(mean, rel=1e-9)
+    assert 0 < low < value < high
+    assert eyes.paired_kernel_interval(b, b) == pytest.approx((0, 0, 0), abs=1e-12)
