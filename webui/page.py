@@ -89,7 +89,7 @@ def next_step(file: EMSFile) -> str:
     scales = ", ".join(f"{g:g}" for g in file.guidance.tolist())
     if not counts:
         return f"Next: choose the sampler {NAME}. It finds this file by the checkpoint."
-    others = "Those that are listed below use the file as well." if file.meta.evidence else "Others work as without a file."
+    others = "The schedule types listed below use the file as well." if file.meta.evidence else "Others work as without a file."
     return (
         f'Next: choose the sampler {NAME} and the schedule type "{FITTED_LABEL}", with {runs_of(counts)} steps and a CFG scale '
         f"near {scales}. {others}"
