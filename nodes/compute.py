@@ -59,7 +59,6 @@ class ComputeNode:
         prompt: Prompt | None = None,
     ) -> dict[str, object]:
         """EMS, path, plot IMAGE and report. Raises HostError or EstimateError with what to do."""
-        from ..ems_tools.file.layout import SUFFIX
         from ..ems_tools.hosting import one_line
         from ..ems_tools.hosting.jobs import scales_of
         from ..ems_tools.show.describe import gain_of
@@ -88,7 +87,7 @@ class ComputeNode:
         )
         file, path = measure(request)
         trust().computed(file)
-        host.say(one_line(f"done: {path.name.removesuffix(SUFFIX)}", gain_of(file)), str(unique_id))  # two lines are seen
+        host.say(one_line(f"done: {path.stem.removesuffix('.ems')}", gain_of(file)), str(unique_id))  # two lines are seen
         return _outputs(file, path)
 
 
