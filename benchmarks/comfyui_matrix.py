@@ -26,6 +26,7 @@ from comfyui import load
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "stats" / "embedded-emoji.ems.safetensors"
 OURS, FITTED = "dpm_solver_v3", "dpm_solver_v3_fitted"
+OWN_SCHEDULES = (FITTED, "dpm_solver_v3_fewer_passes")
 RIVALS = ("dpmpp_2m", "euler", "uni_pc")
 TARGETS = {"no file": 1.1, "linked, no file": 1.1, "file": 1.05, "linked, file": 1.05, "shipped": 1.05}
 
@@ -119,7 +120,7 @@ def measure(bench: Bench, args: argparse.Namespace, prediction: str) -> list[tup
     if prediction != "FLOW":
         files["shipped"] = bench.shipped()
     models = {name: bench.attached(handle) for name, handle in files.items()}
-    schedules = [name for name in comfy.samplers.SCHEDULER_NAMES if name != FITTED]
+    schedules = [name for name in comfy.samplers.SCHEDULER_NAMES if name not in OWN_SCHEDULES]
     rows = []
     for scale in args.cfg:
         exact = bench.sample(models["no file"], 300, scale, "dpmpp_2m", "karras" if prediction != "FLOW" else "beta")
