@@ -70,6 +70,11 @@ class Entrant:
     guidance: float = 1.0
 
     @property
+    def spacing(self) -> Spacing | None:
+        """Its schedule as a spacing; None for a host's own."""
+        return _SCHEDULES.get(self.schedule)
+
+    @property
     def name(self) -> str:
         """For tables."""
         return f"{self.formula} on {self.schedule}"

@@ -23,8 +23,9 @@ class FitPlan:
         held_out: to judge on, those of no other use.
         fixed: schedules of the host that the panel of formulas may use too, levels as a function of the number of steps, by
             name.
-        search: noises to choose the spacing on (0: the first candidate is taken), `spacings` of the candidates tried, at
-            `searched` of the step counts (the others take over the choice of the nearest one).
+        search: noises to choose the spacing on (0: the first candidate is taken), `spacings` of the candidates and the
+            schedule of the panel's likeliest tried, at `searched` of the step counts (the others take over the choice of the
+            nearest one).
         moves: further spacings tried around the best candidate, at the same step counts.
         panel: formulas on schedules tried as what the fit has to beat, at the same step counts, on `heat` noises of the
             fit's: on the same noise they differ by what they are, so few tell them apart. The best two, and this sampler
@@ -68,7 +69,7 @@ def evaluations_of_fit(plan: FitPlan, grid: int, scales: int, known: int = 0) ->
     `grid` points of a trajectory, `known` of which the statistics have solved already.
     """
     teacher = (max(plan.noises - known, 0) + plan.held_out) * grid
-    search = plan.search * (plan.spacings + plan.moves) if plan.spacings + plan.moves > 1 else 0
+    search = plan.search * (plan.spacings + plan.moves + 1) if plan.spacings + plan.moves > 1 else 0
     searched = sum(searched_steps(plan)) * (search + plan.panel * plan.heat)
     heat = min(plan.panel, KEPT) * min(plan.panel_noises, plan.held_out)
     runs = sum(set(plan.steps)) * (plan.noises + heat + 2 * plan.held_out)

@@ -13,7 +13,6 @@ Every run's result is kept in the job's state, so a cancelled fit goes on where 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -79,7 +78,7 @@ def fit_steps(
     bench = Bench(runner, plan, range(plan.noises), teacher, span, _snapping(source.levels, job), state, name)
     panel = entrants(plan.panel, span, _host_lambdas(plan.fixed, job))
     own = [_without_file(source.schedule, guidance, job)]
-    choices = {n: (best_spacing(bench, n), likely_entrants(bench, panel, n)) for n in searched_steps(plan)}
+    choices = _choices(bench, panel)
     for n in wanted:
         if n in rows:
             continue
@@ -124,11 +123,11 @@ def fit_passes(
     truth = kept_trajectories(pair.guided, state, f"judge.{name}", held_out)
     span, snap = Range.of(job.lambdas, source.schedule), _snapping(source.levels, job)
     bench = Bench(pair.guided, plan, samples, teacher, span, snap, state, name)
-    chosen = {n: best_spacing(bench, n) for n in searched_steps(plan)}  # known from the guided fit
+    choices = _choices(bench, entrants(plan.panel, span, _host_lambdas(plan.fixed, job)))  # known from the guided fit
     for rival in rivals:
         if str(rival.steps) in known:
             continue
-        near = chosen[min(chosen, key=lambda n: abs(math.log(n / rival.steps)))]
+        near, _ = _nearest(choices, rival.steps)
         spacings = list(dict.fromkeys([near, *CANDIDATES[: plan.passes]]))
         found = best_passes(pair, samples, teacher, bench.lambdas, rival.steps, spacings)
         if found is not None and rival.steps <= plan.refined:
@@ -151,6 +150,15 @@ def forget(state: JobState, guidance: float) -> None:
 def _known(state: JobState, name: str) -> int:
     """Samples whose trajectories the estimate has left behind."""
     return state.tensors[f"{name}.y"].shape[1] if f"{name}.y" in state.tensors else 0
+
+
+def _choices(bench: Bench, panel: Sequence[Entrant]) -> dict[int, tuple[Spacing, list[Entrant]]]:
+    """The best spacing and the likely entrants, at the step counts at which they are compared."""
+    found = {}
+    for n in searched_steps(bench.plan):
+        likely = likely_entrants(bench, panel, n)
+        found[n] = best_spacing(bench, n, likely), likely
+    return found
 
 
 def _nearest(choices: Mapping[int, tuple[Spacing, list[Entrant]]], steps: int) -> tuple[Spacing, list[Entrant]]:
