@@ -34,9 +34,9 @@ def compute(name: str, scales: str = "1", seed: int = 0, **changed: Any) -> Part
     return ("compute", "DPMSolverV3_ComputeEMS", {**inputs, **changed})
 
 
-def slow(seconds: float = 0.02) -> list[Part]:
+def slow(seconds: float = 0.02, shape: str = "2,4,8,8") -> list[Part]:
     """The toy, slowed down: there is time to press cancel."""
-    parts = toy()
+    parts = toy("EPS", shape)
     parts[0] = ("fast", *parts[0][1:])
     return [*parts, ("model", "Test_Slow", {"model": ["fast", 0], "seconds": seconds})]
 
