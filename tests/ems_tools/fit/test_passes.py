@@ -226,11 +226,11 @@ def test_rows_in_the_wrong_table_are_refused(computed: EMSFile) -> None:
 def test_steps_of_another_scale_do_not_stand_in_for_those_that_lost(computed: EMSFile) -> None:
     """Fitted at guidance 3 and 5, fewer passes that won at 3 only: at 4.5 every step is guided."""
     scales = torch.tensor([3.0, 5.0], dtype=torch.float64)
-    both = {name: torch.cat([getattr(computed, name)] * 2) for name in "lsb"}
+    l, s, b = (torch.cat([v, v]) for v in (computed.l, computed.s, computed.b))
     errors = None if computed.errors is None else {name: torch.cat([v] * 2) for name, v in computed.errors.items()}
     more = tuple(dataclasses.replace(row, guidance=5.0) for row in computed.meta.fitted)
     meta = dataclasses.replace(computed.meta, fitted=(*computed.meta.fitted, *more))
-    file = dataclasses.replace(computed, guidance=scales, meta=meta, errors=errors, **both)
+    file = dataclasses.replace(computed, guidance=scales, meta=meta, errors=errors, l=l, s=s, b=b)
     assert file.passes_sigmas(8, 3.2) is not None and file.passes_sigmas(8, 4.5) is None
     advice = file.at(4.5).recommendation
     assert advice is not None and not any(steps.guided for steps in advice.fitted)
