@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..ems_tools.hosting import Clock, Origin, Run, Steps, choose_steps, sample_on_trial, unfitted_steps
+from ..ems_tools.hosting import Clock, Origin, Run, Steps, choose_steps, sample_on_trial, told_of_passes, unfitted_steps
 from ..sampler import half_corrector_sigma
 from . import host
 from .find import Found, find, find_file, identity_of, none_for, trust
@@ -25,10 +25,11 @@ __all__ = [
     "PASSES_NAME",
     "SamplerNode",
     "choice",
+    "chosen_steps",
     "fitted_schedule",
     "passes_schedule",
     "sample_host",
-    "steps_for",
+    "told",
 ]
 
 NAME = "dpm_solver_v3"
@@ -73,21 +74,11 @@ def sample_host(
     except NotOfferedError:
         reason = "this ComfyUI evaluates its conditionings in another way"
         out = sample()
-    _tell_passes(passes.count, len(sigmas) - 1, reason, found, run, sigmas)
+    if said := told_of_passes(passes.count, found.ems, sigmas, run.space, reason, FITTED_NAME):
+        (_tell if reason else host.log)(said)
     if found.missing and (spent := clock.cost(len(x))):
         host.say(f"{found.message} (about {spent} a cfg)", executing().node)
     return out
-
-
-def _tell_passes(made: int, steps: int, reason: str, found: Found, run: Running, sigmas: Tensor) -> None:
-    """How many passes a run in fewer of them made, or why it was none although its steps were meant for that."""
-    if made and not reason:
-        host.log(f"{made} passes of the network in {steps} steps")
-        return
-    advice, lambdas = getattr(found.ems, "recommendation", None), run.space.lambda_of(sigmas.detach().cpu().double()).tolist()
-    meant = advice is not None and advice.fitted_for(lambdas) is None and advice.fitted_for(lambdas, passes=True) is not None
-    if meant and reason:
-        _tell(f"no pass was left out ({reason}): take {FITTED_NAME} with this")
 
 
 def _tell(message: str) -> None:
@@ -173,33 +164,16 @@ class SamplerNode:
 
 def fitted_schedule(model_sampling: ModelSampling, steps: int) -> Tensor:
     """What the host calls for the scheduler "dpm_solver_v3_fitted": SIGMAS [steps + 1]. Never raises for a bad file."""
-    return steps_for(model_sampling, steps, 1.0, asked())
+    return told(chosen_steps(model_sampling, steps, 1.0, asked()))
 
 
 def passes_schedule(model_sampling: ModelSampling, steps: int) -> Tensor:
     """The same for the scheduler "dpm_solver_v3_fewer_passes": more SIGMAS, in as many passes as `steps` guided steps."""
-    return steps_for(model_sampling, steps, 1.0, asked(), passes=True)
+    return told(chosen_steps(model_sampling, steps, 1.0, asked(), passes=True))
 
 
-def steps_for(
-    model_sampling: ModelSampling | None,
-    steps: int,
-    denoise: float,
-    facts: Asked,
-    guider: Guider | None = None,
-    passes: bool = False,
-) -> Tensor:
-    """The model's fitted steps, or unfitted ones with the reason on the node, in float32.
-
-    Args:
-        model_sampling: the model's, patches included.
-        steps: evaluations.
-        denoise: below 1 the last part of a longer schedule.
-        facts: what the steps are for.
-        guider: of the run, if it is at hand: then it, not `facts`, says what the guidance is.
-        passes: take steps in fewer passes, where the file has some that won and was computed on this machine.
-    """
-    chosen = chosen_steps(model_sampling, steps, denoise, facts, guider, passes)
+def told(chosen: Steps) -> Tensor:
+    """The levels in float32; what they are is told on the node and in the log."""
     host.say_first(chosen.message, chosen.brief, executing().node)
     host.log(chosen.message, warn=not chosen.fitted)
     return chosen.levels.to(torch.float32)
@@ -213,7 +187,16 @@ def chosen_steps(
     guider: Guider | None = None,
     passes: bool = False,
 ) -> Steps:
-    """As `steps_for`, not told to anybody."""
+    """The model's fitted steps, or unfitted ones with the reason.
+
+    Args:
+        model_sampling: the model's, patches included.
+        steps: evaluations.
+        denoise: below 1 the last part of a longer schedule.
+        facts: what the steps are for.
+        guider: of the run, if it is at hand: then it, not `facts`, says what the guidance is.
+        passes: take steps in fewer passes, where the file has some that won and was computed on this machine.
+    """
     table = level_table(model_sampling)
     try:
         patcher = facts.patcher if guider is None else guider.model_patcher

@@ -14,7 +14,7 @@ from . import host
 from .graph import Asked, Place, agreed, executing, link_of, receivers
 from .model import level_table, model_sampling_of
 from .protocols import Guider, Patcher
-from .sampling import choice, steps_for
+from .sampling import choice, chosen_steps, told
 
 __all__ = ["SCHEDULES", "SchedulerNode", "host_levels"]
 
@@ -107,7 +107,7 @@ class SchedulerNode:
         sampling = model_sampling_of(model)
         if schedule in (FITTED, PASSES):
             facts = replace(facts_of(executing(str(unique_id)), cfg), patcher=model)
-            return (steps_for(sampling, steps, denoise, facts, guider, schedule == PASSES),)
+            return (told(chosen_steps(sampling, steps, denoise, facts, guider, schedule == PASSES)),)
         total = max(round(steps / denoise), steps)
         return (host_levels(level_table(sampling), schedule, total, end == "zero")[-(steps + 1) :],)
 

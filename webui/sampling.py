@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..ems_tools.hosting import Clock, Origin, choose_steps, sample_on_trial, unfitted_steps
+from ..ems_tools.hosting import Clock, Origin, choose_steps, sample_on_trial, told_of_passes, unfitted_steps
 from ..sampler import AUTO, LevelTable, SolverOptions, Space, StepInfo, settings_for, takes_typical_steps
 from . import fewer, host, model
 from .find import NONE, Found, facts_of, find, find_entry, trust
@@ -128,7 +128,9 @@ def _sample(
             )
             if found.missing:
                 _say_cost(watched.checkpoint, clock.cost(len(x)))
-            _tell_passes(passes.count, reason, found, run, sigmas[start:])
+            instead = f"the schedule type {FITTED_LABEL}"
+            if said := told_of_passes(passes.count, found.ems, sigmas[start:], run.space, reason, instead):
+                host.log(said)
             return out
         except _SwitchedError as switch:
             start, x, known, part = start + switch.call, switch.x, switch.denoised, "refiner"
@@ -162,15 +164,6 @@ def _statistics(
     used = None if own_steps else settings_for(levels, run.space, found.ems, options, guidance)
     record(run.p, choice, found.title, used, part)
     return found
-
-
-def _tell_passes(made: int, reason: str, found: Found, run: model.Running, sigmas: Tensor) -> None:
-    """How many passes a run in fewer of them made, or why none was left out although its steps were meant for that."""
-    advice, lambdas = getattr(found.ems, "recommendation", None), run.space.lambda_of(sigmas.detach().cpu().double()).tolist()
-    if made:
-        host.log(f"{made} passes of the network in {len(lambdas) - 1} steps")
-    elif reason and advice is not None and advice.fitted_for(lambdas) is None and advice.fitted_for(lambdas, passes=True):
-        host.log(f"no pass was left out ({reason}): take the schedule type {FITTED_LABEL} with this")
 
 
 def _dropped(denoiser: Denoiser, run: model.Running, choice: Choice, part: str, message: str) -> None:

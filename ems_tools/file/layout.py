@@ -53,7 +53,6 @@ __all__ = [
     "MAX_FILE_BYTES",
     "MAX_HEADER_BYTES",
     "SUFFIX",
-    "VERSION",
     "content_hash",
     "encoded",
     "fitted_row",
@@ -67,7 +66,7 @@ __all__ = [
     "too_large",
 ]
 
-FORMAT, VERSION, VERSIONS = "dpm-solver-v3-ems", "1", ("1", "2")
+FORMAT, VERSIONS = "dpm-solver-v3-ems", ("1", "2")
 SUFFIX = ".ems.safetensors"
 MAX_FILE_BYTES, MAX_HEADER_BYTES = 256 * 2**20, 2**20
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}

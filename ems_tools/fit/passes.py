@@ -29,7 +29,7 @@ from ..file.rows import FittedRow, insane
 from ..trajectory import Pair, Trajectories, few_steps
 from .judge import averages, ratio_of
 from .spacing import Spacing
-from .steps import formula_step, least_squares
+from .steps import formula_step, least_squares, rounded
 
 __all__ = ["FINALISTS", "SEARCH", "best_passes", "fit_pattern", "passes_row", "patterns"]
 
@@ -66,8 +66,8 @@ class _Term:
 def patterns(steps: int) -> list[Pattern]:
     """The patterns of as many passes as `steps` guided steps; the first one is what spacings are compared with.
 
-    The last evaluation, which sees the finished picture, is never guided: of all patterns of four networks at 8 and 10 passes
-    that is what the best ones have in common.
+    The last evaluation, which sees the finished picture, is never guided: where all patterns were compared, on two development
+    networks, that is what the best ones had in common.
     """
     alone: dict[int, list[tuple[int, ...]]] = {
         1: [(0,), (1,), (2,), (steps - 1,)],
@@ -175,13 +175,12 @@ def _predicted(
 def _relative(lambdas: Sequence[float], guided: Pattern, rows: Sequence[Tensor]) -> FittedSteps:
     """Steps from rows that give y_i in terms of y_0 and all answers: the share of y_i in y_(i+1), and the answers' factors."""
     decay, weights, known = [], [], 1
-    short = lambda v: float(f"{v:.8g}")  # noqa: E731
     for i, (now, then) in enumerate(pairwise(rows)):
         known += 1 + guided[i]
         share = (then[0] / now[0]).item()
-        decay.append(short(share))
-        weights.append(tuple(map(short, (then[1:known] - share * now[1:known]).tolist())))
-    return FittedSteps(tuple(round(v, 6) for v in lambdas), tuple(decay), tuple(weights), guided=guided)
+        decay.append(share)
+        weights.append(tuple((then[1:known] - share * now[1:known]).tolist()))
+    return rounded(FittedSteps(tuple(lambdas), tuple(decay), tuple(weights), guided=guided))
 
 
 def passes_row(

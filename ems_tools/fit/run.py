@@ -72,13 +72,10 @@ def fit_steps(
         return [rows[n] for n in wanted]
     runner = Runner(job, source.models[guidance], tick=meter.tick, **options)
     judge_on = range(JUDGE_NOISE, JUDGE_NOISE + plan.held_out)
-    teacher = kept_trajectories(runner, state, f"fit.{name}", range(plan.noises))
+    bench = _bench(runner, source, plan, state, name)
     judge = kept_trajectories(runner, state, f"judge.{name}", judge_on)
-    span = Range.of(job.lambdas, source.schedule)
-    bench = Bench(runner, plan, range(plan.noises), teacher, span, _snapping(source.levels, job), state, name)
-    panel = entrants(plan.panel, span, _host_lambdas(plan.fixed, job))
     own = [_without_file(source.schedule, guidance, job)]
-    choices = _choices(bench, panel)
+    choices = _choices(bench)
     for n in wanted:
         if n in rows:
             continue
@@ -117,19 +114,16 @@ def fit_passes(
     known: dict[str, list[object]] = state.facts.setdefault("passes", {}).setdefault(name, {})
     meter = Meter(progress, "passes", evaluations_of_passes(plan, [guidance]), f"fewer passes at guidance {name}", state)
     runners = (Runner(job, model, tick=meter.tick, **options) for model in (source.conditional, source.models[guidance]))
-    pair, samples = Pair(*runners), range(plan.noises)
-    held_out = range(JUDGE_NOISE, JUDGE_NOISE + plan.held_out)
-    teacher = kept_trajectories(pair.guided, state, f"fit.{name}", samples)
+    pair, held_out = Pair(*runners), range(JUDGE_NOISE, JUDGE_NOISE + plan.held_out)
+    bench = _bench(pair.guided, source, plan, state, name)
     truth = kept_trajectories(pair.guided, state, f"judge.{name}", held_out)
-    span, snap = Range.of(job.lambdas, source.schedule), _snapping(source.levels, job)
-    bench = Bench(pair.guided, plan, samples, teacher, span, snap, state, name)
-    choices = _choices(bench, entrants(plan.panel, span, _host_lambdas(plan.fixed, job)))  # known from the guided fit
+    choices = _choices(bench)  # known from the guided fit
     for rival in rivals:
         if str(rival.steps) in known:
             continue
         near, _ = _nearest(choices, rival.steps)
         spacings = list(dict.fromkeys([near, *CANDIDATES[: plan.passes]]))
-        found = best_passes(pair, samples, teacher, bench.lambdas, rival.steps, spacings)
+        found = best_passes(pair, bench.samples, bench.teacher, bench.lambdas, rival.steps, spacings)
         if found is not None and rival.steps <= plan.refined:
             found = _refined(bench, pair, found)
         row = passes_row(pair, held_out, truth, rival, found)
@@ -152,8 +146,16 @@ def _known(state: JobState, name: str) -> int:
     return state.tensors[f"{name}.y"].shape[1] if f"{name}.y" in state.tensors else 0
 
 
-def _choices(bench: Bench, panel: Sequence[Entrant]) -> dict[int, tuple[Spacing, list[Entrant]]]:
+def _bench(runner: Runner, source: Source, plan: FitPlan, state: JobState, name: str) -> Bench:
+    samples, job = range(plan.noises), runner.job
+    teacher = kept_trajectories(runner, state, f"fit.{name}", samples)
+    span, snap = Range.of(job.lambdas, source.schedule), _snapping(source.levels, job)
+    return Bench(runner, plan, samples, teacher, span, snap, state, name)
+
+
+def _choices(bench: Bench) -> dict[int, tuple[Spacing, list[Entrant]]]:
     """The best spacing and the likely entrants, at the step counts at which they are compared."""
+    panel = entrants(bench.plan.panel, bench.span, _host_lambdas(bench.plan.fixed, bench.runner.job))
     found = {}
     for n in searched_steps(bench.plan):
         likely = likely_entrants(bench, panel, n)

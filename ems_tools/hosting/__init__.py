@@ -8,7 +8,18 @@ hosts hand over plain facts and show the answers.
 """
 
 from .clock import Clock
-from .runs import GUIDER, Run, Statistics, Steps, choose_statistics, choose_steps, one_line, printable, unfitted_steps
+from .runs import (
+    GUIDER,
+    Run,
+    Statistics,
+    Steps,
+    choose_statistics,
+    choose_steps,
+    one_line,
+    printable,
+    told_of_passes,
+    unfitted_steps,
+)
 from .trust import Origin, TrustBook, sample_on_trial
 
 __all__ = [
@@ -24,5 +35,6 @@ __all__ = [
     "one_line",
     "printable",
     "sample_on_trial",
+    "told_of_passes",
     "unfitted_steps",
 ]

@@ -28,6 +28,7 @@ __all__ = [
     "choose_steps",
     "one_line",
     "printable",
+    "told_of_passes",
     "unfitted_steps",
 ]
 
@@ -137,6 +138,25 @@ def choose_steps(file: EMSFile | None, name: str, run: Run, steps: int, denoise:
     title, levels = unfitted_steps(run.schedule, max(round(steps / denoise), steps))
     message = f"{why}: {title} steps instead"
     return Steps(levels[-(steps + 1) :], False, message, f"{title} steps" if file is None else message)
+
+
+def told_of_passes(made: int, ems: EMS | None, levels: Tensor, space: Space, reason: str, instead: str) -> str:
+    """How many passes a run in fewer of them made, or why none was left out; "" where its steps were not meant for that.
+
+    Args:
+        made: passes for every picture.
+        ems: of the run.
+        levels: of the run, [n + 1].
+        space: the host's.
+        reason: why none could be left out, "" if they could.
+        instead: what to take then.
+    """
+    lambdas = space.lambda_of(levels.detach().to("cpu", torch.float64)).tolist()
+    if made and not reason:
+        return f"{made} passes of the network in {len(lambdas) - 1} steps"
+    advice = None if ems is None else ems.recommendation
+    meant = advice is not None and advice.fitted_for(lambdas) is None and advice.fitted_for(lambdas, passes=True) is not None
+    return f"no pass was left out ({reason}): take {instead} with this" if meant and reason else ""
 
 
 def one_line(*messages: str) -> str:
