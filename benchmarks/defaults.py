@@ -55,7 +55,7 @@ def cells(network: Loaded, guidance: float, args: argparse.Namespace) -> list[tu
     first, again = (
         torch.randn(args.noises, *network.entry.shape, generator=torch.Generator().manual_seed(SEED + k)) for k in (0, 1)
     )
-    pictures = _converged(network, guidance, first * high, high)
+    pictures = converged(network, guidance, first * high, high)
     rivals = {**RIVALS, **comfyui_rivals()}
     ratios = []
     for name, schedule in schedules_of(network).items():
@@ -65,7 +65,7 @@ def cells(network: Loaded, guidance: float, args: argparse.Namespace) -> list[tu
             sigmas = schedule(n) if denoise == 1 else schedule(int(n / denoise))[-n - 1 :]
             top = sigmas[0].item()
             x = first * top if denoise == 1 else pictures + again * top
-            exact = pictures if denoise == 1 else _converged(network, guidance, x, top)
+            exact = pictures if denoise == 1 else converged(network, guidance, x, top)
             error = {r: _error(run(denoiser, x, sigmas), exact) for r, run in rivals.items()}
             best = min(error, key=error.__getitem__)
             auto, formula = (
@@ -78,7 +78,7 @@ def cells(network: Loaded, guidance: float, args: argparse.Namespace) -> list[tu
     return ratios
 
 
-def _converged(network: Loaded, guidance: float, x: Tensor, top: float) -> Tensor:
+def converged(network: Loaded, guidance: float, x: Tensor, top: float) -> Tensor:
     """The end of the ODE from x at sigma `top`."""
     fine = torch.linspace(math.log(top), math.log(min(network.ends[1], 0.006)), 140, dtype=torch.float64).exp()
     fine = torch.cat([fine, torch.zeros(1, dtype=torch.float64)])

@@ -86,18 +86,27 @@ def kernel_interval(a: Tensor, b: Tensor) -> tuple[float, float, float]:
 
 def paired_kernel_interval(a: Tensor, b: Tensor) -> tuple[float, float, float]:
     """The same distance where a [n, d] and b [n, d] come from the same n start noises, over pairs of different ones."""
+    return over_pairs(kernel_pairs(a, b))
+
+
+def kernel_pairs(a: Tensor, b: Tensor) -> Tensor:
+    """What every pair of different start noises adds to that distance, [n, n]; 0 for pairs of one noise."""
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         return (x @ y.T / x.shape[1] + 1) ** 3
 
     cross = kernel(a, b)
-    pairs = (kernel(a, a) + kernel(b, b) - cross - cross.T).fill_diagonal_(0)
+    return (kernel(a, a) + kernel(b, b) - cross - cross.T).fill_diagonal_(0)
+
+
+def over_pairs(pairs: Tensor) -> tuple[float, float, float]:
+    """The mean of `pairs` [n, n] over pairs of different noises, and its 95 % interval over resamples of the noises."""
 
     def mean(counts: Tensor) -> Tensor:
         return ((counts @ pairs) * counts).sum(-1) / (counts.sum(-1) ** 2 - counts.square().sum(-1))
 
-    drawn = torch.stack([torch.bincount(row, minlength=len(a)) for row in _resamples(len(a))]).double()
-    return mean(torch.ones(len(a), dtype=torch.float64)).item(), *_middle(mean(drawn))
+    drawn = torch.stack([torch.bincount(row, minlength=len(pairs)) for row in _resamples(len(pairs))]).double()
+    return mean(torch.ones(len(pairs), dtype=torch.float64)).item(), *_middle(mean(drawn))
 
 
 def bootstrap(values: Tensor, mean: Callable[[Tensor], Tensor]) -> tuple[float, float, float]:

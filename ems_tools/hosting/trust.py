@@ -189,9 +189,10 @@ def sample_on_trial(  # noqa: PLR0913 - nine are the sampler's
     trial = Trial(model, space, x)
     try:
         end = run(trial, *given, ems=ems)
-        others = _usual(levels, space, origin.file.meta.sigma_min) if fitted else None
+        ends = (origin.file.meta.sigma_min, origin.file.meta.sigma_max)
+        others = partial(_usual, levels, space, ends[0]) if fitted else None
         plan_of = partial(plan_for, space=space, guidance=guidance, **options)
-        verdict = trial.verdict(end, levels, others, plan_of, origin.file.meta.sigma_min, extra_args or {})
+        verdict = trial.verdict(end, levels, others, plan_of, ends, extra_args or {})
     except SamplingError:
         end, verdict = x, Verdict(float("inf"))
     if verdict.passed:
@@ -209,12 +210,12 @@ def _are_fitted(ems: EMS, lambdas: Tensor) -> bool:
     return ems.recommendation is not None and ems.recommendation.fitted_for(lambdas.tolist()) is not None
 
 
-def _usual(levels: Tensor, space: Space, low: float) -> Tensor:
-    """The steps down to sigma `low` that a user without fitted ones takes from the same level on, as many."""
-    high = float((-space.lambda_of(levels[:1])).exp())
+def _usual(levels: Tensor, space: Space, low: float, begin: float | None = None) -> Tensor:
+    """The steps down to sigma `low` that a user without fitted ones takes, as many; from sigma `begin`, or the same level."""
+    high = begin or float((-space.lambda_of(levels[:1])).exp())
     usual = karras(EDM(min(low, high / 2), high), len(levels) - 1, to_zero=True)
     usual = usual / (1 + usual) if space is Space.FLOW else usual
-    return torch.cat([levels[:1], usual[1:]])
+    return usual if begin else torch.cat([levels[:1], usual[1:]])
 
 
 def _failure(origin: Origin, case: str, verdict: Verdict) -> str:

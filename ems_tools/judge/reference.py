@@ -152,17 +152,17 @@ class Reference:
         denoised = _combined(basis[:, 0].tolist(), list(known.values()))
         return self.y[i] * math.exp(low - lam) + integral(known, low, lam), denoised
 
-    def end_of(self, plan: Plan, space: Space) -> Tensor:
-        """Where a run of another plan from the same start would end, as far as the solution and the response tell: y there.
+    def end_of(self, plan: Plan, space: Space, start: Tensor) -> Tensor:
+        """Where a run of another plan from y = `start` would end, as far as the solution and the response tell: y there.
 
-        The plan's first level is the first node's.
+        The plan's first level is at the first node's or below.
         """
 
         def answer(y: Tensor, lam: float) -> Tensor:
             near, denoised = self.at(lam)
             return denoised + response(lam) * (y - near)
 
-        return stepped(plan, space, self.start, answer)
+        return stepped(plan, space, start, answer)
 
 
 def settled(lambdas: Sequence[float], y: Sequence[Tensor], denoised: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,8 @@ Judged twice, for one measure is fine and the other robust:
   given the same D.
 
 Fitted steps may stray on the way, for they make up for it. Where they do, the evaluations are spent on the run without the
-statistics itself, and the solution leans on that one.
+statistics itself, and the solution leans on that one. Where they begin below the model's noisiest level, the solution begins
+there, with the same noise: a run lacks what the solution holds by then, and a file may make that worse or better.
 
 benchmarks/first_run.py measures both error rates.
 """
@@ -50,6 +51,8 @@ LEANING, LIMIT_ALONE = 0.15, 12.0
 fits seldom stray so far, and then stay well below; the bent ones of the test of this rule begin above."""
 SEEN = 3e-3
 """Of a picture's contrast: what nobody sees, and what a solution from so few evaluations cannot tell either."""
+LATE = 0.5
+"""How far in lambda above the model's noisiest level fitted steps begin late."""
 FURTHER = 2.4
 """How far in lambda the solution is followed beyond the last evaluation of a run to sigma = 0, at most."""
 
@@ -108,9 +111,9 @@ class Trial:
         self,
         end: Tensor,
         levels: Tensor,
-        others: Tensor | None,
+        others: Callable[[float | None], Tensor] | None,
         plan_of: Callable[[Tensor], Plan],
-        sigma_min: float,
+        sigmas: tuple[float, float],
         extra_args: Mapping[str, object],
     ) -> Verdict:
         """Judge the finished run, whose result is `end` [B, C, ...].
@@ -118,9 +121,9 @@ class Trial:
         Args:
             end: of the run with the statistics.
             levels: of the run, [n + 1].
-            others: other levels from the same start, if the statistics brought these with them.
+            others: where the statistics brought these levels, what a user takes without: from a sigma, or from there.
             plan_of: what the sampler does on given levels without statistics.
-            sigma_min: where the model's noise ends.
+            sigmas: where the model's noise ends and begins.
             extra_args: the model's.
 
         Raises what the model raises.
@@ -133,31 +136,36 @@ class Trial:
         assert nodes[0].y is not None
         begin = nodes[0].y if self._skipped else _kept(self.start) / self._place(levels)[1]
         last, alpha = self._place(levels[-1:])
-        clean = min(-math.log(sigma_min), nodes[-1].lam + FURTHER) if math.isinf(last) else nodes[-1].lam
-        ask, mine = self._asked(end, extra_args), _kept(end) / (alpha or 1.0)
-        astray = _astray(nodes, begin, others is not None)
-        if others is not None and astray > LEANING and 4 <= len(nodes) <= EXTRA and math.isinf(last):
-            ratio, used = self._alone(mine, begin, plan_of(others[1:] if self._skipped else others), ask)
+        clean = min(-math.log(sigmas[0]), nodes[-1].lam + FURTHER) if math.isinf(last) else nodes[-1].lam
+        ask, mine, top, extra = self._asked(end, extra_args), _kept(end) / (alpha or 1.0), begin, EXTRA
+        usual = others(None) if others is not None else None
+        if others is not None and -math.log(sigmas[1]) < nodes[0].lam - LATE and _is_noise(begin, nodes[0].lam):
+            top, usual = begin * (sigmas[1] * math.exp(nodes[0].lam)), others(sigmas[1])
+            nodes, extra = [Node(-math.log(sigmas[1]), top, ask(top, -math.log(sigmas[1]))), *nodes], EXTRA - 1
+        astray, used = _astray(nodes, top, usual is not None), EXTRA - extra
+        if usual is not None and (used or astray > LEANING) and 4 <= len(self._nodes) <= EXTRA and math.isinf(last):
+            plan, first = plan_of(usual[1:] if self._skipped else usual), nodes[0].denoised if used else None
+            ratio, used = self._alone(mine, top, plan, ask, first)
             return Verdict(max(astray, ratio / LIMIT_ALONE), used)
-        solution = Reference(chosen_nodes(nodes, clean, EXTRA), begin, ask)
+        solution = Reference(chosen_nodes(nodes, clean, extra), top, ask)
         truth = solution.end(last)
 
-        def ratio_to(levels: Tensor, limit: float) -> float:
-            rival = solution.end_of(plan_of(levels[1:] if self._skipped else levels), self.space)
+        def ratio_to(levels: Tensor, start: Tensor, limit: float) -> float:
+            rival = solution.end_of(plan_of(levels[1:] if self._skipped else levels), self.space, start)
             return _ratio(mine - truth, rival - truth, truth, SEEN) / limit
 
-        limit = LIMIT_FIT if others is not None else LIMIT if len(nodes) < MANY_STEPS else LIMIT_MANY
-        ratios = [ratio_to(levels, limit)]
-        if others is not None:
-            ratios.append(ratio_to(others, LIMIT_OTHER))
-        return Verdict(max(astray, *ratios), solution.evaluations)
+        limit = LIMIT_FIT if usual is not None else LIMIT if len(nodes) < MANY_STEPS else LIMIT_MANY
+        other = ratio_to(usual, top, LIMIT_OTHER) if usual is not None else 0.0
+        return Verdict(max(astray, ratio_to(levels, begin, limit), other), used + solution.evaluations)
 
-    def _alone(self, mine: Tensor, begin: Tensor, plan: Plan, ask: Callable[[Tensor, float], Tensor]) -> tuple[float, int]:
-        """The first measure with a solution that leans on a real run of `plan`; and the evaluations."""
+    def _alone(
+        self, mine: Tensor, begin: Tensor, plan: Plan, ask: Callable[[Tensor, float], Tensor], first: Tensor | None
+    ) -> tuple[float, int]:
+        """The first measure with a solution that leans on a real run of `plan`, and the evaluations; `first` is its first D."""
         run: list[tuple[float, Tensor, Tensor]] = []
 
         def kept(y: Tensor, lam: float) -> Tensor:
-            denoised = ask(y, lam)
+            denoised = first if first is not None and not run else ask(y, lam)
             run.append((lam, y, denoised))
             return denoised
 
@@ -199,6 +207,12 @@ def _astray(nodes: Sequence[Node], begin: Tensor, fitted: bool) -> float:
     steps = n / FEW_STEPS
     at_end = ratios[-1] / (LIMIT_ASTRAY * steps ** (1 if steps < 1 else 1.5))
     return max(at_end, last / (LIMIT_CORRECTED * max(steps, 1.0) ** 3), max(ratios) / LIMIT_ANYWHERE)
+
+
+def _is_noise(y: Tensor, lam: float) -> bool:
+    """Whether y is what hosts begin a picture with there, noise times sigma; not a picture with noise on it."""
+    share = float(y.square().mean()) * math.exp(2 * lam)
+    return abs(share - 1) < 0.05 + 4 * math.sqrt(2 / y.numel())
 
 
 def _some(x: Tensor | None) -> Tensor:

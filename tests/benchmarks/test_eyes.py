@@ -1,4 +1,4 @@
-"""The kernel distance of `benchmarks/eyes.py` against its definition, and against a value known in closed form."""
+"""The kernel distance of `benchmarks/eyes.py` and `kernel.py` against its definition, and against one known in closed form."""
 
 from __future__ import annotations
 
@@ -53,3 +53,15 @@ def test_paired_kernel_distance_leaves_out_pairs_of_the_same_noise(eyes: ModuleT
     assert value == pytest.approx(mean, rel=1e-9)
     assert 0 < low < value < high
     assert eyes.paired_kernel_interval(b, b) == pytest.approx((0, 0, 0), abs=1e-12)
+
+
+def test_ours_is_compared_with_the_nearest_rival() -> None:
+    """On features moved by known amounts: the rival that moved least is taken, and the sign of the difference is sure."""
+    kernel, draw = benchmark("kernel"), torch.Generator().manual_seed(3)
+    exact = torch.randn(80, 3, generator=draw, dtype=torch.float64)
+    rivals = {"near": exact + 0.5, "far": exact + 0.8}
+    cell = kernel.compared(exact + 0.3, rivals, exact)
+    assert cell.name == "near" and cell.ratio == pytest.approx(cell.ours / cell.best) and 0 < cell.ratio < 1
+    assert cell.less < cell.ours - cell.best < cell.more < 0
+    assert kernel.compared(exact + 0.7, rivals, exact).less > 0
+    assert kernel.compared(exact + 0.3, {"exact": exact}, exact).ratio is None

@@ -384,6 +384,17 @@ def test_statistics_for_latents_come_with_what_was_warned_of() -> None:
         file.for_latents(4.0, (2, 4, 64, 64))
 
 
+def test_the_filters_of_warnings_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that both change and restore these filters, which are the process's, can leave them changed for good."""
+
+    def forbidden(*args: object, **options: object) -> None:
+        raise AssertionError("warnings.filters were touched")
+
+    monkeypatch.setattr(warnings, "catch_warnings", forbidden)
+    monkeypatch.setattr(warnings, "simplefilter", forbidden)
+    assert load_ems_file(SHIPPED).for_latents(30.0, (2, 3, 64, 64))[1]
+
+
 def test_a_latent_larger_than_any_is_refused() -> None:
     """Coefficients per element of 5.9 million elements took 6.9 GB in eight steps; the file had 180 MiB and two points."""
     l = torch.zeros(1, 2, 4, 512, 513)

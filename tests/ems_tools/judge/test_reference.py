@@ -70,7 +70,7 @@ def test_another_run_is_followed_around_it() -> None:
     found, end = solution(nodes, x)
     real = sample_dpm_solver_v3(denoiser, x, levels, disable=True)
     truth = sample_dpm_solver_v3(denoiser, x, karras(SCHEDULE, 200, to_zero=True), disable=True)
-    followed = (found.end_of(plan_for(levels), Space.SIGMA) - end).square().mean()
+    followed = (found.end_of(plan_for(levels), Space.SIGMA, x) - end).square().mean()
     assert 0.1 < followed / (real - truth).square().mean() < 10
 
 
