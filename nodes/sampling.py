@@ -195,7 +195,7 @@ def chosen_steps(
         denoise: below 1 the last part of a longer schedule.
         facts: what the steps are for.
         guider: of the run, if it is at hand: then it, not `facts`, says what the guidance is.
-        passes: take steps in fewer passes, where the file has some that won and was computed on this machine.
+        passes: take steps in fewer passes, where the file has some that won and that no trial has refused.
     """
     table = level_table(model_sampling)
     try:
@@ -209,8 +209,8 @@ def chosen_steps(
         missing = f"{none_for(identity_of(patcher, executing()))} for fitted steps" if handle is None else ""
         if handle is None:
             return choose_steps(None, missing, run, steps, denoise)
-        ours = trust().is_ours(Origin(handle.file, handle.name))
-        return choose_steps(handle.file, handle.name, run, steps, denoise, passes and ours)
+        refused = trust().guided_only(Origin(handle.file, handle.name))
+        return choose_steps(handle.file, handle.name, run, steps, denoise, passes, refused)
     except Exception as error:
         title, levels = unfitted_steps(table, max(round(steps / denoise), steps))
         reason = f"looking for fitted steps failed ({type(error).__name__}: {error})"

@@ -228,7 +228,8 @@ def _steps(run: model.Running, n: int, passes: bool) -> tuple[str, Tensor]:
     choice, guidance = chosen(run.p), None if run.p is None else run.guidance(getattr(run.p, "cfg_scale", None))
     entry, reason = find_entry(run, model.channels_of(run.p), choice.ems, choice.same_architecture)
     file, name = (None, reason.partition(": sampling")[0]) if entry is None else (entry.file, entry.name)
-    ours = file is not None and trust().is_ours(Origin(file, name))
-    steps = choose_steps(file, name, facts_of(run, guidance, model.sampler_name(run.p)), n, passes=passes and ours)
+    refused = "" if file is None else trust().guided_only(Origin(file, name))
+    facts = facts_of(run, guidance, model.sampler_name(run.p))
+    steps = choose_steps(file, name, facts, n, passes=passes, guided_only=refused)
     advice = f", {reason}" if steps.fitted else ". The tab EMS fits steps to the checkpoint"
     return steps.message + advice, steps.levels

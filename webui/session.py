@@ -108,10 +108,10 @@ def steps_of(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
-def cost_in_words(scales: str, effort: str, steps: str) -> str:
-    """What a computation with these fields costs. Raises EstimateError for fields that cannot be used."""
+def cost_in_words(scales: str, effort: str, steps: str, fewer: bool = False) -> str:
+    """What a computation with these fields costs at most. Raises EstimateError for fields that cannot be used."""
     found, counts = scales_of(scales), steps_of(steps)
-    evaluations = evaluations_of_effort(effort, len(found), counts)
+    evaluations = evaluations_of_effort(effort, found, counts, fewer)
     text = f"About {evaluations:,} evaluations of the model for {len(found)} CFG scale{'s' if len(found) > 1 else ''}"
     if _SPEED:
         return f"{text}: about {in_words(evaluations * _SPEED[-1])} at the speed of the last computation."

@@ -68,14 +68,14 @@ def make_tab() -> list[tuple[object, str, str]]:
         refresh.click(_now, inputs=[], outputs=results, show_progress=False)
         inspect.click(_inspect, inputs=[names], outputs=[shown], show_progress=False)
         verify.click(_verify, inputs=[], outputs=[shown], show_progress=False)
-        for field in (inputs[place] for place in _PRICED):
-            field.change(_cost, inputs=[inputs[place] for place in _PRICED], outputs=[cost], show_progress=False)
-        tab.load(_cost, inputs=[inputs[place] for place in _PRICED], outputs=[cost], show_progress=False)
+        priced = [inputs[place] for place in _PRICED if place < len(inputs)]
+        for event in (tab.load, *(field.change for field in priced)):
+            event(_cost, inputs=priced, outputs=[cost], show_progress=False)
     return [(tab, "EMS", "dpm_solver_v3_ems")]
 
 
-_PRICED = (5, 6, 7)
-"""Places in `_inputs` of what a computation costs: CFG scales, effort, step counts."""
+_PRICED = (5, 6, 7, 11)
+"""Places in `_inputs` of what a computation costs: CFG scales, effort, step counts and, where offered, fewer passes."""
 
 
 def _without_limit(event: Callable[..., object]) -> dict[str, object]:
@@ -108,9 +108,9 @@ def _inputs(gr: ModuleType) -> list[Any]:
     return fields
 
 
-def _cost(scales: str, effort: str, steps: str) -> str:
+def _cost(scales: str, effort: str, steps: str, fewer: bool = False) -> str:
     try:
-        return page.box(cost_in_words(scales, effort, steps))
+        return page.box(cost_in_words(scales, effort, steps, fewer))
     except EstimateError as error:
         return page.box(str(error), "error")
 

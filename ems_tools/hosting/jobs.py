@@ -64,14 +64,16 @@ def scales_of(text: str) -> tuple[float, ...]:
     return scales
 
 
-def evaluations_of_effort(effort: str, scales: int = 1, steps: tuple[int, ...] = ()) -> int:
-    """Denoiser evaluations of an effort for this many guidance scales, as `compute_ems` would make them.
+def evaluations_of_effort(
+    effort: str, scales: Sequence[float] = (1.0,), steps: tuple[int, ...] = (), passes: bool = False
+) -> int:
+    """Denoiser evaluations of an effort at these guidance scales, as `compute_ems` would make them.
 
-    `steps` are the step counts to fit, those of the effort if empty. Raises EstimateError for step counts that cannot be.
+    `steps` are the step counts to fit, those of the effort if empty; `passes` as in `plan_for`. Raises EstimateError for step
+    counts that cannot be.
     """
-    models = {float(k + 1): _no_model for k in range(scales)}
-    source = Source(models=models, shape=(1, 1, 1), schedule=VPDiscrete.linear(), identity={})
-    return evaluations(job_for(source, EFFORTS[effort], steps=steps), plan_for(source, EFFORTS[effort], steps))
+    source = Source(dict.fromkeys(scales, _no_model), shape=(1, 1, 1), schedule=VPDiscrete.linear(), identity={})
+    return evaluations(job_for(source, EFFORTS[effort], steps=steps), plan_for(source, EFFORTS[effort], steps, passes))
 
 
 def _no_model(x: Tensor, level: Tensor) -> Tensor:

@@ -108,7 +108,15 @@ def choose_statistics(file: EMSFile, name: str, reason: str, run: Run, shape: tu
     return Statistics(ems, f"EMS {name}, {reason}, guidance {run.guidance:g}{text}", bool(notes))
 
 
-def choose_steps(file: EMSFile | None, name: str, run: Run, steps: int, denoise: float = 1.0, passes: bool = False) -> Steps:
+def choose_steps(
+    file: EMSFile | None,
+    name: str,
+    run: Run,
+    steps: int,
+    denoise: float = 1.0,
+    passes: bool = False,
+    guided_only: str = "",
+) -> Steps:
     """The steps of a host's "fitted" schedule: those of `file`, or unfitted ones with the reason.
 
     Args:
@@ -119,6 +127,7 @@ def choose_steps(file: EMSFile | None, name: str, run: Run, steps: int, denoise:
         denoise: below 1 the last part of a schedule of round(steps / denoise) steps, as hosts do it.
         passes: spend the passes of so many guided steps on more steps, some of them without the unconditional pass, where the
             file holds such a schedule. The result then has more than `steps` steps.
+        guided_only: why the file's are not taken, "" if they may be.
 
     Raises:
         ValueError: `steps` below 1 or `denoise` not in (0, 1].
@@ -129,12 +138,14 @@ def choose_steps(file: EMSFile | None, name: str, run: Run, steps: int, denoise:
     if file is not None and not why:
         assert run.guidance is not None
         fewer = file.passes_sigmas(2 * steps, run.guidance) if passes and denoise == 1 else None
-        if fewer is not None and not _beyond(fewer[0], name, run.schedule):
+        why = guided_only if fewer is not None else ""
+        if not why and fewer is not None and not _beyond(fewer[0], name, run.schedule):
             n, guided = len(fewer[1].lambdas), sum(fewer[1].guided)
             told = f"{n} steps in the passes of {steps}, {guided} of them guided, fitted at cfg {run.guidance:g}, from {name}"
             return Steps(fewer[0], True, told, told)
         levels = file.fitted_sigmas(steps, run.guidance, denoise)
-        return Steps(levels, True, *[f"schedule fitted for {steps} steps at cfg {run.guidance:g}, from {name}"] * 2)
+        told = one_line(f"schedule fitted for {steps} steps at cfg {run.guidance:g}, from {name}", why)
+        return Steps(levels, True, told, told)
     title, levels = unfitted_steps(run.schedule, max(round(steps / denoise), steps))
     message = f"{why}: {title} steps instead"
     return Steps(levels[-(steps + 1) :], False, message, f"{title} steps" if file is None else message)
@@ -152,10 +163,12 @@ def told_of_passes(made: int, ems: EMS | None, levels: Tensor, space: Space, rea
         instead: what to take then.
     """
     lambdas = space.lambda_of(levels.detach().to("cpu", torch.float64)).tolist()
-    if made and not reason:
-        return f"{made} passes of the network in {len(lambdas) - 1} steps"
     advice = None if ems is None else ems.recommendation
-    meant = advice is not None and advice.fitted_for(lambdas) is None and advice.fitted_for(lambdas, passes=True) is not None
+    steps = advice.fitted_for(lambdas, passes=True) if advice is not None else None
+    if made and not reason:
+        tried = ", more than later on: the first run with these steps tries them" if steps and made > steps.passes else ""
+        return f"{made} passes of the network in {len(lambdas) - 1} steps{tried}"
+    meant = advice is not None and steps is not None and advice.fitted_for(lambdas) is None
     return f"no pass was left out ({reason}): take {instead} with this" if meant and reason else ""
 
 

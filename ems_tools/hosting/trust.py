@@ -2,13 +2,14 @@
 
 Hosts call `sample_on_trial` in place of the sampler. A file that was computed on this machine is believed. Any other is watched
 in the first run of each kind (`judge.trial`). If that shows that it does not suit the model, the picture is made anew with data
-prediction, and the file is not used again.
+prediction, and the file is not used again; after a trial of steps in fewer passes that fails, without those.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -25,6 +26,7 @@ from ...sampler import (
     EDM,
     EMS,
     Answers,
+    FittedSteps,
     SamplingError,
     Settings,
     SolverOptions,
@@ -39,8 +41,9 @@ from ...sampler import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from ...sampler.plan import Plan
     from ..file.contents import EMSFile
-    from ..judge.trial import Verdict
+    from ..judge.trial import Trial, Verdict
 
 __all__ = ["Origin", "TrustBook", "sample_on_trial"]
 
@@ -100,10 +103,16 @@ class TrustBook:
         why = self._load().get(origin.key, {}).get("failed", "")
         return why if isinstance(why, str) and why.isprintable() else ""
 
-    def note(self, origin: Origin, case: str, failure: str = "") -> None:
-        """Keep the outcome of a trial."""
+    def guided_only(self, origin: Origin) -> str:
+        """Why the file's steps in fewer passes are not taken any more, "" if they may be."""
+        why = self._load().get(origin.key, {}).get("guided", "")
+        return self.refusal(origin) or (why if isinstance(why, str) and why.isprintable() else "")
+
+    def note(self, origin: Origin, case: str, failure: str = "", fewer: bool = False) -> None:
+        """Keep the outcome of a trial; `fewer`: of steps in fewer passes, without which the file may still do."""
         passed = _texts(self._load().get(origin.key, {}).get("passed"))
-        self._note(origin.key, {"failed": failure} if failure else {"passed": [*passed, case][-_CASES:]})
+        facts: dict[str, object] = {"passed": [*passed, case][-_CASES:]}
+        self._note(origin.key, {"guided" if fewer else "failed": failure} if failure else facts)
 
     def _note(self, key: str, facts: dict[str, object]) -> None:
         with self._lock:
@@ -162,7 +171,7 @@ def sample_on_trial(  # noqa: PLR0913 - nine are the sampler's
         origin: the file that `ems` is from; None for none, or for one that needs no trial.
         tell: shown to the user.
         model, x, sigmas, extra_args, callback, disable, ems, space, guidance, options: the sampler's.
-        passes: the sampler's too; only files that this machine computed are followed in fewer passes, for no trial judges that.
+        passes: the sampler's too. The trial of steps in fewer passes makes both passes at every evaluation.
 
     Returns:
         x at sigmas[-1]; of a file that fails, the picture that sampling without it gives.
@@ -179,47 +188,77 @@ def sample_on_trial(  # noqa: PLR0913 - nine are the sampler's
         return run(model, *given, ems=None)
     space, levels = Space.of(space), sigmas.detach().to("cpu", torch.float64)
     chosen = {name: options.get(name, AUTO) for name in _OPTIONS}
-    fitted = all(value == AUTO for value in chosen.values()) and _are_fitted(ems, space.lambda_of(levels))
-    plain = not fitted and settings_for(levels, space, ems, chosen, guidance).strength == 0  # whatever the file says
-    case = f"guidance {guidance}, {len(levels) - 1} steps{', fitted' if fitted else ''}"
+    passes = None if book.guided_only(origin) else passes
+    steps = _fitted_for(ems, space.lambda_of(levels), passes) if all(value == AUTO for value in chosen.values()) else None
+    fewer = steps is not None and bool(steps.guided)
+    plain = steps is None and settings_for(levels, space, ems, chosen, guidance).strength == 0  # whatever the file says
+    kind = ", fewer passes" if fewer else ", fitted" if steps else ""
+    case = f"guidance {guidance}, {len(levels) - 1} steps{kind}"
     if plain or len(levels) < 3 or book.is_trusted(origin, case):
-        return run(model, *given, ems=ems, passes=passes if book.is_ours(origin) else None)
-    from ..judge.trial import Trial, Verdict  # here, because a host that starts needs no judge
+        return run(model, *given, ems=ems, passes=passes)
+    from ..judge.trial import Trial  # here, because a host that starts needs no judge
 
-    trial = Trial(model, space, x)
-    try:
-        end = run(trial, *given, ems=ems)
-        ends = (origin.file.meta.sigma_min, origin.file.meta.sigma_max)
-        others = partial(_usual, levels, space, ends[0]) if fitted else None
-        plan_of = partial(plan_for, space=space, guidance=guidance, **options)
-        verdict = trial.verdict(end, levels, others, plan_of, ends, extra_args or {})
-    except SamplingError:
-        end, verdict = x, Verdict(float("inf"))
+    trial = Trial(model, space, x, passes if fewer else None)
+    plan_of = partial(plan_for, space=space, guidance=guidance, **options)
+    end, verdict = _tried(trial, partial(run, trial, *given, ems=ems), levels, origin.file, steps, plan_of, extra_args or {})
     if verdict.passed:
         if verdict.ratio is not None:
             book.note(origin, case)
         return end
-    tell(failure := _failure(origin, case, verdict))
+    tell(failure := _failure(origin, case, verdict, fewer))
     end = run(model, *given, ems=None)  # raises where it is the model that fails: then nothing is held against the file
-    book.note(origin, case, failure)
+    book.note(origin, case, failure, fewer)
     return end
 
 
-def _are_fitted(ems: EMS, lambdas: Tensor) -> bool:
-    """Whether the file holds steps fitted to this schedule, all of them guided."""
-    return ems.recommendation is not None and ems.recommendation.fitted_for(lambdas.tolist()) is not None
+def _tried(
+    trial: Trial,
+    run: Callable[..., Tensor],
+    levels: Tensor,
+    file: EMSFile,
+    steps: FittedSteps | None,
+    plan_of: Callable[[Tensor], Plan],
+    extra_args: Mapping[str, object],
+) -> tuple[Tensor, Verdict]:
+    """The run with the statistics, or with fitted `steps` of the file, and what it showed."""
+    from ..judge.trial import Verdict
+
+    fewer, low, high = trial.passes is not None, file.meta.sigma_min, file.meta.sigma_max
+    try:
+        end = run(passes=trial.answers if fewer else None)
+        others = partial(_usual, levels, trial.space, low, steps.passes // 2) if steps else None
+        stated = _stated(file, steps) if steps and fewer else math.inf
+        return end, trial.verdict(end, levels, others, plan_of, (low, high), extra_args, stated)
+    except SamplingError:
+        return trial.start, Verdict(math.inf)
 
 
-def _usual(levels: Tensor, space: Space, low: float, begin: float | None = None) -> Tensor:
-    """The steps down to sigma `low` that a user without fitted ones takes, as many; from sigma `begin`, or the same level."""
+def _fitted_for(ems: EMS, lambdas: Tensor, passes: Answers | None) -> FittedSteps | None:
+    """The steps that the file holds for this schedule; those in fewer passes only if they can be made."""
+    return ems.recommendation.fitted_for(lambdas.tolist(), passes is not None) if ems.recommendation else None
+
+
+def _stated(file: EMSFile, steps: FittedSteps) -> float:
+    """The mean squared error of these steps in fewer passes, as the file has it."""
+    return min(row.fitted[2] for row in file.meta.passes if row.coefficients == steps)
+
+
+def _usual(levels: Tensor, space: Space, low: float, steps: int, begin: float | None = None) -> Tensor:
+    """The steps down to sigma `low` that a user without fitted ones takes; from sigma `begin`, or the same level."""
     high = begin or float((-space.lambda_of(levels[:1])).exp())
-    usual = karras(EDM(min(low, high / 2), high), len(levels) - 1, to_zero=True)
+    usual = karras(EDM(min(low, high / 2), high), steps, to_zero=True)
     usual = usual / (1 + usual) if space is Space.FLOW else usual
     return usual if begin else torch.cat([levels[:1], usual[1:]])
 
 
-def _failure(origin: Origin, case: str, verdict: Verdict) -> str:
+def _failure(origin: Origin, case: str, verdict: Verdict, fewer: bool) -> str:
     """What the user is told of a file that failed."""
+    if fewer:
+        return (
+            f"the steps in fewer passes of {origin.name} are not taken: the first run with them ({case}) shows that they do "
+            f"not suit this model (they lead {verdict.ratio:.3g} times as far off as right ones). Every step is guided; to "
+            "have such steps that fit, compute them for this model"
+        )
     return (
         f"EMS {origin.name} were not used: the first run with them ({case}) shows that they do not suit this model (they "
         f"lead {verdict.ratio:.3g} times as far off as right ones). Sampling with data prediction; to have statistics "

@@ -12,9 +12,11 @@ Judged twice, for one measure is fine and the other robust:
 
 Fitted steps may stray on the way, for they make up for it. Where they do, the evaluations are spent on the run without the
 statistics itself, and the solution leans on that one. Where they begin below the model's noisiest level, the solution begins
-there, with the same noise: a run lacks what the solution holds by then, and a file may make that worse or better.
+there, with the same noise: a run lacks what the solution holds by then, and a file may make that worse or better. Steps in
+fewer passes, whose trial makes both passes everywhere, stay near; of them the distance is also compared with what their row
+states.
 
-benchmarks/first_run.py measures both error rates.
+benchmarks/first_run.py measures both error rates, benchmarks/first_passes.py those of steps in fewer passes.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ...sampler import Space
+from ...sampler import Answers, Space
 from ...sampler.plan import Plan
 from .reference import Node, Reference, chosen_nodes, integral, settled, stepped
 
@@ -46,6 +48,8 @@ two are for FEW_STEPS steps. With fewer, data prediction is so far off that righ
 next to nothing, and what a file's standard errors leave counts. Fitted steps may stray on the way, for they make up for it;
 of fewer than six the interpolation tells little: the shipped file's four steps at guidance 1 would now and then be refused."""
 FEW_STEPS = 10
+LIMIT_FEWER, LIMIT_STATED = 5.0, 4.0
+"""For steps in fewer passes: of both ratios, and of the squared distance over the mean that their row states."""
 LEANING, LIMIT_ALONE = 0.15, 12.0
 """From which share of what passes by the second measure on fitted steps are not leant on, and what passes then. Right
 fits seldom stray so far, and then stay well below; the bent ones of the test of this rule begin above."""
@@ -84,18 +88,33 @@ class Trial:
         model: the denoiser; positional x and level, any further keyword arguments.
         space: the host's.
         start: the run's x; fitted steps begin with a multiple of it.
+        passes: for steps in fewer passes, the host's: `answers` then makes both passes at every evaluation.
     """
 
     model: Callable[..., Tensor]
     space: Space
     start: Tensor
+    passes: Answers | None = None
     _nodes: list[Node] = field(default_factory=list)
     _skipped: bool = False
 
     def __call__(self, x: Tensor, level: Tensor, **extra_args: object) -> Tensor:
         """The model's denoised, which is kept."""
-        before = _kept(x)
-        denoised = self.model(x, level, **extra_args)
+        return self._keep(_kept(x), level, self._guided(x, level, **extra_args)[-1])
+
+    def answers(self, x: Tensor, level: Tensor, guided: bool, **extra_args: object) -> Sequence[Tensor]:
+        """What steps in fewer passes are given: of both answers, which are made here everywhere, those that they may use."""
+        before, both = _kept(x), self._guided(x, level, **extra_args)
+        self._keep(before, level, both[-1])
+        return both if guided else both[:1]
+
+    def _guided(self, x: Tensor, level: Tensor, **extra_args: object) -> Sequence[Tensor]:
+        """(D,), or (c, D) where the host makes passes."""
+        if self.passes is not None:
+            return self.passes(x, level, True, **extra_args)
+        return (self.model(x, level, **extra_args),)
+
+    def _keep(self, before: Tensor, level: Tensor, denoised: Tensor) -> Tensor:
         lam, alpha = self._place(level)
         if math.isfinite(lam):
             self._nodes.append(Node(lam, before / alpha, _kept(denoised)))
@@ -115,6 +134,7 @@ class Trial:
         plan_of: Callable[[Tensor], Plan],
         sigmas: tuple[float, float],
         extra_args: Mapping[str, object],
+        stated: float = math.inf,
     ) -> Verdict:
         """Judge the finished run, whose result is `end` [B, C, ...].
 
@@ -125,6 +145,7 @@ class Trial:
             plan_of: what the sampler does on given levels without statistics.
             sigmas: where the model's noise ends and begins.
             extra_args: the model's.
+            stated: for steps in fewer passes, the mean squared error of their pictures, as the file has it.
 
         Raises what the model raises.
         """
@@ -142,8 +163,9 @@ class Trial:
         if others is not None and -math.log(sigmas[1]) < nodes[0].lam - LATE and _is_noise(begin, nodes[0].lam):
             top, usual = begin * (sigmas[1] * math.exp(nodes[0].lam)), others(sigmas[1])
             nodes, extra = [Node(-math.log(sigmas[1]), top, ask(top, -math.log(sigmas[1]))), *nodes], EXTRA - 1
-        astray, used = _astray(nodes, top, usual is not None), EXTRA - extra
-        if usual is not None and (used or astray > LEANING) and 4 <= len(self._nodes) <= EXTRA and math.isinf(last):
+        astray, used, fewer = _astray(nodes, top, usual is not None), EXTRA - extra, math.isfinite(stated)
+        can_lean = not fewer and 4 <= len(self._nodes) <= EXTRA and math.isinf(last)
+        if usual is not None and can_lean and (used or astray > LEANING):
             plan, first = plan_of(usual[1:] if self._skipped else usual), nodes[0].denoised if used else None
             ratio, used = self._alone(mine, top, plan, ask, first)
             return Verdict(max(astray, ratio / LIMIT_ALONE), used)
@@ -152,11 +174,12 @@ class Trial:
 
         def ratio_to(levels: Tensor, start: Tensor, limit: float) -> float:
             rival = solution.end_of(plan_of(levels[1:] if self._skipped else levels), self.space, start)
-            return _ratio(mine - truth, rival - truth, truth, SEEN) / limit
+            return _ratio(mine - truth, rival - truth, truth, SEEN) / (LIMIT_FEWER if fewer else limit)
 
         limit = LIMIT_FIT if usual is not None else LIMIT if len(nodes) < MANY_STEPS else LIMIT_MANY
         other = ratio_to(usual, top, LIMIT_OTHER) if usual is not None else 0.0
-        return Verdict(max(astray, ratio_to(levels, begin, limit), other), used + solution.evaluations)
+        over = _over(mine - truth, stated, truth) if fewer else 0.0
+        return Verdict(max(astray, ratio_to(levels, begin, limit), other, over), used + solution.evaluations)
 
     def _alone(
         self, mine: Tensor, begin: Tensor, plan: Plan, ask: Callable[[Tensor, float], Tensor], first: Tensor | None
@@ -179,7 +202,7 @@ class Trial:
         def ask(y: Tensor, lam: float) -> Tensor:
             level = self.space.level_of(torch.tensor([lam], dtype=torch.float64))
             x = (y * float(self.space.alpha_of(level))).to(like)
-            return _kept(self.model(x, level.to(like).expand(len(x)), **extra_args))
+            return _kept(self._guided(x, level.to(like).expand(len(x)), **extra_args)[-1])
 
         return ask
 
@@ -225,6 +248,13 @@ def _some(x: Tensor | None) -> Tensor:
 def _kept(x: Tensor) -> Tensor:
     """A copy in float32 on the CPU."""
     return x.detach().to("cpu", torch.float32, copy=True)
+
+
+def _over(off: Tensor, stated: float, picture: Tensor) -> float:
+    """Squared distance over the stated one, in units of what passes."""
+    floor = SEEN**2 * float(picture.var())
+    value = (float(off.square().mean()) + floor) / (stated + floor) / LIMIT_STATED
+    return value if math.isfinite(value) else math.inf
 
 
 def _ratio(mine: Tensor, theirs: Tensor, scale: Tensor, least: float = 1e-4) -> float:

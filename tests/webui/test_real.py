@@ -58,6 +58,21 @@ def test_without_statistics(webui: WebUI) -> None:
     assert f"[{NAME}] the" not in webui.log()  # no part is left out
 
 
+def test_cost_counts_fewer_passes(webui: WebUI, page: Any) -> None:
+    if not webui.forge:
+        pytest.skip("only Forge can leave out passes")
+    cost, box = page.locator("#dpm_solver_v3_cost").first, page.locator("#dpm_solver_v3_fewer input")
+    page.wait_for_function("() => document.querySelector('#dpm_solver_v3_cost').innerText.includes('About')")
+    before = cost.inner_text()
+    for act, same in ((box.check, False), (box.uncheck, True)):
+        act()
+        page.wait_for_timeout(500)
+        deadline = time.monotonic() + 60
+        while (cost.inner_text() == before) != same:
+            assert time.monotonic() < deadline, cost.inner_text()
+            time.sleep(0.2)
+
+
 def test_tab_computes_for_the_checkpoint(webui: WebUI, page: Any) -> None:
     assert "tiny.ems.safetensors" in compute(page, "Done:")
     file = load_ems_file(webui.folder / "tiny.ems.safetensors")

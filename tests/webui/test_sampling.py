@@ -259,6 +259,24 @@ def test_fewer_passes_in_forge(host: Any, monkeypatch: pytest.MonkeyPatch, capsy
     assert len(plain.used_sigmas) == 7 and plain.sampler.model_wrap_cfg.passes == 12
 
 
+def test_wrong_steps_in_fewer_passes_of_somebody_else(
+    host: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first run finds out: that picture is made anew, and guided steps are taken from then on, with the reason."""
+    host.start()
+    monkeypatch.setattr("dpm_solver_v3.ems_tools.hosting.TrustBook.is_trusted", lambda *_: False)
+    if host.kind != "Forge":
+        pytest.skip("only Forge can make one pass alone")
+    with_fewer_passes(host)
+    label = f"{NAME} fewer passes"
+    p = host.make(scheduler=label)
+    assert len(p.used_sigmas) == 8 and p.sampler.model_wrap_cfg.passes > 2 * 2 * 7 and recorded(p)["EMS"] == "none"
+    assert "are not taken: the first run with them" in capsys.readouterr().out
+    p = host.make(scheduler=label)
+    said = capsys.readouterr().out
+    assert len(p.used_sigmas) == 7 and "schedule fitted for 6 steps" in said and "are not taken" in said
+
+
 @pytest.mark.parametrize(
     ("what", "reason"), [("mask", "inpainting"), ("weight", "several prompts"), ("patch", "computed under plain guidance")]
 )

@@ -337,7 +337,7 @@ def test_errors_look_like_errors(host: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_cost_is_that_of_all_scales_and_has_a_time_once_it_is_known(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def evaluations(*form: str) -> int:
+    def evaluations(*form: Any) -> int:
         found = re.search(r"About ([\d,]+) evaluations", tab._cost(*form))
         assert found is not None
         return int(found[1].replace(",", ""))
@@ -345,6 +345,8 @@ def test_cost_is_that_of_all_scales_and_has_a_time_once_it_is_known(host: Any, m
     host.start()
     assert evaluations("1, 4", "quick", "") == 2 * evaluations("4", "quick", "")
     assert evaluations("4", "quick", "6") < evaluations("4", "quick", "") < evaluations("4", "standard", "")
+    assert evaluations("1, 4", "quick", "", True) - evaluations("1, 4", "quick", "") > evaluations("4", "quick", "") // 2
+    assert evaluations("1", "quick", "", True) == evaluations("1", "quick", "")  # no pass to leave out
     assert "time that is left is shown" in tab._cost("1", "quick", "")
     monkeypatch.setattr(session, "_SPEED", [0.5])
     assert "about 50 min" not in tab._cost("1", "tiny", "") and re.search(r"about \d+ (s|min)", tab._cost("1", "tiny", ""))

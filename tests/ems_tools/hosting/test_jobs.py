@@ -89,7 +89,17 @@ def test_efforts_cost_what_their_description_says() -> None:
         total = evaluations(job_for(mine, effort), plan_for(mine, effort))
         assert evaluations_of_effort(name) == total
         assert f"{name}: {total:,} model evaluations" in effort_in_words()
-    assert evaluations_of_effort("quick", 3) == 3 * evaluations_of_effort("quick")
+    assert evaluations_of_effort("quick", (1.0, 4.0, 7.5)) == 3 * evaluations_of_effort("quick")
+
+
+def test_fewer_passes_cost_more_at_every_guided_scale() -> None:
+    once = evaluations_of_effort("quick", (4.0,), passes=True)
+    assert once > 1.5 * evaluations_of_effort("quick")
+    assert evaluations_of_effort("quick", (1.0,), passes=True) == evaluations_of_effort("quick")
+    mine = source(models=dict.fromkeys((1.0, 4.0), denoiser))
+    effort = EFFORTS["quick"]
+    total = evaluations(job_for(mine, effort), plan_for(mine, effort, passes=True))
+    assert evaluations_of_effort("quick", (1.0, 4.0), passes=True) == total == once + evaluations_of_effort("quick")
 
 
 def test_scales_and_durations() -> None:
