@@ -284,7 +284,7 @@ def statistics_file(
 ) -> EMSFile:
     """Assemble the file from finished parts."""
     statistics = [m.statistics() for m in moments]
-    stacked = {name: torch.stack([getattr(st, name) for st in statistics]) for name in "lsb"}
+    l, s, b = (torch.stack([getattr(st, name) for st in statistics]) for name in "lsb")
     errors = {name: torch.stack([getattr(st, f"{name}_se") for st in statistics]) for name in "lsb"}
     meta = replace(
         _meta(source, job, plan, tuple(m.samples for m in moments)),
@@ -298,10 +298,12 @@ def statistics_file(
     file = EMSFile(
         lambdas=torch.tensor(job.lambdas, dtype=torch.float64),
         guidance=torch.tensor(job.guidance, dtype=torch.float64),
+        l=l,
+        s=s,
+        b=b,
         meta=meta,
         errors=errors if all(torch.isfinite(e).all() for e in errors.values()) else None,
         moments=kept,
-        **stacked,
     )
     return replace(file.compacted(), moments=kept if keep_moments else {})
 

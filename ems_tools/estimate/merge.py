@@ -75,12 +75,12 @@ def _seeds(file: EMSFile) -> list[Scalar]:
 
 def _with_moments(file: EMSFile, moments: list[Moments], seeds: tuple[Scalar, ...]) -> EMSFile:
     statistics = [m.statistics() for m in moments]
-    stacked = {name: torch.stack([getattr(st, name) for st in statistics]) for name in "lsb"}
+    l, s, b = (torch.stack([getattr(st, name) for st in statistics]) for name in "lsb")
     errors = {name: torch.stack([getattr(st, f"{name}_se") for st in statistics]) for name in "lsb"}
     kept = {}
     for g, m in enumerate(moments):
         kept[f"sums.{g}"], kept[f"count.{g}"] = m.sums, m.count
     estimate = {**file.meta.estimate, "samples": tuple(m.samples for m in moments), "seeds": seeds}
     meta = replace(file.meta, estimate=estimate, evidence=(), recommendation=(), fitted=(), passes=())
-    merged = replace(file, meta=meta, errors=errors, moments={}, **stacked)
+    merged = replace(file, l=l, s=s, b=b, meta=meta, errors=errors, moments={})
     return replace(merged.compacted(), moments=kept)

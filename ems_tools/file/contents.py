@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from types import MappingProxyType
 from typing import cast
 from weakref import WeakKeyDictionary
@@ -48,6 +48,7 @@ class EMSFile:
     Args:
         errors: standard errors under "l", "s", "b", or None.
         moments: sums of the estimate by name; their meaning is `moments`' and `estimate`'s.
+        taken: the tensors are nobody else's and need no copy.
 
     Tensors are copied in. Raises EMSError for anything that the format does not allow.
     """
@@ -60,18 +61,19 @@ class EMSFile:
     meta: EMSMeta
     errors: Mapping[str, Tensor] | None = None
     moments: Mapping[str, Tensor] = field(default_factory=dict)
+    taken: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, taken: bool) -> None:
         for name in ("lambdas", "guidance", *STATISTICS):
-            object.__setattr__(self, name, _own(name, getattr(self, name)))
+            object.__setattr__(self, name, _own(name, getattr(self, name), taken))
         errors = self.errors or {}
         if errors and set(errors) != set(STATISTICS):
             raise EMSError(f"standard errors must be those of l, s and b, not of {', '.join(sorted(errors))}")
         for name in self.moments:
             if not isinstance(name, str) or not _MOMENT.fullmatch(name):
                 raise EMSError(f"tensor {f'moments.{name}'!r:.80} must have a short name of letters, digits, . ' _ and -")
-        moments = {name: _own(f"moments.{name}", value) for name, value in self.moments.items()}
-        kept = {name: _own(f"{name}_se", errors[name]) for name in STATISTICS} if errors else None
+        moments = {name: _own(f"moments.{name}", value, taken) for name, value in self.moments.items()}
+        kept = {name: _own(f"{name}_se", errors[name], taken) for name in STATISTICS} if errors else None
         object.__setattr__(self, "errors", MappingProxyType(kept) if kept else None)
         object.__setattr__(self, "moments", MappingProxyType(moments))
         _check_tensors(self)
@@ -235,17 +237,17 @@ def _karras(first: float, last: float, steps: int) -> list[float]:
     return [*(-7 * math.log(a + (b - a) * i / max(steps - 1, 1)) for i in range(steps)), math.inf]
 
 
-def _own(name: str, value: object) -> Tensor:
-    """A copy that nobody else writes to."""
+def _own(name: str, value: object, taken: bool) -> Tensor:
+    """A copy that nobody else writes to; the tensor itself where it is `taken` over."""
     if not isinstance(value, Tensor) or value.dtype not in DTYPE_NAMES:
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise EMSError(f"tensor '{name}' must be of float32 or float64, not {kind}")
     if 0 in value.shape:
         raise EMSError(f"tensor '{name}' is empty, its shape is {tuple(value.shape)}")
-    if not torch.isfinite(value).all():
+    if not math.isfinite(value.min()) or not math.isfinite(value.max()):  # no temporary of the tensor's size
         at = (~torch.isfinite(value)).nonzero()[0].tolist()
         raise EMSError(f"tensor '{name}' holds values that are not finite, the first at {at}")
-    return value.detach().to("cpu", copy=True).contiguous()
+    return value.detach().to("cpu", copy=not taken).contiguous()
 
 
 def _check_tensors(file: EMSFile) -> None:

@@ -31,6 +31,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NoReturn, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -150,10 +151,10 @@ def order(kinds: Mapping[str, _Kind]) -> list[str]:
     return sorted(kinds, key=lambda name: (-DTYPES[kinds[name][0]].itemsize, name))
 
 
-def raw_bytes(tensor: Tensor) -> bytes:
-    """The tensor's values, little-endian."""
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's values, little-endian; not copied where they lie so."""
     array = tensor.numpy()
-    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
 
 
 def header(metadata: Mapping[str, str], kinds: Mapping[str, _Kind]) -> bytes:
@@ -173,7 +174,7 @@ def content_hash(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> 
     """SHA-256 over metadata (but itself) and tensors, each part preceded by its length."""
     digest = hashlib.sha256()
 
-    def feed(*parts: bytes) -> None:
+    def feed(*parts: bytes | memoryview) -> None:
         for part in parts:
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)
@@ -192,16 +193,24 @@ def too_large(size: int) -> str:
     return f"has {size / 2**20:.0f} MiB, more than the {MAX_FILE_BYTES >> 20} that a statistics file may have"
 
 
-def opened(data: bytes) -> dict[str, str]:
-    """The metadata of a file whose layout is right: size, header, version, offsets. Raises EMSError for any other."""
+def opened(data: bytearray) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file whose layout is right: size, header, version, offsets. Raises EMSError for any other.
+
+    The tensors are views of `data`, for a large file fills the memory once and not twice.
+    """
     text, payload = _split(data)
     metadata, tensors = _parse_header(text)
     _check_version(metadata)
     _check_layout(text, payload, metadata, tensors)
-    return metadata
+    return metadata, {name: _view(payload, *place) for name, place in tensors.items()}
 
 
-def _split(data: bytes) -> tuple[bytes, memoryview]:
+def _view(payload: memoryview, dtype: str, shape: tuple[int, ...], place: tuple[int, int]) -> Tensor:
+    array = np.frombuffer(payload[slice(*place)], np.dtype(f"<f{DTYPES[dtype].itemsize}"))
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False)).reshape(shape)
+
+
+def _split(data: bytearray) -> tuple[bytearray, memoryview]:
     if len(data) > MAX_FILE_BYTES:
         raise EMSError(too_large(len(data)))
     if len(data) < 10:
@@ -217,7 +226,7 @@ def _split(data: bytes) -> tuple[bytes, memoryview]:
     return data[8 : 8 + length], memoryview(data)[8 + length :]
 
 
-def _parse_header(raw: bytes) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...], tuple[int, int]]]]:
+def _parse_header(raw: bytearray) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...], tuple[int, int]]]]:
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
@@ -259,7 +268,7 @@ def _check_version(metadata: Mapping[str, str]) -> None:
 
 
 def _check_layout(
-    text: bytes,
+    text: bytearray,
     payload: memoryview,
     metadata: Mapping[str, str],
     tensors: Mapping[str, tuple[str, tuple[int, ...], tuple[int, int]]],

@@ -35,15 +35,15 @@ def load_ems_file(path: str | os.PathLike[str]) -> EMSFile:
     return decode_ems_file(read_bytes(path), path)
 
 
-def read_bytes(path: str | os.PathLike[str]) -> bytes:
+def read_bytes(path: str | os.PathLike[str]) -> bytearray:
     """A regular file's bytes, no more than a statistics file may have. Raises EMSFileError."""
     try:
         status = os.stat(path)
         regular, small = stat.S_ISREG(status.st_mode), status.st_size <= MAX_FILE_BYTES
-        data = b""
+        data = bytearray(status.st_size if regular and small else 0)
         if regular and small:
             with open(path, "rb") as file:
-                data = file.read(MAX_FILE_BYTES + 1)
+                del data[file.readinto(data) :]
     except FileNotFoundError:
         raise EMSFileError(path, "there is no such file: check the name and the folder") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
@@ -55,23 +55,19 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     return data
 
 
-def decode_ems_file(data: bytes, path: str | os.PathLike[str] = "EMS") -> EMSFile:
-    """The file whose bytes these are; `path` names it in messages. Raises EMSFileError."""
+def decode_ems_file(data: bytes | bytearray, path: str | os.PathLike[str] = "EMS") -> EMSFile:
+    """The file whose bytes these are; `path` names it in messages. Raises EMSFileError.
+
+    A bytearray becomes the file's own memory: nobody may write to it any more.
+    """
     try:
-        return _decode(data)
+        return _decode(data if isinstance(data, bytearray) else bytearray(data))
     except EMSError as error:
         raise EMSFileError(path, str(error)) from error
 
 
-def _decode(data: bytes) -> EMSFile:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    metadata = opened(data)
-    try:
-        values = load(data)
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        raise EMSError(f"is not a safetensors file ({error}); {DAMAGED}") from error
+def _decode(data: bytearray) -> EMSFile:
+    metadata, values = opened(data)
     if content_hash(metadata, values) != metadata.get("content_sha256"):
         raise EMSError(f"the content does not match its checksum (content_sha256); {DAMAGED}")
     missing = [name for name in ("lambdas", "guidance", *STATISTICS) if name not in values]
@@ -89,4 +85,4 @@ def _build(meta: EMSMeta, values: dict[str, Tensor]) -> EMSFile:
     moments = {name.removeprefix("moments."): values.pop(name) for name in list(values) if name.startswith("moments.")}
     if values:
         raise EMSError(f"tensor {min(values)!r:.80} does not belong in a statistics file")
-    return EMSFile(**main, meta=meta, errors=errors or None, moments=moments)
+    return EMSFile(**main, meta=meta, errors=errors or None, moments=moments, taken=True)

@@ -137,7 +137,7 @@ class IndexEntry:
                 raise EMSError(f"{self.file}: {what} is no SHA-256")
 
 
-def entry_of(data: bytes, name: str, checkpoints: Iterable[Hashes] = ()) -> IndexEntry:
+def entry_of(data: bytes | bytearray, name: str, checkpoints: Iterable[Hashes] = ()) -> IndexEntry:
     """The entry of a statistics file's bytes. Raises EMSError.
 
     Args:
@@ -182,7 +182,7 @@ def mean_ratio(file: EMSFile) -> float | None:
     return float(f"{math.exp(sum(logs) / len(logs)):.4g}")
 
 
-def _content_hash_of(data: bytes) -> str:
+def _content_hash_of(data: bytes | bytearray) -> str:
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return str(header["__metadata__"]["content_sha256"])
 
@@ -213,7 +213,7 @@ def write_index(folder: Path, entries: Iterable[IndexEntry]) -> Path:
     return path
 
 
-def decode_index(data: bytes) -> list[IndexEntry]:
+def decode_index(data: bytes | bytearray) -> list[IndexEntry]:
     """The entries of an index. Raises EMSError for anything that `encode_index` would not write (unknown keys aside)."""
     if len(data) > MAX_INDEX_BYTES:
         raise EMSError(f"the index has {len(data) >> 20} MiB, more than the {MAX_INDEX_BYTES >> 20} allowed")

@@ -275,6 +275,16 @@ def test_any_json_in_the_metadata_is_accepted_as_it_is_or_refused(value, data):
     assert format_.metadata_of(back.meta)[key] == metadata[key]
 
 
+def test_what_is_read_lies_in_memory_once() -> None:
+    """The bytes of a 250 MiB file, what safetensors made of them and the file's own copy together took 844 MiB."""
+    data = bytearray(example().encode())
+    begin = torch.frombuffer(data, dtype=torch.uint8).data_ptr()
+    for value in tensors_of(decode_ems_file(data)).values():
+        assert begin <= value.data_ptr() < begin + len(data)
+    given = bytes(data)
+    assert torch.equal(decode_ems_file(given).l, example().l) and given == data
+
+
 def test_a_newer_version_says_to_update():
     metadata, tensors = corrupt._parts(GOOD)
     metadata["format_version"] = "3"
