@@ -171,7 +171,7 @@ def sample_on_trial(  # noqa: PLR0913 - nine are the sampler's
         origin: the file that `ems` is from; None for none, or for one that needs no trial.
         tell: shown to the user.
         model, x, sigmas, extra_args, callback, disable, ems, space, guidance, options: the sampler's.
-        passes: the sampler's too. The trial of steps in fewer passes makes both passes at every evaluation.
+        passes: the sampler's too; the trial of steps in fewer passes makes both at every evaluation.
 
     Returns:
         x at sigmas[-1]; of a file that fails, the picture that sampling without it gives.
