@@ -91,7 +91,8 @@ def ablation(names: Sequence[str], size: Size) -> None:
         "no choice of spacing": (replace(effort, fit=replace(effort.fit, spacings=1)), _nothing, _nothing),
         "no ridge (the weakest alone)": (effort, lambda: _ridges((0.003,)), lambda: _ridges((0.003, 0.03, 0.3, 3.0))),
         "strong ridge alone": (effort, lambda: _ridges((3.0,)), lambda: _ridges((0.003, 0.03, 0.3, 3.0))),
-        "half the noises": (replace(effort, fit=replace(effort.fit, noises=5)), _nothing, _nothing),
+        "half the noises": (replace(effort, fit=replace(effort.fit, noises=effort.fit.noises // 2)), _nothing, _nothing),
+        "no turning of the lambdas": (replace(effort, fit=replace(effort.fit, turns=0)), _nothing, _nothing),
     }
     ratios: dict[str, list[float]] = {what: [] for what in (*changes, "the second-order formula on the same spacing")}
     for name in names:

@@ -68,11 +68,49 @@ class Effort:
     probe_every: int = 1
 
 
-_QUICK_FIT = FitPlan((4, 5, 6, 8, 10), 9, 5, search=3, spacings=7, searched=1, moves=0, panel=11, panel_noises=3)
-_FIT = FitPlan(tuple(range(4, 13)), 24, 12, searched=3, moves=3, panel=19, panel_noises=4, rounds=1, refine_noises=8, refined=5)
-_THOROUGH_FIT = FitPlan(tuple(range(4, 13)), 64, 24, search=12, spacings=12, searched=5, moves=8, panel=40, rounds=2, refined=7)
+_QUICK_FIT = FitPlan(
+    steps=(4, 5, 6, 8, 10),
+    noises=8,
+    held_out=5,
+    search=3,
+    spacings=7,
+    searched=1,
+    moves=0,
+    panel=10,
+    panel_noises=2,
+    turns=1,
+    turned=1,
+    turn_noises=3,
+)
+_FIT = FitPlan(
+    held_out=12,
+    searched=3,
+    moves=3,
+    panel=17,
+    panel_noises=4,
+    turns=1,
+    turned=3,
+    turn_noises=7,
+    rounds=1,
+    refine_noises=8,
+    refined=0,
+    passes_refined=5,
+)
+_THOROUGH_FIT = FitPlan(
+    noises=48,
+    held_out=24,
+    search=6,
+    spacings=12,
+    searched=5,
+    panel=40,
+    turns=3,
+    turned=5,
+    rounds=1,
+    refined=7,
+    passes_refined=7,
+)
 EFFORTS = {
-    "quick": Effort(9, 24, 1, 4, (5, 8), 0, _FEW, (0.5,), 40, _QUICK_FIT, 6),
+    "quick": Effort(8, 24, 1, 4, (5, 8), 0, _FEW, (0.5,), 40, _QUICK_FIT, 6),
     "standard": Effort(24, 40, 1, 4, (6, 10), 1, _FEW[:2], (0.5,), 40, _FIT, 2),
     "thorough": Effort(64, 60, 1, 8, (5, 6, 8, 10, 15, 20), 2, None, (0.5, 0.75), 120, _THOROUGH_FIT, 2),
 }
@@ -84,6 +122,7 @@ FINER = 2
 
 def job_for(subject: Source, effort: Effort, seed: int = 0, steps: tuple[int, ...] = (), **changes: Any) -> Job:
     """The estimate's job, on a grid fine enough for a fit of so many `steps`; `changes` are fields of `Job`."""
+    effort = _for_steps(effort, steps)
     grid = uniform_grid(*subject.noise_range(), max(effort.intervals, FINER * max(steps, default=0)))
     if subject.levels is not None:
         grid = snapped_grid(grid, subject.levels, subject.schedule.space)
@@ -100,6 +139,20 @@ def job_for(subject: Source, effort: Effort, seed: int = 0, steps: tuple[int, ..
     return replace(job, **changes)
 
 
+def _for_steps(effort: Effort, steps: tuple[int, ...]) -> Effort:
+    """The effort with these step counts alone; quick for one of them, to 10 steps, costs at most 700 evaluations in all."""
+    if not steps:
+        return effort
+    chosen = tuple(sorted(set(steps)))
+    fit = replace(effort.fit, steps=chosen)
+    if len(chosen) == 1 and fit.noises <= _QUICK_FIT.noises:
+        n = chosen[0]
+        fit = replace(fit, noises=6, held_out=4, spacings=4 if n <= 6 else 2 if n <= 8 else 1, panel=4, heat=1 + (n <= 8))
+        fit = replace(fit, turns=int(n <= 12), turn_noises=2 + (n <= 6))
+        effort = replace(effort, samples=6)
+    return replace(effort, steps=chosen, fit=fit)
+
+
 PASSES = 4
 """Spacings on which steps in fewer passes are tried."""
 
@@ -113,13 +166,7 @@ def plan_for(source: Source, effort: Effort, steps: tuple[int, ...] = (), passes
     """
     if any(not 2 <= n <= MAX_FITTED_STEPS for n in steps):
         raise EstimateError(f"step counts to fit must lie between 2 and {MAX_FITTED_STEPS}, not {', '.join(map(str, steps))}")
-    if steps:
-        chosen = tuple(sorted(set(steps)))
-        fit = replace(effort.fit, steps=chosen)
-        if len(chosen) == 1 and fit.noises <= _QUICK_FIT.noises:  # at most 700 evaluations in all
-            few = chosen[0] <= 8
-            fit = replace(fit, held_out=4, spacings=3 if few else 1, panel=4, heat=2 if few else 1, panel_noises=2)
-        effort = replace(effort, steps=chosen, fit=fit)
+    effort = _for_steps(effort, steps)
     s = source.schedule
     own: dict[str, Callable[[int], Tensor]] = {
         "uniform_lambda": lambda n: uniform_lambda(s, n),

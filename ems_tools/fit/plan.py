@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-__all__ = ["KEPT", "FitPlan", "evaluations_of_fit", "evaluations_of_passes", "searched_steps"]
+__all__ = ["KEPT", "FitPlan", "evaluations_of_fit", "evaluations_of_passes", "searched_steps", "turned_steps"]
 
 KEPT = 2
 """Entrants of the panel that are left after the first heat; this sampler without a file joins them."""
@@ -33,7 +33,9 @@ class FitPlan:
             all of them.
         passes: for steps in fewer passes of the network, spacings that they are tried on beside that of the guided steps; 0:
             none are fitted.
-        rounds: of refinement for the final error, on `refine_noises`, for at most `refined` steps.
+        turns: rounds in which the lambdas are turned at `turned` of the step counts, on `turn_noises`.
+        rounds: of refinement for the final error, on `refine_noises`, for at most `refined` steps, and for those in the passes
+            of at most `passes_refined`.
     """
 
     steps: tuple[int, ...] = (4, 5, 6, 7, 8, 9, 10, 11, 12)
@@ -47,16 +49,30 @@ class FitPlan:
     panel: int = 24
     heat: int = 2
     panel_noises: int = 6
+    turns: int = 2
+    turned: int = 4
+    turn_noises: int = 6
     rounds: int = 0
     refine_noises: int = 12
     refined: int = 8
+    passes_refined: int = 8
     passes: int = 0
 
 
 def searched_steps(plan: FitPlan) -> list[int]:
-    """The step counts at which spacings and formulas are compared: spread over all, one of them in the middle."""
-    wanted = sorted(set(plan.steps))
-    count = min(plan.searched, len(wanted))
+    """The step counts at which spacings and formulas are compared."""
+    return _spread(plan.steps, plan.searched)
+
+
+def turned_steps(plan: FitPlan) -> list[int]:
+    """The step counts at which lambdas are turned."""
+    return _spread(plan.steps, plan.turned) if plan.turns else []
+
+
+def _spread(steps: Sequence[int], count: int) -> list[int]:
+    """So many of the step counts, spread over all of them; one alone in the middle."""
+    wanted = sorted(set(steps))
+    count = min(count, len(wanted))
     if count == len(wanted):
         return wanted
     picks = [(2 * i + 1) * len(wanted) // (2 * count) for i in range(count)]
@@ -73,8 +89,10 @@ def evaluations_of_fit(plan: FitPlan, grid: int, scales: int, known: int = 0) ->
     searched = sum(searched_steps(plan)) * (search + plan.panel * plan.heat)
     heat = min(plan.panel, KEPT) * min(plan.panel_noises, plan.held_out)
     runs = sum(set(plan.steps)) * (plan.noises + heat + 2 * plan.held_out)
+    few = min(plan.turn_noises, plan.noises)
+    turns = sum(few * (n * (n + 1) // 2 + n) + plan.noises * n for n in turned_steps(plan)) * plan.turns
     refinement = sum(_cost_of_refinement(plan, n) for n in set(plan.steps))
-    return scales * (teacher + searched + runs + refinement)
+    return scales * (teacher + searched + runs + turns + refinement)
 
 
 def evaluations_of_passes(plan: FitPlan, scales: Sequence[float]) -> int:
@@ -101,7 +119,7 @@ def _cost_of_refinement(plan: FitPlan, steps: int, guided: Sequence[bool] = ()) 
     """
     from .refine import knobs_of
 
-    if not plan.rounds or steps > plan.refined:
+    if not plan.rounds or steps > (plan.passes_refined if guided else plan.refined):
         return 0
     answers = [1 + both for both in guided] or [1] * steps
     knobs = knobs_of(len(answers), guided)

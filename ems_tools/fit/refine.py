@@ -1,8 +1,8 @@
-"""Turn all lambdas and coefficients together so that the *final* error falls.
+"""Turn lambdas and coefficients together so that the *final* error falls.
 
 Fitting each step to the teacher for its own sake ignores what an error there does to the steps after it. Gauss-Newton rounds
 on the mean log of the final error take derivatives from runs that differ in one knob each, begun where that knob first acts.
-Worth its cost at strong guidance and at the fewest steps.
+The lambdas alone (`turned`) are few knobs and cheap, and coefficients fitted anew on the new ones are as good as turned ones.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from ...sampler import FittedSteps
 from ..trajectory import Pair, Runner, Trajectories
 from .steps import corrected, least_squares, objective, step_on
 
-__all__ = ["knobs_of", "refine", "with_last_step"]
+__all__ = ["knobs_of", "refine", "turns_of", "with_last_step"]
 
 _DAMPING = 1e-3
+"""Of all knobs together; see `_turns`."""
 
 
 @dataclass
@@ -93,27 +94,14 @@ def refine(
 ) -> FittedSteps:
     """Turn all knobs together so that the *final* error falls: Gauss-Newton rounds on the mean log error.
 
-    Fitting each step to the teacher for its own sake ignores what an error there does to the steps after it. Derivatives
-    are differences between runs that begin where a knob first acts.
+    A round ends where none of three lengths of the turn lowers it.
     """
     for _ in range(rounds):
-        point = _Point.of(steps)
-        ys, history, residual = _trace(runner, samples, teacher, steps)
-        errors = residual.square().mean(1)
-        knobs = knobs_of(len(steps.lambdas), steps.guided)
-        columns = []
-        for knob in knobs:
-            moved = point.copy()
-            moved.move(knob, _TURN[knob[0]])
-            begin = knob[1] - (knob[0] in ("lambda", "start"))
-            end = _trace(runner, samples, teacher, moved.steps(), begin, ys, history)[2]
-            columns.append((end - residual) / _TURN[knob[0]])
-        last = [D.flatten(1)[:, teacher.elements].double() for D in history]
-        columns += [ys[-1].flatten(1)[:, teacher.elements].double() - last[-1], *last]
-        turn = _turns(torch.stack(columns, 1), residual, errors)[: len(knobs)]
+        point, knobs = _Point.of(steps), knobs_of(len(steps.lambdas), steps.guided)
+        turn, errors = turns_of(runner, samples, teacher, steps, knobs)
         for share in (1.0, 0.5, 0.25):
             trial = point.copy()
-            for knob, by in zip(knobs, turn.tolist()):
+            for knob, by in zip(knobs, turn):
                 trial.move(knob, share * by)
             trial.lambdas[0] = max(trial.lambdas[0], runner.job.lambdas[0])
             if (
@@ -128,6 +116,32 @@ def refine(
         else:
             break
     return steps
+
+
+def turns_of(
+    runner: Runner | Pair,
+    samples: Sequence[int],
+    teacher: Trajectories,
+    steps: FittedSteps,
+    knobs: Sequence[tuple[str, int, int]],
+    damping: float = _DAMPING,
+) -> tuple[list[float], Tensor]:
+    """How far Gauss-Newton turns each knob, the last step's coefficients being fitted anew; and the errors [K] as it is.
+
+    Derivatives are differences between runs that begin where a knob first acts.
+    """
+    point = _Point.of(steps)
+    ys, history, residual = _trace(runner, samples, teacher, steps)
+    errors, columns = residual.square().mean(1), list[Tensor]()
+    for knob in knobs:
+        moved = point.copy()
+        moved.move(knob, _TURN[knob[0]])
+        begin = knob[1] - (knob[0] in ("lambda", "start"))
+        end = _trace(runner, samples, teacher, moved.steps(), begin, ys, history)[2]
+        columns.append((end - residual) / _TURN[knob[0]])
+    last = [D.flatten(1)[:, teacher.elements].double() for D in history]
+    columns += [ys[-1].flatten(1)[:, teacher.elements].double() - last[-1], *last]
+    return _turns(torch.stack(columns, 1), residual, errors, damping)[: len(knobs)].tolist(), errors
 
 
 def with_last_step(
@@ -146,13 +160,13 @@ def with_last_step(
     return FittedSteps(steps.lambdas, decays, rows, steps.start, steps.guided), errors
 
 
-def _turns(columns: Tensor, residual: Tensor, errors: Tensor) -> Tensor:
+def _turns(columns: Tensor, residual: Tensor, errors: Tensor, damping: float) -> Tensor:
     """The damped, weighted least-squares turn of every knob; columns [K, F, P]."""
     weight = 1 / errors.clamp(min=max(errors.median().item() * 1e-2, 1e-20))
     A = torch.einsum("k,kfp,kgp->fg", weight, columns, columns)
     b = -torch.einsum("k,kfp,kp->f", weight, columns, residual)
     scale = A.diagonal().clamp(min=1e-30).sqrt()
-    A = A / scale[:, None] / scale + _DAMPING * torch.eye(len(scale), dtype=torch.float64)
+    A = A / scale[:, None] / scale + damping * torch.eye(len(scale), dtype=torch.float64)
     return torch.linalg.solve(A, b / scale) / scale
 
 

@@ -4,8 +4,9 @@ For one guidance scale, with reference trajectories at hand (the teacher; those 
 
 1. `candidates`: spacings of many kinds are compared by fitting on them, on few noises, at some step counts; and formulas of
    known samplers on schedules of many kinds, the panel, by their error.
-2. `steps`: on the best spacing, coefficients are fitted in closed loop on all noises; `refine` turns them together with the
-   lambdas for the final error, where the plan says so.
+2. `turn`: the evaluations of the best spacing are moved so that the final error falls, at a few step counts.
+   `steps`: there, coefficients are fitted in closed loop on all noises; `refine` turns them together with the lambdas, where
+   the plan says so.
 3. `judge`: on noise of no other use, against the panel's best. Where the fit is not better, the panel's best is stored.
 
 Every run's result is kept in the job's state, so a cancelled fit goes on where it was.
@@ -13,13 +14,16 @@ Every run's result is kept in the job's state, so a cancelled fit goes on where 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
 from ...sampler import FittedSteps, NoiseSchedule, unfitted_steps
+from ...sampler.fitted import MATCH
 from ..estimate.job import Evaluating, Job, JobState, Meter, Progress, snapped_grid
 from ..estimate.source import Source
 from ..file.layout import fitted_row, fitted_values
@@ -30,16 +34,18 @@ from .formulas import OWN
 from .judge import judged_row
 from .panel import Entrant, entrants
 from .passes import best_passes, passes_row
-from .plan import FitPlan, evaluations_of_fit, evaluations_of_passes, searched_steps
+from .plan import FitPlan, evaluations_of_fit, evaluations_of_passes, searched_steps, turned_steps
 from .refine import refine, with_last_step
 from .spacing import CANDIDATES, Range, Spacing
 from .steps import closed_loop, objective, rounded
+from .turn import Turned, best_turned, moved
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["JUDGE_NOISE", "FitPlan", "evaluations_of_fit", "evaluations_of_passes", "fit_passes", "fit_steps", "forget"]
 
+_T = TypeVar("_T")
 JUDGE_NOISE = 2_000_000_000
 """Index of the first sample that a fit is judged on. A fit uses the statistics' samples, from 0; calibration counts from
 1,000,000,000."""
@@ -76,6 +82,7 @@ def fit_steps(
     judge = kept_trajectories(runner, state, f"judge.{name}", judge_on)
     own = [_without_file(source.schedule, guidance, job)]
     choices = _choices(bench)
+    turned = _turned(bench, choices)
     for n in wanted:
         if n in rows:
             continue
@@ -83,7 +90,7 @@ def fit_steps(
         rivals = {e.name: rounded(e.steps(n, bench.snap)) for e in [*likely, *own] if follows(bench, e, n)}
         if not rivals:  # the host has too few levels for so many steps
             continue
-        fitted = _fitted(bench, spacing, n)
+        fitted = _fitted(bench, spacing, n, turned)
         if fitted is not None and insane(fitted):  # a file could not hold it, and the whole computation would be lost
             fitted = None
         rows[n] = judged_row(runner, judge_on, judge, guidance, fitted, rivals, plan.panel_noises)
@@ -111,20 +118,23 @@ def fit_passes(
     if not plan.passes or guidance == 1 or source.conditional is None:
         return []
     name = f"{guidance:g}"
-    known: dict[str, list[object]] = state.facts.setdefault("passes", {}).setdefault(name, {})
+    known: dict[str, list[Any]] = state.facts.setdefault("passes", {}).setdefault(name, {})
     meter = Meter(progress, "passes", evaluations_of_passes(plan, [guidance]), f"fewer passes at guidance {name}", state)
     runners = (Runner(job, model, tick=meter.tick, **options) for model in (source.conditional, source.models[guidance]))
     pair, held_out = Pair(*runners), range(JUDGE_NOISE, JUDGE_NOISE + plan.held_out)
     bench = _bench(pair.guided, source, plan, state, name)
     truth = kept_trajectories(pair.guided, state, f"judge.{name}", held_out)
-    choices = _choices(bench)  # known from the guided fit
+    choices = _choices(bench)  # known from the guided fit, as what was turned there
+    turned = _turned(bench, choices)
     for rival in rivals:
         if str(rival.steps) in known:
             continue
         near, _ = _nearest(choices, rival.steps)
+        others = [*rivals, *(fitted_row(values) for values in known.values() if values)]
+        lambdas_of = partial(_lambdas_of, bench, turned, others, near)
         spacings = list(dict.fromkeys([near, *CANDIDATES[: plan.passes]]))
-        found = best_passes(pair, bench.samples, bench.teacher, bench.lambdas, rival.steps, spacings)
-        if found is not None and rival.steps <= plan.refined:
+        found = best_passes(pair, bench.samples, bench.teacher, lambdas_of, rival.steps, spacings)
+        if found is not None and rival.steps <= plan.passes_refined:
             found = _refined(bench, pair, found)
         row = passes_row(pair, held_out, truth, rival, found)
         known[str(rival.steps)] = [] if row is None else fitted_values(row)
@@ -137,7 +147,8 @@ def forget(state: JobState, guidance: float) -> None:
     name = f"{guidance:g}"
     for key in [key for key in state.tensors if key.startswith((f"fit.{name}.", f"judge.{name}."))]:
         del state.tensors[key]
-    state.facts.get("fit_runs", {}).pop(name, None)
+    for table in ("fit_runs", "fit_turned"):
+        state.facts.get(table, {}).pop(name, None)
     state.save()
 
 
@@ -163,7 +174,8 @@ def _choices(bench: Bench) -> dict[int, tuple[Spacing, list[Entrant]]]:
     return found
 
 
-def _nearest(choices: Mapping[int, tuple[Spacing, list[Entrant]]], steps: int) -> tuple[Spacing, list[Entrant]]:
+def _nearest(choices: Mapping[int, _T], steps: int) -> _T:
+    """What was found at the nearest step count."""
     return choices[min(choices, key=lambda n: (max(n, steps) / min(n, steps), n))]
 
 
@@ -191,14 +203,47 @@ def _without_file(schedule: NoiseSchedule, guidance: float, job: Job) -> Entrant
     return Entrant("the steps that hosts take then", OWN, levels_at, guidance)
 
 
-def _fitted(bench: Bench, spacing: Spacing, steps: int) -> FittedSteps | None:
-    """Coefficients on this spacing, refined if the plan says so and noise that took no part in it agrees; None without room."""
+def _turned(bench: Bench, choices: Mapping[int, tuple[Spacing, list[Entrant]]]) -> dict[int, Turned]:
+    """The fits of those step counts at which lambdas are turned, kept in the job's state."""
+    known = bench.state.facts.setdefault("fit_turned", {}).setdefault(bench.name, {})
+    for n in turned_steps(bench.plan):
+        if str(n) not in known:
+            made = best_turned(bench, _nearest(choices, n)[0], n)
+            known[str(n)] = None if made is None else made.plain()
+            bench.state.save()
+    return {int(n): Turned.of(plain) for n, plain in known.items() if plain is not None}
+
+
+def _lambdas_of(
+    bench: Bench, turned: Mapping[int, Turned], others: Sequence[FittedRow], near: Spacing, spacing: Spacing, steps: int
+) -> list[float]:
+    """Of a spacing; of that of the guided steps, turned as they were. Never those of `others`: a run is known by its levels."""
+    lambdas = _turned_lambdas(bench, spacing, steps, turned if spacing == near else {})
+    while any(row.coefficients is not None and row.coefficients.matches([*lambdas, math.inf]) for row in others):
+        lambdas[-1] = round(lambdas[-1] - 3 * MATCH, 6)
+    return lambdas
+
+
+def _turned_lambdas(bench: Bench, spacing: Spacing, steps: int, turned: Mapping[int, Turned]) -> list[float]:
+    """The spacing's lambdas, moved as at the nearest step count at which they were turned; fewer without room."""
     lambdas = bench.lambdas(spacing, steps)
-    if len(lambdas) < steps:
-        lambdas = next((v for v in (bench.lambdas(s, steps) for s in CANDIDATES) if len(v) == steps), [])
-    if not lambdas:
-        return None
-    found, _ = closed_loop(bench.runner, bench.samples, bench.teacher, lambdas)
+    if not turned or len(lambdas) < steps:
+        return lambdas
+    as_there = moved(bench, lambdas, _nearest(turned, steps).moves(steps))
+    return as_there if len(as_there) == steps else lambdas
+
+
+def _fitted(bench: Bench, spacing: Spacing, steps: int, turned: Mapping[int, Turned]) -> FittedSteps | None:
+    """Coefficients on this spacing, turned as at the nearest step count and refined if the plan says so; None without room."""
+    if steps in turned:
+        found = turned[steps].steps
+    else:
+        lambdas = _turned_lambdas(bench, spacing, steps, turned)
+        if len(lambdas) < steps:
+            lambdas = next((v for v in (bench.lambdas(s, steps) for s in CANDIDATES) if len(v) == steps), [])
+        if not lambdas:
+            return None
+        found, _ = closed_loop(bench.runner, bench.samples, bench.teacher, lambdas)
     return _refined(bench, bench.runner, found) if steps <= bench.plan.refined else found
 
 

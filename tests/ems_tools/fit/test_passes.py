@@ -206,6 +206,14 @@ def test_a_file_keeps_what_won_and_says_so(computed: EMSFile, tmp_path: Path) ->
     assert main(["inspect", str(tmp_path / "kept.ems.safetensors")]) == 0
 
 
+def test_a_runs_levels_tell_which_row_is_meant(computed: EMSFile) -> None:
+    """Guided steps on the same spacing lay at the very same levels, and were taken in place of those in fewer passes."""
+    meta = computed.meta
+    for row in (*meta.fitted, *meta.passes):
+        others = [other for other in (*meta.fitted, *meta.passes) if other is not row]
+        assert not any(o.coefficients is None or o.coefficients.matches([*row.lambdas, math.inf]) for o in others)
+
+
 def test_rows_in_the_wrong_table_are_refused(computed: EMSFile) -> None:
     meta = computed.meta
     with pytest.raises(EMSError, match="a table of their own"):

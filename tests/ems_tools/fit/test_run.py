@@ -136,7 +136,7 @@ def job() -> Job:
     return Job((2, 2, 2), uniform_grid(0.05, 20.0, 40), samples=4)
 
 
-PLAN = FitPlan((3, 5), noises=16, held_out=16, search=8, spacings=4, searched=1, moves=2, panel=8, panel_noises=4)
+PLAN = FitPlan((3, 5), noises=16, held_out=16, search=8, spacings=4, searched=1, moves=2, panel=8, panel_noises=4, turned=1)
 REFINED = dataclasses.replace(PLAN, rounds=1, refine_noises=8, refined=5)
 
 
@@ -367,7 +367,7 @@ def test_a_file_is_never_worse_than_none(mixture, job, monkeypatch) -> None:
     """With nothing learnt and no other sampler tried, the file holds what the sampler does without it, to eight digits."""
     monkeypatch.setattr(fit_module, "closed_loop", learns_nothing)
     monkeypatch.setattr(fit_module, "entrants", lambda *_: [])
-    (row,) = fitted(mixture, job, plan=FitPlan((8,), noises=4, held_out=8, search=0, panel=0, panel_noises=1))
+    (row,) = fitted(mixture, job, plan=FitPlan((8,), noises=4, held_out=8, search=0, panel=0, panel_noises=1, turns=0))
     assert row.fixed_schedule.startswith(OWN) and row.ratio == (1.0, 1.0, 1.0) and row.coefficients is not None
     levels = unfitted_steps(EDM(0.05, 20.0), 8)[1]
     x = torch.randn(3, 2, 2, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * levels[0]
@@ -379,7 +379,7 @@ def test_the_panel_stands_in_for_a_fit_that_loses(mixture, job, monkeypatch) -> 
     """A fit that learns nothing loses to the panel's best, which is then what the file holds."""
     monkeypatch.setattr(fit_module, "closed_loop", learns_nothing)
     fixed = {"own": lambda n: karras(EDM(0.05, 20.0), n, to_zero=True)}
-    plan = FitPlan((8,), noises=8, held_out=16, search=2, spacings=1, moves=0, panel=30, panel_noises=8, fixed=fixed)
+    plan = FitPlan((8,), 8, 16, fixed, search=2, spacings=1, moves=0, panel=30, panel_noises=8, turns=0)
     (row,) = fitted(mixture, job, plan=plan)
     assert row.ratio == (1.0, 1.0, 1.0) and row.fitted == row.fixed
     span = Range.of(job.lambdas, None)

@@ -1,0 +1,87 @@
+"""Move the evaluations of the best spacing so that the final error falls; the coefficients are fitted anew on what comes out.
+
+A spacing has one or two numbers, the same for all models; where a model's picture is decided is its own affair. Gauss-Newton's
+turn of the lambdas alone (`refine.turns_of`) costs one run of a few noises for every evaluation, begun there. It is taken where
+the fit on the new lambdas has a lower error on noises left out. Two or three step counts are turned so, the others take over
+how far the evaluations moved at the same share of the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from ...sampler import FittedSteps
+from .candidates import Bench
+from .refine import turns_of
+from .spacing import Spacing
+from .steps import closed_loop
+
+__all__ = ["Turned", "best_turned", "moved"]
+
+_FARTHEST = 0.6
+"""No lambda moves by more in a round."""
+_CLOSEST = 0.02
+_DAMPING = 0.03
+"""Where few noises of small pictures tell little of a direction, the lambdas stay."""
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A fit, and how far the lambdas of its spacing have moved."""
+
+    steps: FittedSteps
+    by: tuple[float, ...]
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Turned:
+        """From what `plain` made."""
+        weights = tuple(map(tuple, plain["weights"]))
+        return cls(FittedSteps(tuple(plain["lambdas"]), tuple(plain["decay"]), weights), tuple(plain["by"]))
+
+    def plain(self) -> dict[str, Any]:
+        """For the job's state."""
+        return {"lambdas": self.steps.lambdas, "decay": self.steps.decay, "weights": self.steps.weights, "by": self.by}
+
+    def moves(self, count: int) -> list[float]:
+        """How far those of `count` evaluations move: linear between these, over the share of the way."""
+        if count < 2 or len(self.by) < 2:
+            return [0.0] * count
+        found = []
+        for k in range(count):
+            place = k * (len(self.by) - 1) / (count - 1)
+            i = min(int(place), len(self.by) - 2)
+            found.append(self.by[i] + (place - i) * (self.by[i + 1] - self.by[i]))
+        return found
+
+
+def best_turned(bench: Bench, spacing: Spacing, steps: int) -> Turned | None:
+    """The fit on this spacing after the plan's rounds of turning; None where the host has too few levels for it."""
+    before = bench.lambdas(spacing, steps)
+    if len(before) < steps:
+        return None
+    runner, samples, teacher = bench.runner, bench.samples, bench.teacher
+    few = min(bench.plan.turn_noises, len(samples))
+    found, score = closed_loop(runner, samples, teacher, before)
+    knobs = [("lambda", i, 0) for i in range(steps)]
+    for _ in range(bench.plan.turns):
+        turns, _ = turns_of(runner, samples[:few], teacher.part(few), found, knobs, _DAMPING)
+        lambdas = moved(bench, found.lambdas, turns)
+        if len(lambdas) < steps:
+            break
+        other, now = closed_loop(runner, samples, teacher, lambdas)
+        if now >= score:
+            break
+        found, score = other, now
+    return Turned(found, tuple(now - then for now, then in zip(found.lambdas, before)))
+
+
+def moved(bench: Bench, lambdas: Sequence[float], by: Sequence[float]) -> list[float]:
+    """The lambdas moved, inside the range and on the host's levels; fewer where they would meet."""
+    low, high = bench.span.low, bench.span.high
+    wanted = [min(max(v + min(max(d, -_FARTHEST), _FARTHEST), low), high) for v, d in zip(lambdas, by)]
+    if any(b - a < _CLOSEST for a, b in pairwise(wanted)):
+        return []
+    return bench.snap([round(v, 6) for v in wanted])
