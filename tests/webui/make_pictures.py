@@ -40,6 +40,7 @@ def main() -> None:
                 compute(page, " left", effort="quick", pixels=256, scales="1, 7")
                 keep(page, "during", folder)
                 opened = page.context.browser.new_page()
+                opened.set_default_timeout(240_000)
                 show(opened, webui)
                 wait_for(opened, " left")
                 keep(opened, "reopened", folder)
