@@ -56,7 +56,8 @@ def estimate_moments(
         runner = Runner(job, models[guidance], tick=counter.tick, **options)
 
         def run(samples: list[int], guidance: float = guidance, runner: Runner = runner) -> tuple[Tensor, Path]:
-            counter.begin_batch(f"guidance {guidance:g}, samples {samples[0]} to {samples[-1]} of {job.samples}")
+            which = f"samples {samples[0] + 1} to {samples[-1] + 1}" if len(samples) > 1 else f"sample {samples[0] + 1}"
+            counter.begin_batch(f"guidance {guidance:g}, {which} of {job.samples}")
             path = Path(elements_of(job))
             return _batch_moments(runner, samples, path), path
 
