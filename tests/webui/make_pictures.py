@@ -37,7 +37,7 @@ def main() -> None:
             with browser_page(webui) as page:
                 page.wait_for_timeout(2000)
                 keep(page, "before", folder)
-                compute(page, " left", effort="quick", pixels=256, scales="1, 7")
+                compute(page, " left", effort="quick", pixels=256, scales="1, 2, 4, 7")
                 keep(page, "during", folder)
                 opened = page.context.browser.new_page()
                 opened.set_default_timeout(240_000)
