@@ -73,9 +73,9 @@ _QUICK_FIT = FitPlan(
     noises=8,
     held_out=5,
     search=3,
-    spacings=7,
+    spacings=6,
     searched=1,
-    moves=0,
+    moves=1,
     panel=10,
     panel_noises=2,
     turns=1,
@@ -148,7 +148,7 @@ def _for_steps(effort: Effort, steps: tuple[int, ...]) -> Effort:
     if len(chosen) == 1 and fit.noises <= _QUICK_FIT.noises:
         n = chosen[0]
         fit = replace(fit, noises=6, held_out=4, spacings=4 if n <= 6 else 2 if n <= 8 else 1, panel=4, heat=1 + (n <= 8))
-        fit = replace(fit, turns=int(n <= 12), turn_noises=2 + (n <= 6))
+        fit = replace(fit, moves=int(n <= 6), turns=int(n <= 12), turn_noises=2 + (n <= 6))
         effort = replace(effort, samples=6)
     return replace(effort, steps=chosen, fit=fit)
 

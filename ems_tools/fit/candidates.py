@@ -14,7 +14,7 @@ from ..file.rows import insane
 from ..trajectory import Runner, Trajectories, few_steps
 from .panel import Entrant
 from .plan import KEPT, FitPlan
-from .spacing import CANDIDATES, Range, Spacing
+from .spacing import CANDIDATES, LATE, Range, Spacing
 from .steps import closed_loop, objective
 
 __all__ = ["Bench", "best_spacing", "follows", "likely_entrants"]
@@ -48,10 +48,6 @@ class Bench:
     def lambdas(self, spacing: Spacing, steps: int) -> list[float]:
         """Where a spacing evaluates; fewer than `steps` where the host's levels are too coarse for it."""
         return self.snap([round(v, 6) for v in spacing.lambdas(steps, self.span, self.teacher)])
-
-
-LATE = 2.5
-"""Where most candidates begin, see `Spacing.first`."""
 
 
 def best_spacing(bench: Bench, steps: int, likely: Sequence[Entrant] = ()) -> Spacing:
@@ -90,12 +86,17 @@ def best_spacing(bench: Bench, steps: int, likely: Sequence[Entrant] = ()) -> Sp
     return best[1]
 
 
+_LATER = 1.7
+"""Factor between starts that are compared: the best one differs by more between models than all else of a spacing."""
+
+
 def _moves(spacing: Spacing) -> list[Spacing]:
-    """Neighbours: the last evaluation earlier or later, other powers, another start."""
-    moved = [replace(spacing, last=spacing.last + d) for d in (0.3, -0.3) if spacing.last + d >= 0]
+    """Neighbours: another start, the last evaluation earlier or later, other powers."""
+    moved = [replace(spacing, first=spacing.first * _LATER if spacing.first else LATE)]
+    moved += [replace(spacing, last=spacing.last + d) for d in (0.3, -0.3) if spacing.last + d >= 0]
     if spacing.kind not in ("lambda", "beta"):
         moved += [replace(spacing, power=spacing.power * f) for f in (1.2, 1 / 1.2)]
-    return [*moved, replace(spacing, first=0.0 if spacing.first else LATE)]
+    return [*moved, replace(spacing, first=spacing.first / _LATER)]
 
 
 def likely_entrants(bench: Bench, entrants: Sequence[Entrant], steps: int) -> list[Entrant]:

@@ -29,7 +29,7 @@ from torch import Tensor
 from ...sampler import EDM, NoiseSchedule, VPContinuous
 from ..trajectory import Trajectories
 
-__all__ = ["CANDIDATES", "Range", "Spacing"]
+__all__ = ["CANDIDATES", "LATE", "Range", "Spacing"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Spacing:
 
     Args:
         kind, power, last: see the module.
-        first: how far the first evaluation lies below the noisy end: times the share of the picture that `steps` evaluations
-            can afford not to resolve (0: at the noisy end).
+        first: how late the first evaluation lies: times the share of the picture that `steps` evaluations can afford not to
+            resolve, exp(-1.05 - 0.16 steps) (0: at the noisy end).
     """
 
     kind: str
@@ -75,7 +75,7 @@ class Spacing:
         """Of `steps` evaluations, increasing; `teacher` is needed for a `first` above 0."""
         low = span.low
         if self.first > 0 and teacher is not None:
-            share = 1 - self.first * math.exp(-0.8 - 0.4 * steps)
+            share = 1 - self.first * math.exp(-1.05 - 0.16 * steps)
             low = min(teacher.lambda_where_left(max(share, 0.5)), span.low + 0.5 * (span.high - span.low))
         u = torch.arange(steps, dtype=torch.float64) / max(steps - 1 + self.last, 1e-9)
         if self.kind == "beta":
@@ -130,22 +130,24 @@ def _beta_quantiles(u: Tensor, power: float = 0.6) -> Tensor:
     return _interpolate(u, total / total[-1], x)
 
 
+LATE = 1.0
+"""Where most candidates begin, see `Spacing.first`."""
 CANDIDATES = (
-    Spacing("vp", 2.0, 1.0, 2.5),
-    Spacing("vp", 3.0, 0.5, 2.5),
-    Spacing("vp", 1.5, 0.5, 2.5),
-    Spacing("model", 2.0, 0.5, 2.5),
-    Spacing("vp", 1.0, 0.5, 2.5),
-    Spacing("vp", 3.0, 1.5, 2.5),
-    Spacing("beta", 1.0, 1.5, 2.5),
+    Spacing("vp", 2.0, 1.0, LATE),
+    Spacing("vp", 3.0, 0.5, LATE),
+    Spacing("vp", 1.5, 0.5, LATE),
+    Spacing("model", 2.0, 0.5, LATE),
+    Spacing("vp", 1.0, 0.5, LATE),
+    Spacing("vp", 3.0, 1.5, LATE),
+    Spacing("beta", 1.0, 1.5, LATE),
     Spacing("model", 1.5, 0.5, 0.0),
     Spacing("flow", 2.0, 0.5, 0.0),
-    Spacing("flow", 1.0, 0.5, 2.5),
-    Spacing("flow", 1.5, 1.0, 2.5),
+    Spacing("flow", 1.0, 0.5, LATE),
+    Spacing("flow", 1.5, 1.0, LATE),
     Spacing("beta", 1.0, 0.5, 0.0),
-    Spacing("sigma", 7.0, 1.0, 2.5),
+    Spacing("sigma", 7.0, 1.0, LATE),
     Spacing("vp", 1.5, 1.5, 0.0),
-    Spacing("lambda", 1.0, 1.5, 2.5),
+    Spacing("lambda", 1.0, 1.5, LATE),
     Spacing("model", 1.0, 0.5, 0.0),
 )
 """Spacings to fit on, the most likely ones first."""
