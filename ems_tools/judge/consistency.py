@@ -29,7 +29,7 @@ def _selection_problems(file: EMSFile) -> list[str]:
         entry = advice.get((row.guidance, row.schedule, row.steps))
         if row.split != "calibration" or entry is None:
             continue
-        if row.ems > row.full_strength:
+        if row.ems > row.full_strength and entry.settings.strength:  # at strength 0 the run without a file may have won
             numbers = f"{row.full_strength:g} against {row.ems:g}"
             problems.append(
                 f"{case_of(row)}: full strength, which was tried too, is better than the recommendation ({numbers})"

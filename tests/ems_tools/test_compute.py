@@ -17,14 +17,16 @@ from dpm_solver_v3.ems_tools.embedded.denoiser import WEIGHTS
 from dpm_solver_v3.ems_tools.estimate.job import EstimateError, Job, JobState, uniform_grid
 from dpm_solver_v3.ems_tools.estimate.run import estimate_moments
 from dpm_solver_v3.ems_tools.estimate.source import Source
+from dpm_solver_v3.ems_tools.file.contents import EMSFile
 from dpm_solver_v3.ems_tools.file.reader import load_ems_file
+from dpm_solver_v3.ems_tools.file.rows import EMSMeta
 from dpm_solver_v3.ems_tools.judge.calibrate import (
     CalibrationPlan,
     calibrate,
     evaluations_of_calibration,
     rows_of,
 )
-from dpm_solver_v3.ems_tools.judge.consistency import evidence_problems
+from dpm_solver_v3.ems_tools.judge.consistency import consistency_problems, evidence_problems
 from dpm_solver_v3.sampler import EDM, EMS, karras, sample_dpm_solver_v3, settings_for, uniform_lambda
 
 STATS = WEIGHTS.parents[2] / "stats"
@@ -205,6 +207,9 @@ def test_statistics_that_lose_to_no_file_are_not_recommended(monkeypatch) -> Non
         monkeypatch.setattr(sys.modules[CalibrationPlan.__module__], "_without_file", lambda *_, error=without: error)
         (row,) = calibrate(model, good, job, 1.0, plan, JobState())
         assert bool(row.advice.settings.strength) == used and (row.evidence[0].ems < row.evidence[0].data_prediction) == used
+        meta = EMSMeta("sigma", 0.05, 20.0, evidence=row.evidence, recommendation=(row.advice,))
+        scale = torch.ones(1, dtype=torch.float64)
+        assert consistency_problems(EMSFile(good.lambdas, scale, good.l[None], good.s[None], good.b[None], meta)) == []
 
 
 def _toy_model():
