@@ -1,7 +1,7 @@
 """Pictures of the tab "EMS" in a real Forge, the embedded model in it: `WEBUI_PATH=... make_pictures.py FOLDER`.
 
-Before, during and after a computation of effort "quick", in a page that is opened during it, and with a mistake in the form;
-each in both themes and in two widths. docs/webui-ems-tab.png is FOLDER/after-light-1360.png.
+Before, during and after a computation, in a page that is opened during it, and with a mistake in the form; in both
+themes and in two widths. docs/webui-ems-tab.png is FOLDER/after-light-1360.png.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def main() -> None:
             with browser_page(webui) as page:
                 page.wait_for_timeout(2000)
                 keep(page, "before", folder)
-                compute(page, " left", effort="quick", pixels=256, scales="1, 2, 4, 7")
+                # Longer than the pictures of it take, on a busy machine too; then it is interrupted.
+                compute(page, " left", name="long", effort="standard", pixels=256, scales="1, 7")
                 keep(page, "during", folder)
                 opened = page.context.browser.new_page()
                 opened.set_default_timeout(240_000)
@@ -45,7 +46,10 @@ def main() -> None:
                 wait_for(opened, " left")
                 keep(opened, "reopened", folder)
                 opened.close()
-                print(wait_for(page, "Done:"))
+                page.locator("#dpm_solver_v3_interrupt").first.click()
+                wait_for(page, "Stopped.")
+                page.locator("#dpm_solver_v3_compute:enabled").first.wait_for()
+                print(compute(page, "Done:", effort="quick", pixels=256, scales="1, 7"))
                 page.wait_for_timeout(2000)
                 keep(page, "after", folder)
                 page.locator("details.dpmv3 summary").first.click()
