@@ -12,10 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SHOTS = ROOT / "out" / "screenshots"
 # The background services of Chromium look for the network, and there may be none.
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-gpu-watchdog --disable-quic --no-first-run "  # on a busy machine the watchdog ends it
-    "--disable-background-networking --disable-component-update"
-)
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
 TITLES = [
     "DPM-Solver-v3",
     "DPM-Solver-v3 Scheduler",

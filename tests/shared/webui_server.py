@@ -37,10 +37,7 @@ TREES = [Path(p) for p in os.environ.get("WEBUI_PATH", "").split(os.pathsep) if 
 NAME = "DPM-Solver-v3"
 START_SECONDS, RUN_SECONDS = 900, 900
 A1111_ON_CPU = ["--use-cpu", "all", "--no-half", "--precision", "full", "--do-not-download-clip"]
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-gpu-watchdog --disable-quic --no-first-run "  # on a busy machine the watchdog ends it
-    "--disable-background-networking --disable-component-update"
-)
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
 
 
 class WebUI:
