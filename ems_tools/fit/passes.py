@@ -183,19 +183,23 @@ def _relative(lambdas: Sequence[float], guided: Pattern, rows: Sequence[Tensor])
     return rounded(FittedSteps(tuple(lambdas), tuple(decay), tuple(weights), guided=guided))
 
 
+_CLEARLY = 0.9
+"""What was chosen among many patterns flatters itself, and where it loses a person has worse pictures than without it."""
+
+
 def passes_row(
     pair: Pair, samples: Sequence[int], truth: Trajectories, rival: FittedRow, found: FittedSteps | None
 ) -> FittedRow | None:
     """The row of `found`, judged on these samples against the guided steps of `rival`, which cost as many passes.
 
-    None where it is not better: then a file holds none. `truth` are the samples' trajectories.
+    None where it is not better by `_CLEARLY`: then a file holds none. `truth` are the samples' trajectories.
     """
     if found is None or rival.coefficients is None or insane(found):
         return None
     mine = truth.errors(few_steps(pair, samples, found))
     theirs = truth.errors(few_steps(pair.guided, samples, rival.coefficients))
     ratio = ratio_of(mine, theirs)
-    if ratio[0] >= 1:
+    if ratio[0] >= _CLEARLY:
         return None
     name = f"{rival.steps} guided steps"
     n = len(found.lambdas)
