@@ -204,14 +204,9 @@ def _without_file(schedule: NoiseSchedule, guidance: float, job: Job) -> Entrant
 
 
 def _turned(bench: Bench, choices: Mapping[int, tuple[Spacing, list[Entrant]]]) -> dict[int, Turned]:
-    """The fits of those step counts at which lambdas are turned, kept in the job's state."""
-    known = bench.state.facts.setdefault("fit_turned", {}).setdefault(bench.name, {})
-    for n in turned_steps(bench.plan):
-        if str(n) not in known:
-            made = best_turned(bench, _nearest(choices, n)[0], n)
-            known[str(n)] = None if made is None else made.plain()
-            bench.state.save()
-    return {int(n): Turned.of(plain) for n, plain in known.items() if plain is not None}
+    """The fits of those step counts at which lambdas are turned."""
+    found = {n: best_turned(bench, _nearest(choices, n)[0], n) for n in turned_steps(bench.plan)}
+    return {n: turned for n, turned in found.items() if turned is not None}
 
 
 def _lambdas_of(

@@ -8,8 +8,9 @@ how far the evaluations moved at the same share of the way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -35,16 +36,6 @@ class Turned:
     steps: FittedSteps
     by: tuple[float, ...]
 
-    @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> Turned:
-        """From what `plain` made."""
-        weights = tuple(map(tuple, plain["weights"]))
-        return cls(FittedSteps(tuple(plain["lambdas"]), tuple(plain["decay"]), weights), tuple(plain["by"]))
-
-    def plain(self) -> dict[str, Any]:
-        """For the job's state."""
-        return {"lambdas": self.steps.lambdas, "decay": self.steps.decay, "weights": self.steps.weights, "by": self.by}
-
     def moves(self, count: int) -> list[float]:
         """How far those of `count` evaluations move: linear between these, over the share of the way."""
         if count < 2 or len(self.by) < 2:
@@ -62,20 +53,35 @@ def best_turned(bench: Bench, spacing: Spacing, steps: int) -> Turned | None:
     before = bench.lambdas(spacing, steps)
     if len(before) < steps:
         return None
-    runner, samples, teacher = bench.runner, bench.samples, bench.teacher
-    few = min(bench.plan.turn_noises, len(samples))
-    found, score = closed_loop(runner, samples, teacher, before)
-    knobs = [("lambda", i, 0) for i in range(steps)]
-    for _ in range(bench.plan.turns):
-        turns, _ = turns_of(runner, samples[:few], teacher.part(few), found, knobs, _DAMPING)
-        lambdas = moved(bench, found.lambdas, turns)
+    found, score = _fit(bench, f"{steps} 0", before)
+    for k in range(bench.plan.turns):
+        lambdas = bench.kept_value("fit_turned", f"{steps} {k} to", partial(_turned_lambdas, bench, found))
         if len(lambdas) < steps:
             break
-        other, now = closed_loop(runner, samples, teacher, lambdas)
+        other, now = _fit(bench, f"{steps} {k + 1}", lambdas)
         if now >= score:
             break
         found, score = other, now
     return Turned(found, tuple(now - then for now, then in zip(found.lambdas, before)))
+
+
+def _fit(bench: Bench, key: str, lambdas: Sequence[float]) -> tuple[FittedSteps, float]:
+    """Steps fitted on all noises, and their score; kept in the job's state."""
+
+    def make() -> dict[str, Any]:
+        steps, score = closed_loop(bench.runner, bench.samples, bench.teacher, lambdas)
+        return {"decay": steps.decay, "weights": steps.weights, "lambdas": steps.lambdas, "score": min(score, 1e30)}
+
+    plain = bench.kept_value("fit_turned", key, make)
+    weights = tuple(map(tuple, plain["weights"]))
+    return FittedSteps(tuple(plain["lambdas"]), tuple(plain["decay"]), weights), plain["score"]
+
+
+def _turned_lambdas(bench: Bench, steps: FittedSteps) -> list[float]:
+    """Where Gauss-Newton would have the evaluations; fewer where they would meet."""
+    few, knobs = min(bench.plan.turn_noises, len(bench.samples)), [("lambda", i, 0) for i in range(len(steps.lambdas))]
+    turns, _ = turns_of(bench.runner, bench.samples[:few], bench.teacher.part(few), steps, knobs, _DAMPING)
+    return moved(bench, steps.lambdas, turns)
 
 
 def moved(bench: Bench, lambdas: Sequence[float], by: Sequence[float]) -> list[float]:

@@ -166,7 +166,8 @@ def told_of_passes(made: int, ems: EMS | None, levels: Tensor, space: Space, rea
     advice = None if ems is None else ems.recommendation
     steps = advice.fitted_for(lambdas, passes=True) if advice is not None else None
     if made and not reason:
-        tried = ", more than later on: the first run with these steps tries them" if steps and made > steps.passes else ""
+        more = steps is not None and made > steps.passes
+        tried = " and those of a trial, which the first run with these steps makes" if more else ""
         return f"{made} passes of the network in {len(lambdas) - 1} steps{tried}"
     meant = advice is not None and steps is not None and advice.fitted_for(lambdas) is None
     return f"no pass was left out ({reason}): take {instead} with this" if meant and reason else ""

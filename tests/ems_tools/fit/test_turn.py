@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 
 import pytest
 import torch
@@ -80,8 +81,16 @@ def test_a_fit_on_few_levels_is_left_out(mixture) -> None:
 
 
 def test_what_the_state_keeps_comes_back(mixture) -> None:
-    found = best_turned(bench_of(mixture, FitPlan(noises=6, turns=1)), EVEN, 4)
-    assert found is not None and Turned.of(found.plain()) == found
+    """With every stage in the state, through JSON, no evaluation is made."""
+    bench = bench_of(mixture, FitPlan(noises=6, turns=2))
+    found = best_turned(bench, EVEN, 4)
+    kept = JobState(facts=json.loads(json.dumps(bench.state.facts)))
+
+    def silent(x, sigma):
+        raise AssertionError("nothing is left to be evaluated")
+
+    other = dataclasses.replace(bench, state=kept, runner=dataclasses.replace(bench.runner, model=silent))
+    assert found is not None and best_turned(other, EVEN, 4) == found
 
 
 def test_the_step_counts_that_are_turned() -> None:
