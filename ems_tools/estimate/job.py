@@ -203,13 +203,13 @@ class JobState:
         except (SafetensorError, ValueError, KeyError, OSError, RecursionError) as error:
             raise EstimateError(f"{path} cannot be resumed ({error}): delete it to start again") from error
 
-    def kept(self, table: str, name: str, key: str, value: Callable[[], float]) -> float:
-        """The number under `key` in the facts' table of this name, found and saved if it is not there."""
-        known: dict[str, float] = self.facts.setdefault(table, {}).setdefault(name, {})
+    def kept(self, table: str, name: str, key: str, value: Callable[[], T]) -> T:
+        """What JSON can hold under `key` in the facts' table of this name, found and saved if it is not there."""
+        known: dict[str, T] = self.facts.setdefault(table, {}).setdefault(name, {})
         if key not in known:
             known[key] = value()
             self.save()
-        return float(known[key])
+        return known[key]
 
     def save(self) -> None:
         """Write the state, atomically."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
-from typing import Any
 
 from ..estimate.job import JobState
 from ..file.rows import insane
@@ -45,14 +44,6 @@ class Bench:
     def kept(self, key: str, value: Callable[[], float]) -> float:
         """The value under `key` in the state, computed and saved if it is not there."""
         return self.state.kept("fit_runs", self.name, key, value)
-
-    def kept_value(self, table: str, key: str, make: Callable[[], Any]) -> Any:
-        """The same for what JSON can hold, in a table of its own."""
-        known = self.state.facts.setdefault(table, {}).setdefault(self.name, {})
-        if key not in known:
-            known[key] = make()
-            self.state.save()
-        return known[key]
 
     def lambdas(self, spacing: Spacing, steps: int) -> list[float]:
         """Where a spacing evaluates; fewer than `steps` where the host's levels are too coarse for it."""

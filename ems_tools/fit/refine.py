@@ -2,7 +2,7 @@
 
 Fitting each step to the teacher for its own sake ignores what an error there does to the steps after it. Gauss-Newton rounds
 on the mean log of the final error take derivatives from runs that differ in one knob each, begun where that knob first acts.
-The lambdas alone (`turned`) are few knobs and cheap, and coefficients fitted anew on the new ones are as good as turned ones.
+The lambdas alone (see `turn`) are few knobs and cheap, and coefficients fitted anew on the new ones are as good as turned ones.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def best_turned(bench: Bench, spacing: Spacing, steps: int) -> Turned | None:
         return None
     found, score = _fit(bench, f"{steps} 0", before)
     for k in range(bench.plan.turns):
-        lambdas = bench.kept_value("fit_turned", f"{steps} {k} to", partial(_turned_lambdas, bench, found))
+        lambdas = bench.state.kept("fit_turned", bench.name, f"{steps} {k} to", partial(_next_lambdas, bench, found))
         if len(lambdas) < steps:
             break
         other, now = _fit(bench, f"{steps} {k + 1}", lambdas)
@@ -72,12 +72,12 @@ def _fit(bench: Bench, key: str, lambdas: Sequence[float]) -> tuple[FittedSteps,
         steps, score = closed_loop(bench.runner, bench.samples, bench.teacher, lambdas)
         return {"decay": steps.decay, "weights": steps.weights, "lambdas": steps.lambdas, "score": min(score, 1e30)}
 
-    plain = bench.kept_value("fit_turned", key, make)
+    plain = bench.state.kept("fit_turned", bench.name, key, make)
     weights = tuple(map(tuple, plain["weights"]))
     return FittedSteps(tuple(plain["lambdas"]), tuple(plain["decay"]), weights), plain["score"]
 
 
-def _turned_lambdas(bench: Bench, steps: FittedSteps) -> list[float]:
+def _next_lambdas(bench: Bench, steps: FittedSteps) -> list[float]:
     """Where Gauss-Newton would have the evaluations; fewer where they would meet."""
     few, knobs = min(bench.plan.turn_noises, len(bench.samples)), [("lambda", i, 0) for i in range(len(steps.lambdas))]
     turns, _ = turns_of(bench.runner, bench.samples[:few], bench.teacher.part(few), steps, knobs, _DAMPING)
