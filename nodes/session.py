@@ -241,7 +241,7 @@ class _Watch:
         if now - self.shown >= _PREVIEW_SECONDS:
             self.shown = now
             preview = self.preview(self.session.denoised)
-            host.say(text.replace(": ", "\n", 1), self.node)  # the classic canvas breaks lines within words
+            host.say(text, self.node)
         self.bar(self.watch.done, preview)
 
 
