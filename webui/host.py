@@ -7,6 +7,7 @@ everything goes by getattr with a fallback. Nothing of the host is replaced; lis
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -47,11 +48,12 @@ def log(text: str) -> None:
     """One line in the host's console (its logging shows nothing unless the user configured it).
 
     Names and pasted texts come from strangers: what is not printable stands there as an escape, and so does what the console
-    cannot show.
+    cannot show. A console that was closed, or whose reader went away, costs neither the picture nor a computation.
     """
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(f"[DPM-Solver-v3] {shown.encode(encoding, 'backslashreplace').decode(encoding)}", flush=True)
+    with contextlib.suppress(OSError, ValueError):
+        print(f"[DPM-Solver-v3] {shown.encode(encoding, 'backslashreplace').decode(encoding)}", flush=True)
 
 
 def module(name: str) -> ModuleType | None:
