@@ -174,13 +174,16 @@ def test_fitted_schedule(webui: WebUI) -> None:
 
 def test_fitted_steps_are_only_for_what_they_were_fitted_to(webui: WebUI) -> None:
     """Another sampler, another CFG scale, and another noise range, the host's or the file's: unfitted steps, and why."""
+    nothing = {NAME: {"args": ["none", "auto", "auto", "auto"]}}
 
     def refused(words: str, **values: Any) -> None:
         before = len(webui.log())
         made = webui.picture(scheduler=f"{NAME} fitted", steps=STEPS, **values)
         assert f"Schedule type: {NAME} fitted" in made.infotext and made.pixels.isfinite().all()
         assert words in webui.log()[before:] and "steps instead" in webui.log()[before:]
-        assert sigmas_of(made) != pytest.approx([math.exp(-v) for v in steps.lambdas], rel=1e-2)
+        without = webui.picture(scheduler=f"{NAME} fitted", steps=STEPS, alwayson_scripts=nothing, **values)
+        assert sigmas_of(made) == pytest.approx(sigmas_of(without), rel=1e-6)
+        assert sigmas_of(made) != pytest.approx([math.exp(-v) for v in steps.lambdas], rel=1e-4)
 
     with fitted(webui) as steps:
         refused("suit the sampler dpm_solver_v3 only, not Euler", sampler="Euler")
