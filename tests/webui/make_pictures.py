@@ -1,7 +1,7 @@
 """Pictures of the tab "EMS" in a real Forge, the embedded model in it: `WEBUI_PATH=... make_pictures.py FOLDER`.
 
 Before, during and after a computation, in a page that is opened during it, and with a mistake in the form; in both
-themes and in two widths. docs/webui-ems-tab.png is FOLDER/after-light-1360.png.
+themes and in two widths. docs/webui-ems-tab.png is FOLDER/after-light-1400.png.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from webui_server import TREES, WebUI, browser_page, compute, show, wait_for
 
-WIDTHS = (820, 1360)
+WIDTHS = (820, 1400)
 DARK = "on => { for (const e of [document.body, document.documentElement]) e.classList.toggle('dark', on) }"
 
 
