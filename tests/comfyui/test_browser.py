@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,33 @@ def test_the_help_pages_are_served(page: Any, plain_server: Any) -> None:
         for language in ("en", "zh"):
             answer = page.request.get(f"{plain_server.url}/extensions/comfyui-dpm-solver-v3/docs/{folder.name}/{language}.md")
             assert answer.ok and answer.text().startswith("# ")
+
+
+def test_a_help_page_is_shown_in_chinese(page: Any, plain_server: Any) -> None:
+    """By the button "i" of a selected node, with the inputs' names as they stand on the node."""
+    plain_server.post("/settings/Comfy.Locale", "zh")
+    opened = page.context.new_page()
+    try:
+        opened.goto(plain_server.url)
+        opened.wait_for_function("window.app && window.app.graph && window.app.extensionManager", timeout=120_000)
+        opened.wait_for_timeout(2000)
+        opened.evaluate(
+            """() => {
+              app.graph.clear()
+              const node = LiteGraph.createNode('DPMSolverV3_Sampler')
+              node.pos = [300, 150]; app.graph.add(node); app.canvas.selectNode(node); app.graph.setDirtyCanvas(true, true)
+            }"""
+        )
+        opened.get_by_test_id("info-button").click()
+        opened.get_by_text("\u5e94\u7528 EMS", exact=True).wait_for()  # Apply EMS, bold in the text
+        opened.wait_for_timeout(700)
+        shot(opened, "help-zh")
+        words = opened.locator("body").inner_text()
+        named = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))["DPMSolverV3_Sampler"]
+        assert all(entry["name"] + "\uff1a" in words for entry in named["inputs"].values()) and "**" not in words
+    finally:
+        opened.close()
+        plain_server.post("/settings/Comfy.Locale", "en")
 
 
 def search(page: Any, words: str) -> list[str]:
