@@ -133,20 +133,24 @@ def user_file(name: str) -> Path | None:
 # --- what runs now
 
 
-_LINE = 44
-"""Letters of a line. The front end breaks longer ones within words, at what a node of 300 pixels holds."""
+_LINE = 36
+"""Letters of a line. The front end breaks longer ones within words, at what a new KSampler (270 pixels) holds; it shows two."""
 _NOTES: dict[str, tuple[object, str]] = {}
 """By node: the prompt, and what begins all its messages in that prompt, because a node shows one message only."""
 
 
-def say(text: str, node: str = "") -> None:
-    """Show `text` on the node in the front end, where the host can, after what `say_first` said in the same prompt."""
+def say(text: str, node: str = "", first: bool = False) -> None:
+    """Show `text` on the node in the front end, where the host can, after what `say_first` said in the same prompt.
+
+    `first`: before it, because this is what must be seen.
+    """
     server = getattr(getattr(loaded("server"), "PromptServer", None), "instance", None)
     send = getattr(server, "send_progress_text", None)
     prompt, note = _NOTES.get(node, (None, ""))
     if callable(send) and node:
         try:
-            shown = one_line(note if prompt == getattr(server, "last_prompt_id", None) else "", text)
+            said = [note if prompt == getattr(server, "last_prompt_id", None) else "", text]
+            shown = one_line(*(reversed(said) if first else said))
             lines = textwrap.wrap(shown, _LINE, break_long_words=False, break_on_hyphens=False)
             send("\n".join(lines), node)
         except Exception as error:

@@ -76,9 +76,15 @@ def sample_host(
         out = sample()
     if said := told_of_passes(passes.count, found.ems, sigmas, run.space, reason, FITTED_NAME):
         (_tell if reason else host.log)(said)
-    if found.missing and (spent := clock.cost(len(x))):
-        host.say(f"{found.message} (about {spent} a cfg)", executing().node)
+    if found.missing:
+        _say_what_to_do(found, clock.cost(len(x)))
     return out
+
+
+def _say_what_to_do(found: Found, spent: str) -> None:
+    """Without a file the node says first what to do, and how long that takes where it is known: the rest may be cut off."""
+    reason, _, advice = found.message.rpartition(": ")
+    host.say(f"{advice}{f' (about {spent} a cfg)' if spent else ''}: {reason}", executing().node, first=True)
 
 
 def _tell(message: str) -> None:
@@ -96,7 +102,10 @@ def _statistics(run: Running, x: Tensor, model_options: Options, same_architectu
     if found.message not in _SAID:
         _SAID.add(found.message)
         host.log(found.message, warn=found.warn)
-    host.say(found.message, node)
+    if found.missing:
+        _say_what_to_do(found, "")
+    else:
+        host.say(found.message, node)
     return found
 
 

@@ -183,13 +183,12 @@ def test_fitted_steps_are_only_for_what_they_were_fitted_to(webui: WebUI) -> Non
         assert words in webui.log()[before:] and "steps instead" in webui.log()[before:]
         without = webui.picture(scheduler=f"{NAME} fitted", steps=STEPS, alwayson_scripts=nothing, **values)
         assert sigmas_of(made) == pytest.approx(sigmas_of(without), rel=1e-6)
-        assert sigmas_of(made) != pytest.approx([math.exp(-v) for v in steps.lambdas], rel=1e-4)
 
-    with fitted(webui) as steps:
+    with fitted(webui):
         refused("suit the sampler dpm_solver_v3 only, not Euler", sampler="Euler")
         refused(f"has no schedule fitted for {STEPS} steps at cfg 5", cfg_scale=5)
         refused("this model's begins at", override_settings={"sd_noise_schedule": "Zero Terminal SNR"})
-    with fitted(webui, space="flow") as steps:
+    with fitted(webui, space="flow"):
         refused("it was made for a rectified flow, this is a model of the EPS or v kind")
 
 
