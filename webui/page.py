@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..ems_tools.file import EMSFile, EvidenceRow, FittedRow
 from ..ems_tools.share.library import Entry
-from ..ems_tools.show.describe import lines_of
+from ..ems_tools.show.describe import lines_of, rival_in_words
 from ..ems_tools.show.draw import HEAD, svg_of
 from ..ems_tools.show.panels import Panel, statistics_of, summary_of
 from . import host
@@ -177,7 +177,7 @@ def _fitted(rows: Sequence[FittedRow]) -> str:
         better = row.coefficients is not None and row.ratio != (1.0, 1.0, 1.0)
         gain = f"{ratio:.2f} ({low:.2f} to {high:.2f})" if better else "1"
         use = "fitted steps" if better else "the best known"
-        table.append([f"{row.guidance:g}", str(row.steps), gain, row.fixed_schedule, use])
+        table.append([f"{row.guidance:g}", str(row.steps), gain, rival_in_words(row.fixed_schedule), use])
     about = (
         "Error of a picture with these steps, over that of the best known method and schedule for this checkpoint, on start "
         "noise that took no part in the fit; in brackets the interval that holds it in 95 of 100 cases. 0.5 is half the error. "

@@ -19,6 +19,7 @@ from ..file.reader import EMSFileError, load_ems_file
 from ..fit.run import FitPlan, evaluations_of_fit, evaluations_of_passes
 from ..judge.calibrate import CalibrationPlan
 from ..share.library import safe_name
+from ..show.describe import rival_in_words
 from .model import add_model_options, add_running_options, scales, seconds_of, shape, source_of
 from .plugs import Commands
 
@@ -175,13 +176,13 @@ def _fit_verdict(file: EMSFile) -> int:
         kept = "" if row.coefficients and value != 1 else "; its steps are used"
         print(
             f"  guidance {row.guidance:g}, fitted, {row.steps} steps: error {value:.2f} [{low:.2f}, {high:.2f}] of "
-            f"that of {row.fixed_schedule}, on {row.noises} noises of no other use{kept}"
+            f"that of {rival_in_words(row.fixed_schedule)}, on {row.noises} noises of no other use{kept}"
         )
     for row in file.meta.passes:
         value, low, high = row.ratio
         print(
             f"  guidance {row.guidance:g}, {row.passes} passes in {row.steps} steps: error {value:.2f} [{low:.2f}, {high:.2f}] "
-            f"of that of {row.fixed_schedule}"
+            f"of that of {rival_in_words(row.fixed_schedule)}"
         )
     return 0
 

@@ -10,7 +10,10 @@ from ...sampler import Settings
 from ..file.contents import EMSFile
 from ..file.rows import RecommendedSetting, advice_by_case
 
-__all__ = ["facts_of", "gain_of", "gains_of", "lines_of"]
+__all__ = ["facts_of", "gain_of", "gains_of", "lines_of", "rival_in_words"]
+
+_TIMES = {"model": "time", "vp": "VP time", "flow": "flow time"}
+_POWERS = {"1": "uniform", "1.5": "power 1.5 of", "2": "quadratic"}
 
 
 def lines_of(file: EMSFile) -> list[str]:
@@ -45,11 +48,23 @@ def gains_of(file: EMSFile) -> list[str]:
     ]
     for r in rows:
         value, low, high = r.ratio
-        other = r.fixed_schedule or "another schedule"
+        other = rival_in_words(r.fixed_schedule) or "another schedule"
         lost = (value, low, high) == (1, 1, 1)
         told = f"no better than {other}, whose steps are used" if lost else f"{value:.2f} ({low:.2f} to {high:.2f}) of {other}"
         lines.append(f"  cfg {r.guidance:g}, {r.steps} steps: {told}")
     return lines
+
+
+def rival_in_words(name: str) -> str:
+    """What files call a sampler on a schedule ("UniPC 2 on model 1"), in the words of the nodes ("UniPC 2 on uniform time")."""
+    sampler, on, schedule = name.rpartition(" on ")
+    kind, _, rest = schedule.partition(" ")
+    power, _, end = rest.partition(" ")
+    if kind in _TIMES and power in _POWERS:
+        schedule = f"{_POWERS[power]} {_TIMES[kind]} {end}".strip()
+    elif kind in ("lambda", "karras"):
+        schedule = f"{'uniform lambda' if kind == 'lambda' else 'Karras'} {rest}".strip()
+    return f"{sampler}{on}{schedule}"
 
 
 def gain_of(file: EMSFile) -> str:
@@ -139,12 +154,12 @@ def _evidence_table(file: EMSFile) -> list[str]:
 
 
 def _fitted_table(file: EMSFile) -> list[str]:
-    lines = [f"{'guidance':>8}  {'steps':>5}  {'best other':<30} {'error':>9}  {'fitted':>9}  {'ratio':>6}  95 % interval"]
+    lines = [f"{'guidance':>8}  {'steps':>5}  {'best other':<40} {'error':>9}  {'fitted':>9}  {'ratio':>6}  95 % interval"]
     for r in sorted(file.meta.fitted, key=lambda r: (r.guidance, r.steps)):
         value, low, high = r.ratio
         kept = "" if r.coefficients and r.ratio != (1, 1, 1) else "  (the other is kept)"
         errors = f"{r.fixed[0]:9.2e}  {r.fitted[0]:9.2e}  {value:6.3f}  {low:.3f} to {high:.3f}"
-        lines.append(f"{r.guidance:8g}  {r.steps:5}  {r.fixed_schedule:<30.30} {errors}{kept}")
+        lines.append(f"{r.guidance:8g}  {r.steps:5}  {rival_in_words(r.fixed_schedule):<40.40} {errors}{kept}")
     return lines
 
 

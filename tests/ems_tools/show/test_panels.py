@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpm_solver_v3.ems_tools.file.reader import load_ems_file
-from dpm_solver_v3.ems_tools.show.describe import gain_of, gains_of, lines_of
+from dpm_solver_v3.ems_tools.show.describe import gain_of, gains_of, lines_of, rival_in_words
 from dpm_solver_v3.ems_tools.show.panels import Curve, Panel, limits_of, statistics_of, style_of, summary_of, ticks_between
 
 SHIPPED = Path(__file__).resolve().parents[3] / "stats" / "embedded-emoji.ems.safetensors"
@@ -44,15 +44,13 @@ def test_summary_shows_the_fitted_steps_of_the_shipped_file():
     assert all(low <= y <= high for low, y, high in zip(fitted.low, fitted.y, fitted.high, strict=True))
     text = gains_of(file)
     row = rows[0]
-    assert (
-        f"  cfg 1, {row.steps} steps: {row.ratio[0]:.2f} ({row.ratio[1]:.2f} to {row.ratio[2]:.2f}) of {row.fixed_schedule}"
-        in text
-    )
+    other = rival_in_words(row.fixed_schedule)
+    assert f"  cfg 1, {row.steps} steps: {row.ratio[0]:.2f} ({row.ratio[1]:.2f} to {row.ratio[2]:.2f}) of {other}" in text
     assert lines_of(file)[: len(text)] == text  # before everything else
     assert gain_of(file).startswith(f"error {min(r.ratio[0] for r in file.meta.fitted):.2f} to ")
     lost = dataclasses.replace(row, ratio=(1.0, 1.0, 1.0))
     file = dataclasses.replace(file, meta=dataclasses.replace(file.meta, fitted=(lost,)))
-    assert f"  cfg 1, {row.steps} steps: no better than {row.fixed_schedule}, whose steps are used" in gains_of(file)
+    assert f"  cfg 1, {row.steps} steps: no better than {other}, whose steps are used" in gains_of(file)
     assert gain_of(file) == "no fit beat the best other sampler, whose steps are used"
 
 
@@ -85,3 +83,21 @@ def test_a_constant_curve_has_axes_with_room():
 
 def test_sixteen_curves_look_different():
     assert len({style_of(k) for k in range(16)}) == 16
+
+
+@pytest.mark.parametrize(
+    ("stored", "shown"),
+    [
+        ("UniPC 2 on model 1", "UniPC 2 on uniform time"),
+        ("DEIS 3 on vp 2 to 0", "DEIS 3 on quadratic VP time to 0"),
+        ("iPNDM on lambda to 0", "iPNDM on uniform lambda to 0"),
+        ("UniPC 2 on karras to sigma_min", "UniPC 2 on Karras to sigma_min"),
+        ("DPM-Solver++ 2M on sgm_uniform", "DPM-Solver++ 2M on sgm_uniform"),
+        ("this sampler without a file on the steps that hosts take then",) * 2,
+        ("anything else",) * 2,
+        ("model 7 on vp x",) * 2,
+        ("", ""),
+    ],
+)
+def test_schedules_have_the_names_that_nodes_show(stored: str, shown: str) -> None:
+    assert rival_in_words(stored) == shown
