@@ -59,9 +59,7 @@ class ComputeNode:
         prompt: Prompt | None = None,
     ) -> dict[str, object]:
         """EMS, path, plot IMAGE and report. Raises HostError or EstimateError with what to do."""
-        from ..ems_tools.hosting import one_line
         from ..ems_tools.hosting.jobs import scales_of
-        from ..ems_tools.show.describe import gain_of
         from .find import identity_of, trust
         from .session import Request, measure
 
@@ -87,8 +85,17 @@ class ComputeNode:
         )
         file, path = measure(request)
         trust().computed(file)
-        host.say(one_line(f"done: {path.stem.removesuffix('.ems')}", gain_of(file)), str(unique_id))  # two lines are seen
+        host.say(_done(file, path), str(unique_id))
         return _outputs(file, path)
+
+
+def _done(file: EMSFile, path: Path) -> str:
+    """For two lines on the node: what to do next, and what it gains."""
+    from ..ems_tools.show.describe import gain_of
+    from .sampling import FITTED_NAME
+
+    gain = gain_of(file)
+    return f"done: take {FITTED_NAME} as scheduler; {gain}" if gain else f"done: {path.stem.removesuffix('.ems')}"
 
 
 def _single(latent: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from . import host
 from .find import Attached, Handle, attach, library
+from .graph import executing
 from .protocols import Patcher
 
 __all__ = ["ApplyNode", "InspectNode", "LoadNode", "MergeNode", "SaveNode"]
@@ -212,9 +213,10 @@ class InspectNode:
 
     def inspect(self, ems: Handle, statistics: bool = False) -> dict[str, object]:
         """IMAGE [1, H, W, 3] and STRING."""
-        from ..ems_tools.show.describe import lines_of
+        from ..ems_tools.show.describe import gain_of, lines_of
         from .pictures import ems_picture
 
+        host.say(f"connect plot to Preview Image; {gain_of(ems.file) or 'no steps were fitted'}", executing().node)
         bad = [f"refused: {e.name}: {e.problem}" for e in library().entries() if e.problem]
         text = "\n".join([ems.name, *lines_of(ems.file), *(["", *bad] if bad else [])])
         return {"ui": {"text": [text]}, "result": (ems_picture(ems.file, ems.name, statistics), text)}

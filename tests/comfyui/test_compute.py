@@ -68,6 +68,7 @@ def test_two_scales_two_prompts_and_previews(server: Any, nodes: Any) -> None:
     progress = [p for p in server.progress() if p["node"] == "compute"]
     assert progress[-1]["value"] == progress[-1]["max"] > 1000
     assert re.search(r"% of [\d,]+ evaluations, [\d.]+ \w+ left: \w", server.texts())  # time left and stage stay apart
+    assert "done: take dpm_solver_v3_fitted as scheduler; " in server.texts()
     assert load_ems_file(ems_file(server, "prompts")).meta.model["prompts"].startswith("16: ")
 
 
@@ -166,8 +167,10 @@ def test_a_corrupted_file_is_listed_and_refused_and_others_work(server: Any, nod
     for bad in ("cut.ems.safetensors", "text.ems.safetensors"):
         message = server.run_refused(nodes(("load", "DPMSolverV3_LoadEMS", {"ems_name": bad}), inspect))
         assert bad in message and "Traceback" not in message
+    server.events.clear()
     fine = server.run(nodes(("load", "DPMSolverV3_LoadEMS", {"ems_name": "copy.ems.safetensors"}), inspect))
     assert "refused: cut.ems.safetensors" in fine["inspect"]["text"][0]
+    assert "connect plot to Preview Image; error " in server.texts()  # by itself the node shows nothing
     missing = server.run_refused(nodes(("load", "DPMSolverV3_LoadEMS", {"ems_name": "../../../etc/passwd"}), inspect))
     assert "etc/passwd" in missing and "There is no EMS file" in missing
     assert torch.isfinite(server.latent(server.run(nodes(*toy(), *sampled(seed=3))))).all()
