@@ -1,7 +1,8 @@
-"""Pictures of the tab "EMS" in a real Forge, the embedded model in it: `WEBUI_PATH=... make_pictures.py FOLDER`.
+"""Pictures of the tab "EMS" in a real WebUI: `WEBUI_PATH=... make_pictures.py FOLDER`.
 
 Before, during and after a computation, in a page that is opened during it, and with a mistake in the form; in both
-themes and in two widths. docs/webui-ems-tab.png is FOLDER/after-light-1400.png.
+themes and in two widths. Forge has the embedded model in it, and docs/webui-ems-tab.png is its FOLDER/after-light-1400.png;
+AUTOMATIC1111 has a larger one of random weights, for which as little as can be is computed.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as base:
         webui = WebUI(TREES[0], Path(base) / "webui", ("emoji",), pack="embedded")
+        size: dict[str, Any] = {"pixels": 256, "scales": "1, 7"} if webui.forge else {"pixels": 64, "scales": "7"}
         try:
             webui.start()
             with browser_page(webui) as page:
                 page.wait_for_timeout(2000)
                 keep(page, "before", folder)
                 # Longer than the pictures of it take, on a busy machine too; then it is interrupted.
-                compute(page, " left", name="long", effort="standard", pixels=256, scales="1, 7")
+                compute(page, " left", name="long", effort="standard", **size)
                 keep(page, "during", folder)
                 opened = page.context.browser.new_page()
                 opened.set_default_timeout(240_000)
@@ -49,7 +51,9 @@ def main() -> None:
                 page.locator("#dpm_solver_v3_interrupt").first.click()
                 wait_for(page, "Stopped.")
                 page.locator("#dpm_solver_v3_compute:enabled").first.wait_for()
-                print(compute(page, "Done:", effort="quick", pixels=256, scales="1, 7"))
+                if not webui.forge:
+                    page.locator("#dpm_solver_v3_steps").locator("textarea, input").first.fill("6")
+                print(compute(page, "Done:", effort="quick", **size))
                 page.wait_for_timeout(2000)
                 keep(page, "after", folder)
                 page.locator("details.dpmv3 summary").first.click()
