@@ -72,15 +72,16 @@ _QUICK_FIT = FitPlan(
     steps=(4, 5, 6, 8, 10),
     noises=8,
     held_out=5,
-    search=3,
-    spacings=6,
+    search=2,
+    spacings=5,
     searched=1,
     moves=1,
+    finalists=3,
     panel=10,
     panel_noises=2,
     turns=1,
     turned=1,
-    turn_noises=3,
+    turn_noises=2,
 )
 _FIT = FitPlan(
     held_out=12,
@@ -149,6 +150,8 @@ def _for_steps(effort: Effort, steps: tuple[int, ...]) -> Effort:
         n = chosen[0]
         fit = replace(fit, noises=6, held_out=4, spacings=4 if n <= 6 else 2 if n <= 8 else 1, panel=4, heat=1 + (n <= 8))
         fit = replace(fit, moves=int(n <= 6), turns=int(n <= 12), turn_noises=2 + (n <= 6))
+        if n > 6:
+            fit = replace(fit, search=3, finalists=1)
         effort = replace(effort, samples=6)
     return replace(effort, steps=chosen, fit=fit)
 

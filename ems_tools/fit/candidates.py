@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
+from typing import Any, TypeVar
 
+from ...sampler import FittedSteps
 from ..estimate.job import JobState
 from ..file.rows import insane
 from ..trajectory import Runner, Trajectories, few_steps
@@ -17,7 +19,9 @@ from .plan import KEPT, FitPlan
 from .spacing import CANDIDATES, LATE, Range, Spacing
 from .steps import closed_loop, objective
 
-__all__ = ["Bench", "best_spacing", "follows", "likely_entrants"]
+__all__ = ["Bench", "best_spacing", "fit_on", "follows", "likely_entrants"]
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Bench:
     state: JobState
     name: str
 
-    def kept(self, key: str, value: Callable[[], float]) -> float:
+    def kept(self, key: str, value: Callable[[], _T]) -> _T:
         """The value under `key` in the state, computed and saved if it is not there."""
         return self.state.kept("fit_runs", self.name, key, value)
 
@@ -52,6 +56,8 @@ class Bench:
 
 def best_spacing(bench: Bench, steps: int, likely: Sequence[Entrant] = ()) -> Spacing:
     """The spacing with the lowest error on noises left out: of the candidates, then of moves around the best one.
+
+    Few noises rank them, and all noises decide between the plan's finalists.
 
     That of the likeliest entrant, begun as late as the candidates, is one more: where formulas do best, fitted steps may.
     """
@@ -83,7 +89,22 @@ def best_spacing(bench: Bench, steps: int, likely: Sequence[Entrant] = ()) -> Sp
             if len(tried) < limit and score(moved) < best[0]:
                 best = min(tried.values(), key=lambda v: v[0])
                 break
-    return best[1]
+    finalists = [found for _, found in sorted(tried.values(), key=lambda v: v[0])[: plan.finalists]]
+    if len(finalists) == 1:
+        return finalists[0]
+    return min(finalists, key=lambda v: fit_on(bench, bench.lambdas(v, steps))[1])
+
+
+def fit_on(bench: Bench, lambdas: Sequence[float]) -> tuple[FittedSteps, float]:
+    """Steps fitted on all noises, and their mean log error on noises left out; kept in the job's state."""
+
+    def make() -> dict[str, Any]:
+        steps, score = closed_loop(bench.runner, bench.samples, bench.teacher, lambdas)
+        return {"decay": steps.decay, "weights": steps.weights, "lambdas": steps.lambdas, "score": min(score, 1e30)}
+
+    plain = bench.kept(f"fit {' '.join(map(str, lambdas))}", make)
+    weights = tuple(map(tuple, plain["weights"]))
+    return FittedSteps(tuple(plain["lambdas"]), tuple(plain["decay"]), weights), plain["score"]
 
 
 _LATER = 1.7

@@ -27,6 +27,7 @@ class FitPlan:
             schedule of the panel's likeliest tried, at `searched` of the step counts (the others take over the choice of the
             nearest one).
         moves: further spacings tried around the best candidate, at the same step counts.
+        finalists: of all these, the best so many are compared once more, on all noises.
         panel: formulas on schedules tried as what the fit has to beat, at the same step counts, on `heat` noises of the
             fit's: on the same noise they differ by what they are, so few tell them apart. The best two, and this sampler
             without a file, run at every step count on the first `panel_noises` of those held out, and the best of these on
@@ -46,6 +47,7 @@ class FitPlan:
     spacings: int = 10
     searched: int = 4
     moves: int = 4
+    finalists: int = 1
     panel: int = 24
     heat: int = 2
     panel_noises: int = 6
@@ -87,6 +89,9 @@ def evaluations_of_fit(plan: FitPlan, grid: int, scales: int, known: int = 0) ->
     teacher = (max(plan.noises - known, 0) + plan.held_out) * grid
     search = plan.search * (plan.spacings + plan.moves + 1) if plan.spacings + plan.moves > 1 else 0
     searched = sum(searched_steps(plan)) * (search + plan.panel * plan.heat)
+    if search and plan.finalists > 1:  # the winner's fit is that of its step count, unless its lambdas are turned as elsewhere
+        turned = turned_steps(plan)
+        searched += sum(n * plan.noises * (plan.finalists - (n in turned or not turned)) for n in searched_steps(plan))
     heat = min(plan.panel, KEPT) * min(plan.panel_noises, plan.held_out)
     runs = sum(set(plan.steps)) * (plan.noises + heat + 2 * plan.held_out)
     few = min(plan.turn_noises, plan.noises)

@@ -29,7 +29,7 @@ from ..estimate.source import Source
 from ..file.layout import fitted_row, fitted_values
 from ..file.rows import FittedRow, insane
 from ..trajectory import Pair, Runner, kept_trajectories
-from .candidates import Bench, best_spacing, follows, likely_entrants
+from .candidates import Bench, best_spacing, fit_on, follows, likely_entrants
 from .formulas import OWN
 from .judge import judged_row
 from .panel import Entrant, entrants
@@ -37,7 +37,7 @@ from .passes import best_passes, passes_row
 from .plan import FitPlan, evaluations_of_fit, evaluations_of_passes, searched_steps, turned_steps
 from .refine import refine, with_last_step
 from .spacing import CANDIDATES, Range, Spacing
-from .steps import closed_loop, objective, rounded
+from .steps import objective, rounded
 from .turn import Turned, best_turned, moved
 
 if TYPE_CHECKING:
@@ -147,8 +147,7 @@ def forget(state: JobState, guidance: float) -> None:
     name = f"{guidance:g}"
     for key in [key for key in state.tensors if key.startswith((f"fit.{name}.", f"judge.{name}."))]:
         del state.tensors[key]
-    for table in ("fit_runs", "fit_turned"):
-        state.facts.get(table, {}).pop(name, None)
+    state.facts.get("fit_runs", {}).pop(name, None)
     state.save()
 
 
@@ -238,7 +237,7 @@ def _fitted(bench: Bench, spacing: Spacing, steps: int, turned: Mapping[int, Tur
             lambdas = next((v for v in (bench.lambdas(s, steps) for s in CANDIDATES) if len(v) == steps), [])
         if not lambdas:
             return None
-        found, _ = closed_loop(bench.runner, bench.samples, bench.teacher, lambdas)
+        found, _ = fit_on(bench, lambdas)
     return _refined(bench, bench.runner, found) if steps <= bench.plan.refined else found
 
 

@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 from ...sampler import FittedSteps
-from .candidates import Bench
+from .candidates import Bench, fit_on
 from .refine import turns_of
 from .spacing import Spacing
-from .steps import closed_loop
 
 __all__ = ["Turned", "best_turned", "moved"]
 
@@ -53,28 +51,16 @@ def best_turned(bench: Bench, spacing: Spacing, steps: int) -> Turned | None:
     before = bench.lambdas(spacing, steps)
     if len(before) < steps:
         return None
-    found, score = _fit(bench, f"{steps} 0", before)
+    found, score = fit_on(bench, before)
     for k in range(bench.plan.turns):
-        lambdas = bench.state.kept("fit_turned", bench.name, f"{steps} {k} to", partial(_next_lambdas, bench, found))
+        lambdas = bench.kept(f"turn {steps} {k}", partial(_next_lambdas, bench, found))
         if len(lambdas) < steps:
             break
-        other, now = _fit(bench, f"{steps} {k + 1}", lambdas)
+        other, now = fit_on(bench, lambdas)
         if now >= score:
             break
         found, score = other, now
     return Turned(found, tuple(now - then for now, then in zip(found.lambdas, before)))
-
-
-def _fit(bench: Bench, key: str, lambdas: Sequence[float]) -> tuple[FittedSteps, float]:
-    """Steps fitted on all noises, and their score; kept in the job's state."""
-
-    def make() -> dict[str, Any]:
-        steps, score = closed_loop(bench.runner, bench.samples, bench.teacher, lambdas)
-        return {"decay": steps.decay, "weights": steps.weights, "lambdas": steps.lambdas, "score": min(score, 1e30)}
-
-    plain = bench.state.kept("fit_turned", bench.name, key, make)
-    weights = tuple(map(tuple, plain["weights"]))
-    return FittedSteps(tuple(plain["lambdas"]), tuple(plain["decay"]), weights), plain["score"]
 
 
 def _next_lambdas(bench: Bench, steps: FittedSteps) -> list[float]:
