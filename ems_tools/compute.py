@@ -84,9 +84,11 @@ _QUICK_FIT = FitPlan(
     turn_noises=2,
 )
 _FIT = FitPlan(
-    held_out=12,
+    held_out=14,
+    search=5,
     searched=3,
     moves=3,
+    finalists=2,
     panel=17,
     panel_noises=4,
     turns=1,

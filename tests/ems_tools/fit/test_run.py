@@ -20,6 +20,7 @@ from dpm_solver_v3.ems_tools.file.contents import EMSFile
 from dpm_solver_v3.ems_tools.file.layout import fitted_row, fitted_values
 from dpm_solver_v3.ems_tools.file.reader import decode_ems_file
 from dpm_solver_v3.ems_tools.file.rows import MAX_DECAY, MAX_ROW, MAX_WEIGHT, EMSMeta, FittedRow
+from dpm_solver_v3.ems_tools.fit import candidates
 from dpm_solver_v3.ems_tools.fit import run as fit_module
 from dpm_solver_v3.ems_tools.fit.formulas import FORMULAS, OWN, formula_steps
 from dpm_solver_v3.ems_tools.fit.judge import judged_row
@@ -365,7 +366,7 @@ def learns_nothing(runner, samples, teacher, lambdas):
 
 def test_a_file_is_never_worse_than_none(mixture, job, monkeypatch) -> None:
     """With nothing learnt and no other sampler tried, the file holds what the sampler does without it, to eight digits."""
-    monkeypatch.setattr(fit_module, "closed_loop", learns_nothing)
+    monkeypatch.setattr(candidates, "closed_loop", learns_nothing)
     monkeypatch.setattr(fit_module, "entrants", lambda *_: [])
     (row,) = fitted(mixture, job, plan=FitPlan((8,), noises=4, held_out=8, search=0, panel=0, panel_noises=1, turns=0))
     assert row.fixed_schedule.startswith(OWN) and row.ratio == (1.0, 1.0, 1.0) and row.coefficients is not None
@@ -377,7 +378,7 @@ def test_a_file_is_never_worse_than_none(mixture, job, monkeypatch) -> None:
 
 def test_the_panel_stands_in_for_a_fit_that_loses(mixture, job, monkeypatch) -> None:
     """A fit that learns nothing loses to the panel's best, which is then what the file holds."""
-    monkeypatch.setattr(fit_module, "closed_loop", learns_nothing)
+    monkeypatch.setattr(candidates, "closed_loop", learns_nothing)
     fixed = {"own": lambda n: karras(EDM(0.05, 20.0), n, to_zero=True)}
     plan = FitPlan((8,), 8, 16, fixed, search=2, spacings=1, moves=0, panel=30, panel_noises=8, turns=0)
     (row,) = fitted(mixture, job, plan=plan)

@@ -1,4 +1,5 @@
-"""Turning the evaluations of a spacing: it lowers the final error on noise that it has not seen, and stays where it may be."""
+"""Where a fit evaluates. The choice of a spacing: few noises rank, all noises decide between the best few. Turning its
+evaluations: it lowers the final error on noise that it has not seen, and stays where it may be."""
 
 from __future__ import annotations
 
@@ -10,14 +11,15 @@ import pytest
 import torch
 
 from dpm_solver_v3.ems_tools.estimate.job import Job, JobState, uniform_grid
-from dpm_solver_v3.ems_tools.fit.candidates import Bench
+from dpm_solver_v3.ems_tools.fit.candidates import Bench, best_spacing
 from dpm_solver_v3.ems_tools.fit.plan import FitPlan, turned_steps
 from dpm_solver_v3.ems_tools.fit.refine import turns_of
-from dpm_solver_v3.ems_tools.fit.spacing import Range, Spacing
+from dpm_solver_v3.ems_tools.fit.spacing import CANDIDATES, Range, Spacing
 from dpm_solver_v3.ems_tools.fit.steps import closed_loop, objective
 from dpm_solver_v3.ems_tools.fit.turn import Turned, best_turned, moved
 from dpm_solver_v3.ems_tools.trajectory import Runner, few_steps, teach
 
+CHOICE = FitPlan(noises=24, search=2, spacings=6, moves=0, finalists=3)
 EVEN = Spacing("lambda", 1.0, 0.0)
 
 
@@ -25,6 +27,22 @@ def bench_of(mixture, plan: FitPlan, snap=list) -> Bench:
     job = Job((2, 2, 2), uniform_grid(0.05, 20.0, 40), samples=4)
     runner, samples = Runner(job, mixture, batch=32), range(plan.noises)
     return Bench(runner, plan, samples, teach(runner, samples), Range.of(job.lambdas, None), snap, JobState(), "1")
+
+
+def test_all_noises_decide_between_the_finalists(mixture) -> None:
+    bench, changed = bench_of(mixture, CHOICE), 0
+    alone = dataclasses.replace(bench, plan=dataclasses.replace(CHOICE, finalists=1))
+
+    def score(spacing: Spacing, steps: int, noises: int) -> float:
+        return closed_loop(bench.runner, bench.samples[:noises], bench.teacher.part(noises), bench.lambdas(spacing, steps))[1]
+
+    for steps in (4, 5, 6, 8):
+        ranked = sorted(CANDIDATES[:6], key=lambda s: score(s, steps, 2))
+        assert best_spacing(alone, steps) == ranked[0]
+        chosen = best_spacing(bench, steps)
+        assert chosen == min(ranked[:3], key=lambda s: score(s, steps, 24))
+        changed += chosen != ranked[0]
+    assert changed, "few noises chose as all of them: the test shows nothing"
 
 
 @pytest.mark.parametrize(("spacing", "steps"), [(Spacing("vp", 2.0, 1.0), 4), (Spacing("sigma", 7.0, 0.0), 6)])
