@@ -31,7 +31,7 @@ from ..file.rows import FittedRow, insane
 from ..trajectory import Pair, Runner, kept_trajectories
 from .candidates import Bench, best_spacing, fit_on, follows, likely_entrants
 from .formulas import OWN
-from .judge import judged_row
+from .judge import Rivals, judged_row
 from .panel import Entrant, entrants
 from .passes import best_passes, passes_row
 from .plan import FitPlan, evaluations_of_fit, evaluations_of_passes, searched_steps, turned_steps
@@ -80,20 +80,20 @@ def fit_steps(
     judge_on = range(JUDGE_NOISE, JUDGE_NOISE + plan.held_out)
     bench = _bench(runner, source, plan, state, name)
     judge = kept_trajectories(runner, state, f"judge.{name}", judge_on)
-    own = [_without_file(source.schedule, guidance, job)]
+    own = _without_file(source.schedule, guidance, job)
     choices = _choices(bench)
     turned = _turned(bench, choices)
     for n in wanted:
         if n in rows:
             continue
         spacing, likely = _nearest(choices, n)
-        rivals = {e.name: rounded(e.steps(n, bench.snap)) for e in [*likely, *own] if follows(bench, e, n)}
+        rivals = {e.name: rounded(e.steps(n, bench.snap)) for e in [*likely, own] if follows(bench, e, n)}
         if not rivals:  # the host has too few levels for so many steps
             continue
         fitted = _fitted(bench, spacing, n, turned)
         if fitted is not None and insane(fitted):  # a file could not hold it, and the whole computation would be lost
             fitted = None
-        rows[n] = judged_row(runner, judge_on, judge, guidance, fitted, rivals, plan.panel_noises)
+        rows[n] = judged_row(runner, judge_on, judge, guidance, fitted, Rivals(rivals, plan.panel_noises, own.name))
         state.facts.setdefault("fit", []).append(fitted_values(rows[n]))
         state.save()
     return [rows[n] for n in wanted if n in rows]

@@ -23,7 +23,7 @@ from dpm_solver_v3.ems_tools.file.rows import MAX_DECAY, MAX_ROW, MAX_WEIGHT, EM
 from dpm_solver_v3.ems_tools.fit import candidates
 from dpm_solver_v3.ems_tools.fit import run as fit_module
 from dpm_solver_v3.ems_tools.fit.formulas import FORMULAS, OWN, formula_steps
-from dpm_solver_v3.ems_tools.fit.judge import judged_row
+from dpm_solver_v3.ems_tools.fit.judge import Rivals, judged_row
 from dpm_solver_v3.ems_tools.fit.panel import entrants
 from dpm_solver_v3.ems_tools.fit.refine import refine
 from dpm_solver_v3.ems_tools.fit.run import FitPlan, evaluations_of_fit, fit_steps, forget
@@ -412,11 +412,28 @@ def test_the_best_rival_on_the_first_noises_runs_on_all(mixture, job) -> None:
     good = formula_steps(tuple(lambdas), -math.log(0.05), "UniPC 2")
     bad, _ = learns_nothing(runner, samples, judge, lambdas)
     counted[0] = 0
-    row = judged_row(runner, samples, judge, 1.0, bad, {"bad": bad, "good": good}, 3)
+    row = judged_row(runner, samples, judge, 1.0, bad, Rivals({"bad": bad, "good": good}, 3))
     assert counted[0] == 5 * (12 + 3 + 12)
     errors = judge.errors(few_steps(runner, samples, good))
     assert row.fixed_schedule == "good" and row.coefficients == good and row.ratio == (1.0, 1.0, 1.0)
     assert row.fixed[2] == pytest.approx(errors.mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(("better_by", "taken"), [(0.9, "none"), (0.7, "other")])
+def test_without_a_clear_winner_the_file_holds_what_a_run_without_it_does(better_by, taken, mixture, job) -> None:
+    runner, samples = Runner(job, mixture, batch=16), range(6)
+    judge = teach(runner, samples)
+    none = formula_steps(tuple(CANDIDATES[0].lambdas(5, Range.of(job.lambdas, None))), -math.log(0.05), "UniPC 2")
+
+    def error(by: float) -> float:
+        return objective(judge.errors(few_steps(runner, samples, moved(by))))
+
+    def moved(by: float) -> FittedSteps:
+        return dataclasses.replace(none, decay=(*none.decay[:-1], none.decay[-1] + by))
+
+    wrong = next(by for by in torch.linspace(0, 0.5, 2001).tolist() if error(by) > error(0) - math.log(better_by))
+    row = judged_row(runner, samples, judge, 1.0, None, Rivals({"other": none, "none": moved(wrong)}, 6, "none"))
+    assert row.fixed_schedule == taken
 
 
 def test_hosts_that_round_sigma_get_their_own_levels(mixture, job) -> None:
