@@ -164,14 +164,15 @@ def _draw_panel(pen: Pen, axes: _Axes, legend: list[list[Curve]]) -> None:
 
 
 def _draw_curve(pen: Pen, axes: _Axes, curve: Curve) -> None:
-    points = [axes.at(x, y) for x, y in zip(curve.x, curve.y, strict=True)]
+    def line(ys: Sequence[float]) -> list[Point]:
+        """A single point gets a piece of line, by whose dashes the legend names it, and so do the edges of its band."""
+        points = [axes.at(x, y) for x, y in zip(curve.x, ys, strict=True)]
+        return points if len(points) != 1 else [(points[0][0] + du, points[0][1]) for du in (-_SAMPLE / 2, _SAMPLE / 2)]
+
     if curve.low:
-        edge = [axes.at(x, y) for x, y in zip(curve.x, curve.low, strict=True)]
-        edge += [axes.at(x, y) for x, y in reversed(list(zip(curve.x, curve.high, strict=True)))]
-        pen.area(edge, curve.colour, 0.2)
-    # A single point gets a piece of line, by whose dashes the legend names it.
-    line = points if len(points) != 1 else [(points[0][0] + du, points[0][1]) for du in (-_SAMPLE / 2, _SAMPLE / 2)]
-    pen.line(line, curve.colour, 1.8, curve.dash)
+        pen.area([*line(curve.low), *reversed(line(curve.high))], curve.colour, 0.2)
+    pen.line(line(curve.y), curve.colour, 1.8, curve.dash)
+    points = [axes.at(x, y) for x, y in zip(curve.x, curve.y, strict=True)]
     if len(points) <= 12:
         for point in points:
             pen.dot(point, 2.8, curve.colour)

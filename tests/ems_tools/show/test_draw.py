@@ -48,6 +48,15 @@ def test_a_single_point_shows_the_dashes_of_its_curve():
         assert float(right) - float(left) > 20
 
 
+def test_a_single_point_shows_its_interval():
+    """A file of one step count: its interval was an area without width."""
+    curve = Curve("", (5.0,), (1.0,), (0.5,), (1.5,))
+    (band,) = ET.fromstring(svg_of([[Panel("", "steps", (curve,))]], "")).iter(f"{SVG}polygon")
+    corners = [tuple(map(float, corner.split(","))) for corner in band.get("points", "").split()]
+    xs, ys = ([corner[k] for corner in corners] for k in (0, 1))
+    assert max(xs) - min(xs) > 20 and max(ys) - min(ys) > 50
+
+
 @pytest.mark.parametrize("name", ["short", "juggernautXL_v9Rundiffusion", "a very " + "long " * 40 + "name"])
 def test_a_title_stays_on_the_page(name):
     """Inspect EMS showed the middle of a long name."""
