@@ -95,7 +95,7 @@ def _done(file: EMSFile, path: Path) -> str:
     from .sampling import FITTED_NAME
 
     gain = gain_of(file)
-    return f"done: take {FITTED_NAME} as scheduler; {gain}" if gain else f"done: {path.stem.removesuffix('.ems')}"
+    return f"use scheduler {FITTED_NAME}: {gain}" if gain else f"done: {path.stem.removesuffix('.ems')}"
 
 
 def _single(latent: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def test_two_scales_two_prompts_and_previews(server: Any, nodes: Any) -> None:
     progress = [p for p in server.progress() if p["node"] == "compute"]
     assert progress[-1]["value"] == progress[-1]["max"] > 1000
     assert re.search(r"% of [\d,]+ evaluations, [\d.]+ \w+ left: \w", server.texts())  # time left and stage stay apart
-    assert "done: take dpm_solver_v3_fitted as scheduler; " in server.texts()
+    assert "use scheduler dpm_solver_v3_fitted: error " in server.texts()
     assert load_ems_file(ems_file(server, "prompts")).meta.model["prompts"].startswith("16: ")
 
 
