@@ -60,6 +60,8 @@ def rival_in_words(name: str) -> str:
     sampler, on, schedule = name.rpartition(" on ")
     kind, _, rest = schedule.partition(" ")
     power, _, end = rest.partition(" ")
+    if schedule == "the steps that hosts take then":
+        return sampler
     if kind in _TIMES and power in _POWERS:
         schedule = f"{_POWERS[power]} {_TIMES[kind]} {end}".strip()
     elif kind in ("lambda", "karras"):

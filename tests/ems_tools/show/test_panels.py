@@ -93,7 +93,7 @@ def test_sixteen_curves_look_different():
         ("iPNDM on lambda to 0", "iPNDM on uniform lambda to 0"),
         ("UniPC 2 on karras to sigma_min", "UniPC 2 on Karras to sigma_min"),
         ("DPM-Solver++ 2M on sgm_uniform", "DPM-Solver++ 2M on sgm_uniform"),
-        ("this sampler without a file on the steps that hosts take then",) * 2,
+        ("this sampler without a file on the steps that hosts take then", "this sampler without a file"),
         ("anything else",) * 2,
         ("model 7 on vp x",) * 2,
         ("", ""),
