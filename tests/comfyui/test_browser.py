@@ -133,6 +133,7 @@ def test_a_help_page_is_shown_in_chinese(page: Any, plain_server: Any) -> None:
     """By the button "i" of a selected node, with the inputs' names as they stand on the node."""
     plain_server.post("/settings/Comfy.Locale", "zh")
     opened = page.context.new_page()
+    opened.set_default_timeout(240_000)
     try:
         opened.goto(plain_server.url)
         opened.wait_for_function("window.app && window.app.graph && window.app.extensionManager", timeout=120_000)
