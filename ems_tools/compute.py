@@ -84,11 +84,9 @@ _QUICK_FIT = FitPlan(
     turn_noises=2,
 )
 _FIT = FitPlan(
-    held_out=14,
-    search=5,
+    held_out=12,
     searched=3,
     moves=3,
-    finalists=2,
     panel=17,
     panel_noises=4,
     turns=1,
