@@ -136,6 +136,7 @@ def job_for(subject: Source, effort: Effort, seed: int = 0, steps: tuple[int, ..
         seed=seed,
         probes=effort.probes,
         probe_every=effort.probe_every,
+        start=subject.start,
     )
     return replace(job, **changes)
 

@@ -31,6 +31,8 @@ __all__ = [
 
 ELEMENTS = 2048
 """Latent elements of each sample that trajectories keep; chosen at random where a latent has more."""
+_AT_THE_END = 1e-5
+"""Levels so near in lambda to the noisiest are that one: ComfyUI asks so too, and files round."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,9 @@ class Runner:
     tick: Callable[[int], None] = lambda evaluations: None
 
     def start(self, samples: Sequence[int], lam: float) -> Tensor:
-        """Y [K, C, ...] as a host begins at `lam`: noise times sigma, on the CPU."""
-        return sample_noise(self.job, list(samples))[0] * math.exp(-lam)
+        """Y [K, C, ...] as a host begins at `lam`: noise times sigma, at the noisiest level times `Job.start`; on the CPU."""
+        more = self.job.start if lam - self.job.lambdas[0] < _AT_THE_END else 1.0
+        return sample_noise(self.job, list(samples))[0] * (math.exp(-lam) * more)
 
     def answers(self, samples: Sequence[int], y: Tensor, lam: float, both: bool = False) -> list[Tensor]:
         """[D]: what a run of few steps combines. See `Pair` for `both`."""
@@ -224,7 +227,7 @@ def teach(runner: Runner, samples: Sequence[int]) -> Trajectories:
 
     def run(part: list[int]) -> Path:
         path = Path(elements)
-        noise = sample_noise(job, part)[0].to(runner.device, runner.dtype)
+        noise = (sample_noise(job, part)[0] * job.start).to(runner.device, runner.dtype)
         with torch.no_grad():
             solve_finely(denoiser_for(runner.model, part, job.space), lambdas, noise, path.add, runner.tick)
         return path

@@ -27,6 +27,7 @@ __all__ = [
     "running",
     "scale_name",
     "space_of",
+    "start_of",
     "streams_of",
     "words_of_guider",
 ]
@@ -71,6 +72,23 @@ def level_table(model_sampling: ModelSampling | None) -> LevelTable:
         return LevelTable(values[values > 0], space_of(model_sampling))
     except ValueError as error:
         raise HostError(f"this model's noise levels cannot be used: {error}") from error
+
+
+def start_of(model_sampling: ModelSampling | None, table: LevelTable) -> float:
+    """What the host begins a run at its noisiest level with, over noise times that level; 1 where it does not say.
+
+    For most models it is noise times sqrt(1 + sigma^2), and at any other level noise times sigma: steps that begin later have
+    to make up for the difference, or they end in another picture than all other samplers.
+    """
+    scaled, level = getattr(model_sampling, "noise_scaling", None), table.level_at(torch.tensor([table.time_max]))
+    if not callable(scaled):
+        return 1.0
+    try:
+        found = float(scaled(level.float(), torch.ones(1), torch.zeros(1), True)) / float(level)
+    except Exception as error:
+        LOG.debug("noise_scaling: %s", error)
+        return 1.0
+    return found if 0.5 < found < 2 else 1.0
 
 
 @dataclass(frozen=True)

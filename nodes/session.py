@@ -25,7 +25,7 @@ from ..ems_tools.hosting.jobs import Watch, place_for, request_facts
 from ..ems_tools.judge.calibrate import CalibrationPlan
 from ..sampler import SamplingError, Space
 from . import host
-from .model import is_plain, level_table, model_sampling_of, scale_name
+from .model import is_plain, level_table, model_sampling_of, scale_name, start_of
 from .protocols import Conditioning, Guider, ModelSampling, Options, Patcher
 
 __all__ = ["Request", "measure", "prompted"]
@@ -86,6 +86,7 @@ def measure(r: Request) -> tuple[EMSFile, Path]:
         levels=table.levels if _rounds(sampling) else None,
         host_schedules=schedules,
         conditional=_Denoiser(session, 1.0) if is_plain(r.guider) else None,
+        start=start_of(sampling, table),
     )
     job = job_for(source, EFFORTS[r.effort], r.seed, r.steps)
     plan = plan_for(source, EFFORTS[r.effort], r.steps, r.passes)

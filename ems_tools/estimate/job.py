@@ -75,6 +75,7 @@ class Job:
         seed: of start noise and probes.
         probes, probe_every, per_element: see `points.sample_moments`.
         groups: of samples, for standard errors.
+        start: the host's noise at the first point of the grid, over the unit noise times sigma; at later points it is that.
     """
 
     shape: tuple[int, ...]
@@ -87,6 +88,7 @@ class Job:
     probe_every: int = 1
     per_element: bool = False
     groups: int = 32
+    start: float = 1.0
 
     def __post_init__(self) -> None:
         if len(self.lambdas) < 5:
@@ -101,6 +103,8 @@ class Job:
     def identity(self) -> dict[str, object]:
         """Everything that must agree for two runs to be the same job, JSON-serialisable."""
         found = {k: v for k, v in json.loads(json.dumps(asdict(self))).items() if k != "samples"}
+        if self.start == 1:  # saved states of before do not name it
+            del found["start"]
         return {**found, **_ONLY}
 
 

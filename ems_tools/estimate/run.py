@@ -78,7 +78,7 @@ def _batch_moments(runner: Runner, samples: list[int], path: Path) -> Tensor:
     """Moments [9, B, N+1, C, ...] of these samples, on the CPU; their trajectories go into `path`."""
     job = runner.job
     noise, generators = sample_noise(job, samples)
-    denoiser, start = denoiser_for(runner.model, samples, job.space), noise.to(runner.device, runner.dtype)
+    denoiser, start = denoiser_for(runner.model, samples, job.space), (noise * job.start).to(runner.device, runner.dtype)
     with torch.no_grad():
         return sample_moments(denoiser, job, start, generators, runner.tick, path.add).cpu()
 

@@ -27,6 +27,7 @@ class Source:
         levels: the host's own noise levels, if it rounds to them.
         host_schedules: the host's step schedules to judge on, before the paper's, by name.
         conditional: the conditional answer alone, from one pass of the network; None if the model has no such answer.
+        start: see `Job`.
     """
 
     models: Mapping[float, Model]
@@ -36,6 +37,7 @@ class Source:
     levels: Tensor | None = None
     host_schedules: Mapping[str, Callable[[int], Tensor]] | None = None
     conditional: Model | None = None
+    start: float = 1.0
 
     def __post_init__(self) -> None:
         """A host's text can be anything; here it becomes what a file can hold."""

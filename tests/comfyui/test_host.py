@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -332,3 +335,34 @@ def test_the_scheduler_node(server: Any, nodes: Any, schedule: str, prediction: 
     assert float((few - exact).square().mean()) < 0.1 * float(exact.square().mean())
     assert torch.isfinite(run(4, 0.5)).all() and torch.isfinite(run(6, 1.0, "smallest sigma")).all()
     assert run(4, 0.0).shape == (2, 3, 32, 32)
+
+
+BEGINS = """
+import sys
+sys.argv = ["main.py", "--cpu"]
+from comfy import model_sampling as m
+from dpm_solver_v3.nodes.model import level_table, start_of
+table = m.ModelSamplingDiscrete
+for bases in ((table, m.EPS), (table, m.V_PREDICTION), (m.ModelSamplingDiscreteFlow, m.CONST)):
+    sampling = type("Sampling", bases, {})()
+    print(float(sampling.sigmas[-1]), start_of(sampling, level_table(sampling)))
+"""
+
+
+def test_what_a_run_begins_with(server: Any) -> None:
+    """At the noisiest level the host takes noise times sqrt(1 + sigma^2), of a flow noise times sigma; fits are for that."""
+    places = [server.environment["PYTHONPATH"], os.environ.get("PYTHONPATH", "")]
+    environment = {**server.environment, "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    done = subprocess.run(
+        [sys.executable, "-c", BEGINS],
+        cwd=server.tree,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (eps, eps_start), (_, v_start), (_, flow_start) = (map(float, line.split()) for line in done.stdout.splitlines()[-3:])
+    assert eps_start == v_start == pytest.approx(math.sqrt(1 + eps**2) / eps, rel=1e-5)
+    assert eps_start > 1.002 and flow_start == pytest.approx(1, abs=1e-5)

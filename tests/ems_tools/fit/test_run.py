@@ -436,6 +436,24 @@ def test_without_a_clear_winner_the_file_holds_what_a_run_without_it_does(better
     assert row.fixed_schedule == taken
 
 
+def test_a_fit_that_begins_late_ends_where_the_hosts_own_start_leads(mixture, job) -> None:
+    """ComfyUI begins with more than sigma times the noise at the noisiest level, and with that at all others."""
+    host = dataclasses.replace(job, start=1.1)
+    runner, samples = Runner(host, mixture, batch=16), range(500, 540)
+    truth = teach(runner, samples)
+    first, later = runner.start(samples, host.lambdas[0]), runner.start(samples, host.lambdas[3])
+    assert torch.allclose(first, truth.y[0].reshape(first.shape), rtol=1e-5)
+    assert torch.allclose(first * math.exp(host.lambdas[0] - host.lambdas[3]), 1.1 * later)
+    plan = dataclasses.replace(PLAN, steps=(8,), noises=24)
+    (mine,), (other,) = fitted(mixture, host, plan=plan), fitted(mixture, job, plan=plan)
+    assert mine.lambdas[0] > host.lambdas[0] + 0.1, "it does not begin late: the test shows nothing"
+
+    def error(row) -> float:
+        return objective(truth.errors(few_steps(runner, samples, row.coefficients)))
+
+    assert error(mine) < error(other) - 0.7
+
+
 def test_hosts_that_round_sigma_get_their_own_levels(mixture, job) -> None:
     table = torch.linspace(-math.log(20.0), -math.log(0.05), 50, dtype=torch.float64).neg().exp()
     own = -table.log()
