@@ -151,7 +151,7 @@ def _for_steps(effort: Effort, steps: tuple[int, ...]) -> Effort:
         n = chosen[0]
         fit = replace(fit, noises=6, held_out=4, spacings=4 if n <= 6 else 2 if n <= 8 else 1, panel=4, heat=1 + (n <= 8))
         fit = replace(fit, moves=int(n <= 6), turns=int(n <= 12), turn_noises=2 + (n <= 6))
-        if n > 6:
+        if n > 6:  # three runs more on all noises would cost too much: one noise more ranks the few spacings
             fit = replace(fit, search=3, finalists=1)
         effort = replace(effort, samples=6)
     return replace(effort, steps=chosen, fit=fit)

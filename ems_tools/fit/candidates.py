@@ -57,9 +57,8 @@ class Bench:
 def best_spacing(bench: Bench, steps: int, likely: Sequence[Entrant] = ()) -> Spacing:
     """The spacing with the lowest error on noises left out: of the candidates, then of moves around the best one.
 
-    Few noises rank them, and all noises decide between the plan's finalists.
-
-    That of the likeliest entrant, begun as late as the candidates, is one more: where formulas do best, fitted steps may.
+    Few noises rank them, and all noises decide between the plan's finalists. That of the likeliest entrant, begun as late as
+    the candidates, is one more: where formulas do best, fitted steps may.
     """
     plan = bench.plan
     if plan.search < 1 or plan.spacings + plan.moves <= 1:

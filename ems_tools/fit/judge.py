@@ -28,7 +28,7 @@ __all__ = ["Rivals", "averages", "judged_row", "ratio_of"]
 _CLEARLY = 0.8
 """Of the error without a file, on few noises, that another rival has to stay below: it takes the place of a fit that loses, and
 a file must not be worse than none. Where two noises found one merely better, it was worse than none on other noises in 6 of
-100 cases, on three networks of the zoo; such in 2 of 100."""
+100 cases, such in 2 of 100 (three networks of the zoo, a script that was not kept)."""
 
 
 @dataclass(frozen=True)
