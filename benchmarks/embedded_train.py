@@ -3,8 +3,9 @@
     npm pack emoji-datasource-google@16.0.0
     python benchmarks/embedded_train.py --data emoji-datasource-google-16.0.0.tgz --out out/train --compile
 
-Resumes from `--out` when it holds a checkpoint; writes `emoji.safetensors` (EMA weights in float16) and
-`loss.csv` there. Data and licence: see ems_tools/embedded/MODEL_CARD.md.
+Resumes from `--out` when it holds a checkpoint, and else begins with the weights of `--weights` where they are given (to train
+longer what was trained); writes `emoji.safetensors` (EMA weights in float16) and `loss.csv` there. Data and licence: see
+ems_tools/embedded/MODEL_CARD.md.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpm_solver_v3.ems_tools.embedded import load_network
 from dpm_solver_v3.ems_tools.embedded.denoiser import CLASSES
 from dpm_solver_v3.ems_tools.embedded.unet import UNet, UNetConfig
 
@@ -82,13 +84,26 @@ def save_weights(state: dict[str, Tensor], config: UNetConfig, path: Path) -> No
 
 
 def train(  # noqa: PLR0913 - what the command line gives
-    archive: Path, out: Path, steps: int, batch: int, lr: float, bf16: bool, compiled: bool, seed: int
+    archive: Path,
+    out: Path,
+    steps: int,
+    batch: int,
+    lr: float,
+    bf16: bool,
+    compiled: bool,
+    seed: int,
+    weights_from: Path | None = None,
+    decay_most: float = 0.999,
 ) -> None:
     """Run or resume the training."""
     out.mkdir(parents=True, exist_ok=True)
     images, labels, weights = load_emoji(archive)
     torch.manual_seed(seed)
-    model = UNet(UNetConfig(sigma_data=round(images.std().item(), 3)))
+    model = (
+        load_network(weights_from).train().requires_grad_(True)
+        if weights_from
+        else UNet(UNetConfig(sigma_data=round(images.std().item(), 3)))
+    )
     model = model.to(memory_format=torch.channels_last)
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
@@ -116,7 +131,7 @@ def train(  # noqa: PLR0913 - what the command line gives
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        decay = min(0.999, (step + 1) / (step + 20))
+        decay = min(decay_most, (step + 1) / (step + 20))
         with torch.no_grad():
             for k, v in model.state_dict().items():
                 ema[k].lerp_(v, 1 - decay)
@@ -144,13 +159,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights")
+    parser.add_argument("--weights", type=Path, help="begin with these, such as ems_tools/embedded/emoji.safetensors")
     parser.add_argument("--no-bf16", action="store_true", help="train in float32 throughout")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the network: 1.6 times as fast on a CPU with bf16"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    train(args.data, args.out, args.steps, args.batch, args.lr, not args.no_bf16, args.compile, args.seed)
+    exact, begin = not args.no_bf16, args.weights
+    train(args.data, args.out, args.steps, args.batch, args.lr, exact, args.compile, args.seed, begin, args.ema)
 
 
 if __name__ == "__main__":

@@ -5,23 +5,27 @@
 A guided step costs two passes. A file is fitted as a user would, on the network's classes to fit on, with steps in fewer
 passes. The table is made on other noises and classes, by the mean squared distance to the converged solution: the error of what
 the file offers at so many passes over that of its guided steps of half that number (the fit, or the best known formula of its
-panel). Geometric means with bootstrap 95 % intervals. Where the file holds no row, guided steps were better on its own noise,
-and the ratio is 1. Passes are counted at the network.
+panel), and over that of the best of these and of the best rival of half that number of steps (as `zoo.py` chooses it: every
+library sampler on every schedule, on noises of the choice's own). Geometric means with bootstrap 95 % intervals. Where the file
+holds no row, guided steps were better on its own noise, and are what it offers. Passes are counted at the network.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import OUT, bootstrap_ratio
+from common import OUT, bootstrap_ratio, geometric_mean
+from rivals import RIVALS
 from torch import Tensor
 from zoo import NETWORKS, Loaded, load
+from zoo.bench import QUICK, Bench
 
 from dpm_solver_v3.ems_tools.compute import EFFORTS, PASSES, job_for
 from dpm_solver_v3.ems_tools.estimate.job import JobState
@@ -52,7 +56,7 @@ def fitted(network: Loaded, guidance: float, effort: str, steps: tuple[int, ...]
 
 
 class Judge:
-    """Other noises and classes of the same network, and what counts its passes."""
+    """Other noises and classes of the same network, what counts its passes, and the rivals of every number of steps."""
 
     def __init__(self, network: Loaded, guidance: float, noises: int) -> None:
         source = source_of(network, guidance, "judge")
@@ -61,10 +65,18 @@ class Judge:
         self.pair = Pair(Runner(job, source.conditional, batch=64), Runner(job, source.models[guidance], batch=64))
         self.ids, self.network = range(noises), network.network
         self.truth = teach(self.pair.guided, self.ids)
+        self.rivals = Bench(network, guidance, QUICK)
 
     def guided(self, steps: FittedSteps) -> Tensor:
         """Squared errors [K] of guided steps."""
         return self._errors(few_steps(self.pair.guided, self.ids, steps))
+
+    def rival(self, steps: int) -> tuple[str, Tensor]:
+        """Name and squared errors [K] of the best rival of so many guided steps."""
+        name, schedule, sigmas = self.rivals.chosen_rival(steps)
+        start = self.pair.start(self.ids, -math.log(sigmas[0].item()))
+        end = RIVALS[name](self.rivals.denoiser(self.ids), start, sigmas)
+        return f"{name} on {schedule}", self._errors(end)
 
     def passes(self, steps: FittedSteps) -> tuple[Tensor, float]:
         """Squared errors [K] of steps in fewer passes, and the passes that were made for a sample.
@@ -81,16 +93,22 @@ class Judge:
         return self.truth.errors(end).nan_to_num(nan=1e30).clamp(1e-30, 1e30)
 
 
-def cell(judge: Judge, guided: FittedRow, row: FittedRow | None, passes: int) -> dict[str, Any]:
+def cell(judge: Judge, guided: FittedRow, row: FittedRow | None) -> dict[str, Any]:
     """One line of the table, as a record."""
-    if row is None or row.coefficients is None or guided.coefficients is None:
-        return {"pattern": "none", "counted": passes, "says": [1.0] * 3, "ratio": [1.0] * 3}
-    mine, counted = judge.passes(row.coefficients)
-    if counted != passes:
-        raise AssertionError(f"{counted} passes were made, not {passes}")
-    ratio = bootstrap_ratio(mine, judge.guided(guided.coefficients))["geometric_mean"]
-    pattern = "".join("G" if both else "c" for both in row.coefficients.guided)
-    return {"pattern": pattern, "counted": counted, "says": row.ratio, "ratio": ratio}
+    passes = 2 * guided.steps
+    assert guided.coefficients is not None
+    whole = judge.guided(guided.coefficients)
+    mine, found = whole, {"pattern": "none", "counted": passes, "says": [1.0] * 3}
+    if row is not None and row.coefficients is not None:
+        mine, counted = judge.passes(row.coefficients)
+        if counted != passes:
+            raise AssertionError(f"{counted} passes were made, not {passes}")
+        pattern = "".join("G" if both else "c" for both in row.coefficients.guided)
+        found = {"pattern": pattern, "counted": counted, "says": row.ratio}
+    name, theirs = judge.rival(guided.steps)
+    best = min(whole, theirs, key=lambda errors: geometric_mean(errors).item())
+    over = {what: bootstrap_ratio(mine, errors)["geometric_mean"] for what, errors in (("ratio", whole), ("best", best))}
+    return {**found, **over, "rival": name if best is theirs else "guided steps"}
 
 
 def main() -> None:
@@ -116,17 +134,20 @@ def main() -> None:
             for row in guided:
                 passes = 2 * row.steps
                 record = {"network": name, "guidance": guidance, "passes": passes}
-                cells.append({**record, **cell(judge, row, found.get(passes), passes)})
+                cells.append({**record, **cell(judge, row, found.get(passes))})
                 print(_line(cells[-1]), flush=True)
                 args.json.write_text(json.dumps(cells, indent=1), encoding="utf-8")
-    ratios = [c["ratio"][0] for c in cells]
-    print(f"median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} cells")
+    for what, key in (("guided steps", "ratio"), ("the best of these and of the best rival", "best")):
+        ratios = [c[key][0] for c in cells]
+        print(
+            f"over {what}: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} cells"
+        )
 
 
 def _line(c: dict[str, Any]) -> str:
     what = f"{c['network']}, guidance {c['guidance']:g}, {c['passes']} passes ({c['counted']:g} counted), {c['pattern']}"
-    value, low, high = c["ratio"]
-    return f"{what}: {value:.2f} [{low:.2f}, {high:.2f}], says {c['says'][0]:.2f} [{c['says'][1]:.2f}, {c['says'][2]:.2f}]"
+    ratio, best, says = (f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in (c["ratio"], c["best"], c["says"]))
+    return f"{what}: {ratio}, of the best ({c['rival']}) {best}, says {says}"
 
 
 if __name__ == "__main__":

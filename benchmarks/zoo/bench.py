@@ -115,6 +115,11 @@ class Bench:
 
     def best_rival(self, steps: int) -> tuple[str, Tensor]:
         """Name and errors on the judged noises of the rival that is best on the noises of its choice."""
+        name, schedule, sigmas = self.chosen_rival(steps)
+        return f"{name} on {schedule}", self.errors(self.judged, RIVALS[name], sigmas)
+
+    def chosen_rival(self, steps: int) -> tuple[str, str, Tensor]:
+        """Names of sampler and schedule that are best on the noises of the rival's choice, and the sigmas."""
         scores: dict[tuple[str, str], Tensor] = {}
         made = {name: make(steps) for name, make in self.schedules().items()}
         usable = {name: s for name, s in made.items() if len(s) == steps + 1 and bool((s.diff() < 0).all())}
@@ -127,7 +132,7 @@ class Bench:
         for key in ranked:
             scores[key] = torch.cat([scores[key], self.errors(rest, RIVALS[key[0]], usable[key[1]])])
         name, schedule = min(ranked, key=lambda k: geometric_mean(scores[k]).item())
-        return f"{name} on {schedule}", self.errors(self.judged, RIVALS[name], usable[schedule])
+        return name, schedule, usable[schedule]
 
     def fitted_errors(self, steps: FittedSteps) -> Tensor:
         """Errors of the sampler with fitted steps."""
