@@ -25,6 +25,7 @@ from .estimate.run import estimate_moments
 from .estimate.source import Source
 from .file.contents import EMSFile
 from .file.rows import MAX_FITTED_STEPS, EMSMeta, FittedRow
+from .fit.partial import evaluations_of_partial, fit_partial
 from .fit.run import FitPlan, evaluations_of_fit, evaluations_of_passes, fit_passes, fit_steps, forget
 from .judge.calibrate import CalibrationPlan, Row, calibrate, evaluations_of_calibration
 
@@ -161,11 +162,13 @@ PASSES = 4
 """Spacings on which steps in fewer passes are tried."""
 
 
-def plan_for(source: Source, effort: Effort, steps: tuple[int, ...] = (), passes: bool = False) -> CalibrationPlan:
+def plan_for(
+    source: Source, effort: Effort, steps: tuple[int, ...] = (), passes: bool = False, image_to_image: bool = False
+) -> CalibrationPlan:
     """The calibration, on the host's own schedules, then on two of the paper's: as many as the effort says.
 
     `steps`, where given, are the only step counts that are fitted and judged: who uses one or two pays for no others.
-    `passes`: whether steps in fewer passes of the network are fitted as well.
+    `passes`: whether steps in fewer passes of the network are fitted as well, `image_to_image`: whether steps for that are.
     Raises EstimateError unless each lies between 2 and 64.
     """
     if any(not 2 <= n <= MAX_FITTED_STEPS for n in steps):
@@ -186,7 +189,7 @@ def plan_for(source: Source, effort: Effort, steps: tuple[int, ...] = (), passes
         effort.noises,
         strengths=effort.strengths,
         reference_steps=effort.reference_steps,
-        fit=replace(effort.fit, fixed=hosts, passes=PASSES if passes else 0),
+        fit=replace(effort.fit, fixed=hosts, passes=PASSES if passes else 0, partial=image_to_image),
     )
     if effort.combinations is not None:
         return replace(plan, combinations=effort.combinations)
@@ -198,10 +201,14 @@ def evaluations(job: Job, plan: CalibrationPlan | None) -> int:
     """Denoiser evaluations of everything."""
     if plan is None:
         return evaluations_of(job)
-    scales = len(job.guidance)
-    fit = evaluations_of_fit(plan.fit, len(job.lambdas), scales, min(job.samples, plan.fit.noises)) if plan.fit else 0
-    passes = evaluations_of_passes(plan.fit, job.guidance) if plan.fit else 0
-    return evaluations_of(job) + evaluations_of_calibration(plan, scales) + fit + passes
+    fit = _evaluations_of_fit(job, plan.fit) if plan.fit else 0
+    return evaluations_of(job) + evaluations_of_calibration(plan, len(job.guidance)) + fit
+
+
+def _evaluations_of_fit(job: Job, fit: FitPlan) -> int:
+    """Those of all kinds of fitted steps."""
+    guided = evaluations_of_fit(fit, len(job.lambdas), len(job.guidance), min(job.samples, fit.noises))
+    return guided + evaluations_of_passes(fit, job.guidance) + evaluations_of_partial(fit, job, len(job.guidance))
 
 
 def compute_ems(  # noqa: PLR0913 - what to compute, and options by name
@@ -259,15 +266,17 @@ def with_fit(
     """The file with schedules and coefficients fitted at each of its guidance scales; `options` are those of `fit_steps`."""
     rows: list[FittedRow] = []
     passes: list[FittedRow] = []
+    partial: list[FittedRow] = []
     for guidance in job.guidance:
         found = fit_steps(source, job, guidance, fit, state, progress=progress, **options)
         passes += fit_passes(source, job, guidance, fit, state, found, progress=progress, **options)
+        partial += fit_partial(source, job, guidance, fit, state, progress=progress, **options)
         forget(state, guidance)
         rows += found
-    used = evaluations_of_fit(fit, len(job.lambdas), len(job.guidance), min(job.samples, fit.noises))
-    used += evaluations_of_passes(fit, job.guidance)
+    used = _evaluations_of_fit(job, fit)
     facts = {"fit_noises": fit.noises, "fit_held_out": fit.held_out, "fit_evaluations": used, "fit_passes": fit.passes}
-    meta = replace(file.meta, fitted=tuple(rows), passes=tuple(passes), estimate={**file.meta.estimate, **facts})
+    known = {**file.meta.estimate, **facts, **({"fit_partial": True} if fit.partial else {})}
+    meta = replace(file.meta, fitted=tuple(rows), passes=tuple(passes), partial=tuple(partial), estimate=known)
     file = replace(file, meta=meta)
     # Standard errors give way if the rows make the file too large to share.
     return file if file.errors is None or file.per_element else replace(file.compacted(), moments=file.moments)
@@ -281,8 +290,8 @@ def is_result_of(file: EMSFile, source: Source, job: Job, plan: CalibrationPlan 
     same = all(file.meta.estimate.get(k) == v for k, v in facts.items()) and dict(file.meta.model) == dict(mine.meta.model)
     same = same and file.guidance.tolist() == mine.guidance.tolist() and file.lambdas.tolist() == mine.lambdas.tolist()
     known = file.meta.estimate
-    noises = (fit.noises, fit.held_out, fit.passes) if fit else (None, None, 0)
-    same = same and noises == (known.get("fit_noises"), known.get("fit_held_out"), known.get("fit_passes", 0))
+    theirs = (known.get("fit_noises"), known.get("fit_held_out"), known.get("fit_passes", 0), known.get("fit_partial", False))
+    same = same and theirs == ((fit.noises, fit.held_out, fit.passes, fit.partial) if fit else (None, None, 0, False))
     return same and {row.steps for row in file.meta.fitted} == (set(fit.steps) if fit else set())
 
 
@@ -309,7 +318,8 @@ def _check_same(state: JobState, source: Source, plan: CalibrationPlan | None) -
     """Raise EstimateError if the state was begun with another model or another calibration."""
     sizes = [plan.calibration, plan.report, plan.reference_steps] if plan else None
     fit = plan.fit if plan else None
-    fitted = [[k, list(v) if isinstance(v, tuple) else v] for k, v in vars(fit).items() if k != "fixed"] if fit else None
+    named = [(k, v) for k, v in vars(fit).items() if k != "fixed" and (k, v) != ("partial", False)] if fit else []  # as before
+    fitted = [[k, list(v) if isinstance(v, tuple) else v] for k, v in named] or None
     facts = (("another model", dict(source.identity)), ("another effort or evidence", sizes), ("another fit", fitted))
     for what, mine in facts:
         if state.facts.setdefault(what, mine) != mine:
@@ -343,9 +353,7 @@ def statistics_file(
         recommendation=tuple(r.advice for r in rows),
         date=date,
     )
-    kept = {}
-    for g, m in enumerate(moments):
-        kept[f"sums.{g}"], kept[f"count.{g}"] = m.sums, m.count
+    kept = {f"{name}.{g}": value for g, m in enumerate(moments) for name, value in (("sums", m.sums), ("count", m.count))}
     file = EMSFile(
         lambdas=torch.tensor(job.lambdas, dtype=torch.float64),
         guidance=torch.tensor(job.guidance, dtype=torch.float64),

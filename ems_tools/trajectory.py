@@ -7,7 +7,7 @@ A `Runner` carries what every stage needs to evaluate a model (batch, device, dt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "elements_of",
     "few_steps",
     "kept_trajectories",
+    "pictures_of",
     "solve_finely",
     "teach",
 ]
@@ -45,6 +46,8 @@ class Runner:
         device, dtype: of the states that the model sees.
         batch: samples in one call; halved when memory runs out.
         tick: called with the number of samples just evaluated.
+        pictures: for image to image, by sample: what a run begins with, [C, ...], before noise is put on it. None: with noise
+            alone.
     """
 
     job: Job
@@ -53,11 +56,16 @@ class Runner:
     dtype: torch.dtype = torch.float32
     batch: int = 16
     tick: Callable[[int], None] = lambda evaluations: None
+    pictures: Mapping[int, Tensor] | None = None
 
     def start(self, samples: Sequence[int], lam: float) -> Tensor:
-        """Y [K, C, ...] as a host begins at `lam`: noise times sigma, at the noisiest level times `Job.start`; on the CPU."""
+        """Y [K, C, ...] as a host begins at `lam`: noise times sigma, at the noisiest level times `Job.start`; on the CPU.
+
+        With `pictures` it is the picture with noise on it.
+        """
         more = self.job.start if lam - self.job.lambdas[0] < _AT_THE_END else 1.0
-        return sample_noise(self.job, list(samples))[0] * (math.exp(-lam) * more)
+        noise = sample_noise(self.job, list(samples))[0] * (math.exp(-lam) * more)
+        return noise if self.pictures is None else noise + torch.stack([self.pictures[k] for k in samples])
 
     def answers(self, samples: Sequence[int], y: Tensor, lam: float, both: bool = False) -> list[Tensor]:
         """[D]: what a run of few steps combines. See `Pair` for `both`."""
@@ -227,7 +235,7 @@ def teach(runner: Runner, samples: Sequence[int]) -> Trajectories:
 
     def run(part: list[int]) -> Path:
         path = Path(elements)
-        noise = (sample_noise(job, part)[0] * job.start).to(runner.device, runner.dtype)
+        noise = (runner.start(part, job.lambdas[0]) * math.exp(job.lambdas[0])).to(runner.device, runner.dtype)
         with torch.no_grad():
             solve_finely(denoiser_for(runner.model, part, job.space), lambdas, noise, path.add, runner.tick)
         return path
@@ -235,6 +243,19 @@ def teach(runner: Runner, samples: Sequence[int]) -> Trajectories:
     parts = [path for _, path in in_batches(list(samples), runner.batch, run)]
     y, D = (torch.cat([torch.stack(rows) for rows in values], 1) for values in ([p.y for p in parts], [p.D for p in parts]))
     return Trajectories(job.lambdas, elements, y, D)
+
+
+def pictures_of(runner: Runner, samples: Sequence[int]) -> Tensor:
+    """Where fine solutions of these samples end, [K, C, ...]: pictures of the model, float32 on the CPU."""
+    job, lambdas = runner.job, torch.tensor(runner.job.lambdas, dtype=torch.float64)
+
+    def run(part: list[int]) -> Tensor:
+        noise = (runner.start(part, job.lambdas[0]) * math.exp(job.lambdas[0])).to(runner.device, runner.dtype)
+        denoiser = denoiser_for(runner.model, part, job.space)
+        with torch.no_grad():
+            return solve_finely(denoiser, lambdas, noise, lambda i, y, D: None, runner.tick).to("cpu", torch.float32)
+
+    return torch.cat([end for _, end in in_batches(list(samples), runner.batch, run)])
 
 
 def kept_trajectories(runner: Runner, state: JobState, name: str, samples: Sequence[int]) -> Trajectories:

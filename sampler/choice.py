@@ -6,6 +6,7 @@ sampling will do.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,7 +25,7 @@ from .typical import MOST_STEPS
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["GROWTH_LIMIT", "plan_for", "settings_for", "takes_typical_steps"]
+__all__ = ["GROWTH_LIMIT", "fitted_for", "plan_for", "settings_for", "takes_typical_steps"]
 
 _NO_EMS = EMS.degenerate()
 _NOT_SANE = (
@@ -43,6 +44,7 @@ def plan_for(
     space: Space | str = Space.SIGMA,
     guidance: float | None = None,
     passes: bool = False,
+    image_to_image: bool = False,
     **options: Unpack[SolverOptions],
 ) -> Plan:
     """What `sample_dpm_solver_v3` does with these arguments; a plan without steps for fewer than two sigmas.
@@ -50,6 +52,7 @@ def plan_for(
     Args:
         sigmas, ems, space, guidance: as there.
         passes: whether steps in fewer passes can be made.
+        image_to_image: as there.
         options: those of `Settings`; what is left out is "auto".
 
     Raises:
@@ -63,9 +66,9 @@ def plan_for(
     if len(levels) < 2:
         return Plan(tuple(levels.tolist()), ())
     host = tuple(levels.tolist())
-    fitted = _fitted_for(levels, space, ems, chosen, passes)
+    fitted = fitted_for(levels, space, ems, chosen, passes, image_to_image)
     if fitted is not None:
-        plan = fitted_plan(host, space, fitted)
+        plan = fitted_plan(*fitted, space)
         if plan.is_sane(space):
             return plan
         warnings.warn(f"the fitted coefficients {_NOT_SANE}", RuntimeWarning, stacklevel=2)
@@ -136,13 +139,29 @@ def _is_unused(levels: Tensor, space: Space, ems: EMS) -> bool:
     return ems.growth(finite) > GROWTH_LIMIT
 
 
-def _fitted_for(
-    levels: Tensor, space: Space, ems: EMS | None, chosen: Mapping[str, object], passes: bool
-) -> FittedSteps | None:
-    """Coefficients fitted on this very schedule, unless the user chose an option."""
+def fitted_for(
+    levels: Tensor,
+    space: Space,
+    ems: EMS | None,
+    chosen: Mapping[str, object],
+    passes: bool = False,
+    image_to_image: bool = False,
+) -> tuple[tuple[float, ...], FittedSteps] | None:
+    """Fitted steps for host `levels` [n + 1], and the levels that they are for; None where the user chose an option.
+
+    They are those fitted on this very schedule; with `image_to_image`, where there are none, those for its beginning.
+    """
     if ems is None or ems.recommendation is None or any(value != AUTO for value in chosen.values()):
         return None
-    return ems.recommendation.fitted_for(space.lambda_of(levels).tolist(), passes)
+    lambdas = space.lambda_of(levels).tolist()
+    found = ems.recommendation.fitted_for(lambdas, passes)
+    if found is not None:
+        return tuple(levels.tolist()), found
+    found = ems.recommendation.partial_for(lambdas) if image_to_image else None
+    if found is None:
+        return None
+    inner = space.level_of(torch.tensor([*found.lambdas[1:], math.inf], dtype=torch.float64))
+    return (float(levels[0]), *inner.tolist()), found
 
 
 def _levels(sigmas: Tensor, space: Space) -> Tensor:

@@ -281,7 +281,7 @@ def _update(nodes: _Nodes, integrals: list[StepIntegrals], i: int, used: Sequenc
 
 
 @lru_cache(maxsize=8)
-def fitted_plan(levels: tuple[float, ...], space: Space, fitted: FittedSteps) -> Plan:
+def fitted_plan(levels: tuple[float, ...], fitted: FittedSteps, space: Space) -> Plan:
     """The plan of fitted steps for host noise `levels` [n + 1] that they match; every step looks back to the first."""
     alphas = _Nodes.of(levels, space).alphas
     slope = torch.zeros(1, dtype=torch.float64)  # m = D

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal, TypedDict, get_args
 
-from .fitted import FittedSteps
+from .fitted import FittedSteps, between
 
 __all__ = [
     "AUTO",
@@ -125,15 +126,25 @@ class RecommendationEntry:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Measured settings for several schedules and step counts; `fitted` are steps with coefficients of their own."""
+    """Measured settings for several schedules and step counts; `fitted` are steps with coefficients of their own.
+
+    `partial` are such steps for runs that begin inside the noise range, image to image.
+    """
 
     entries: tuple[RecommendationEntry, ...] = field(default_factory=tuple)
     fitted: tuple[FittedSteps, ...] = ()
+    partial: tuple[FittedSteps, ...] = ()
 
     def fitted_for(self, lambdas: list[float], passes: bool = False) -> FittedSteps | None:
         """The coefficients fitted on the very schedule with these lambdas, if any; those in fewer passes only if `passes`."""
         usable = (steps for steps in self.fitted if passes or not steps.guided)
         return next((steps for steps in usable if steps.matches(lambdas)), None)
+
+    def partial_for(self, lambdas: list[float]) -> FittedSteps | None:
+        """Steps of as many evaluations, from the same beginning to sigma = 0 (an infinite last lambda); None without such."""
+        if len(lambdas) < 3 or lambdas[-1] != math.inf or not math.isfinite(lambdas[0]):
+            return None
+        return between(self.partial, lambdas[0], len(lambdas) - 1)
 
     def best_for(self, lambdas: list[float]) -> Settings | None:
         """The settings of the entry whose schedule is nearest to `lambdas`, None without entries.

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 from typing import TypedDict
 
@@ -73,6 +73,7 @@ def sample_dpm_solver_v3(  # noqa: PLR0913 - the first six are k-diffusion's, th
     strength: float | str = AUTO,
     guidance: float | None = None,
     passes: Answers | None = None,
+    image_to_image: bool = False,
 ) -> Tensor:
     """Solve the probability-flow ODE from sigmas[0] to sigmas[-1] with one call of `model` per step.
 
@@ -98,6 +99,9 @@ def sample_dpm_solver_v3(  # noqa: PLR0913 - the first six are k-diffusion's, th
         passes: for a schedule fitted in fewer passes (see `fitted`): passes(x, sigma, guided, **extra_args) returns (c,), the
             conditional answer from one pass of the network, or where `guided` (c, D) from two. `model` is not called then.
             None: such schedules are followed like any other.
+        image_to_image: for a run that begins inside the noise range, from a picture with noise on it. Where the statistics hold
+            steps fitted for that, evaluations lie where these say, from the first sigma on and as many as `sigmas` has steps;
+            the sigmas between are not followed.
 
     Returns:
         x [B, C, ...] at sigmas[-1], in x's dtype.
@@ -117,7 +121,8 @@ def sample_dpm_solver_v3(  # noqa: PLR0913 - the first six are k-diffusion's, th
     }
     if ems is not None:
         ems.check_fits(x.shape)
-    plan = plan_for(sigmas, ems=ems, space=space, guidance=guidance, passes=passes is not None, **chosen)
+    plan_of = partial(plan_for, sigmas, space=space, guidance=guidance)
+    plan = plan_of(ems=ems, passes=passes is not None, image_to_image=image_to_image, **chosen)
     if not plan.steps:
         return x
     arguments = (model, x, extra_args or {}, callback, disable)
@@ -128,7 +133,7 @@ def sample_dpm_solver_v3(  # noqa: PLR0913 - the first six are k-diffusion's, th
             raise
         warnings.warn(f"{error} Sampling again without them.", RuntimeWarning, stacklevel=2)
         chosen["strength"] = AUTO
-        return _solve(plan_for(sigmas, space=space, guidance=guidance, **chosen), *arguments)
+        return _solve(plan_of(**chosen), *arguments)
 
 
 def _solve(

@@ -131,7 +131,9 @@ class EMSFile:
         facts = {"model": str(self.meta.model.get("name", "")), "space": self.meta.space, "guidance": f"{inside:g}"}
         rows = (*self._near(self.meta.fitted, guidance), *self._near(self.meta.passes, guidance))
         fitted = tuple(r.coefficients for r in rows if r.coefficients is not None)
-        recommendation = Recommendation(entries, fitted) if entries or fitted else None
+        begun = self._near(self.meta.partial, guidance)
+        partial = tuple(r.coefficients for r in begun if r.coefficients is not None)
+        recommendation = Recommendation(entries, fitted, partial) if entries or fitted or partial else None
         l, s, b = (self._between(v, inside) for v in (self.l, self.s, self.b))
         return EMS(self.lambdas, l, s, b, facts, recommendation)
 

@@ -12,7 +12,8 @@ A safetensors file (8 bytes of header length, a JSON header, raw tensors) with
 
 and string metadata: `format`, `format_version`, `content_sha256`, `program`, `date`, and JSON in `model`, `noise`,
 `grid`, `estimate`, `evidence`, `recommendation`, and where there is any, `fitted`. Keys that begin with `modelspec.` or `ss_`
-are kept as they are. Version 2 is for files with `passes`, steps in fewer passes, which version 1 has not; else they are alike.
+are kept as they are. Version 2 is for files with `passes`, steps in fewer passes, version 3 for files with `partial`, steps for
+image to image (and perhaps `passes`); else they are alike.
 
 Reading executes nothing. Size and header length are checked before anything is parsed, every type, shape, dtype, offset
 and range before it is used. `content_sha256` covers names, dtypes, shapes, bytes and metadata, and the header must be
@@ -36,15 +37,7 @@ import torch
 from torch import Tensor
 
 from ...sampler import EMSError, FittedSteps, Settings
-from .rows import (
-    MAX_FITTED_STEPS,
-    EMSMeta,
-    EvidenceRow,
-    FittedRow,
-    RecommendedSetting,
-    check_count,
-    number,
-)
+from .rows import MAX_FITTED_STEPS, EMSMeta, EvidenceRow, FittedRow, RecommendedSetting, check_count, number
 
 __all__ = [
     "DAMAGED",
@@ -67,7 +60,7 @@ __all__ = [
     "too_large",
 ]
 
-FORMAT, VERSIONS = "dpm-solver-v3-ems", ("1", "2")
+FORMAT, VERSIONS = "dpm-solver-v3-ems", ("1", "2", "3")
 SUFFIX = ".ems.safetensors"
 MAX_FILE_BYTES, MAX_HEADER_BYTES = 256 * 2**20, 2**20
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
@@ -97,7 +90,8 @@ _FITTED_COLUMNS = (
     *("guidance", "steps", "lambdas", "start", "decay", "weights"),
     *("fitted", "fixed", "fixed_schedule", "ratio", "noises"),
 )
-_PASSES_COLUMNS = (*_FITTED_COLUMNS, "guided")
+# tables of fitted rows, each of which may be missing
+_TABLES = {"fitted": _FITTED_COLUMNS, "passes": (*_FITTED_COLUMNS, "guided"), "partial": _FITTED_COLUMNS}
 
 
 def metadata_of(meta: EMSMeta) -> dict[str, str]:
@@ -111,12 +105,17 @@ def metadata_of(meta: EMSMeta) -> dict[str, str]:
         "evidence": {"columns": _EVIDENCE_COLUMNS, "rows": [evidence_values(row) for row in meta.evidence]},
         "recommendation": {"columns": _ADVICE_COLUMNS, "rows": [advice_values(row) for row in meta.recommendation]},
     }
-    if meta.fitted:
-        plain["fitted"] = {"columns": _FITTED_COLUMNS, "rows": [fitted_values(row) for row in meta.fitted]}
-    if meta.passes:
-        plain["passes"] = {"columns": _PASSES_COLUMNS, "rows": [fitted_values(row) for row in meta.passes]}
-    texts = {"format": FORMAT, "format_version": VERSIONS[bool(meta.passes)], "program": meta.program, "date": meta.date}
+    for name, columns in _TABLES.items():
+        if rows := getattr(meta, name):
+            plain[name] = {"columns": columns, "rows": [fitted_values(row) for row in rows]}
+    version = _version(meta.passes, meta.partial)
+    texts = {"format": FORMAT, "format_version": version, "program": meta.program, "date": meta.date}
     return {**meta.foreign, **texts, **{name: _json(value) for name, value in plain.items()}}
+
+
+def _version(passes: object, partial: object) -> str:
+    """The oldest version that knows these tables."""
+    return VERSIONS[2 if partial else 1 if passes else 0]
 
 
 def fitted_values(row: FittedRow) -> list[object]:
@@ -302,15 +301,15 @@ def parse_meta(metadata: dict[str, str]) -> EMSMeta:
         if name not in left:
             raise EMSError(f"metadata '{name}' is missing")
         plain[name] = _parse_json(left.pop(name), f"metadata '{name}'")
-    fitted, passes = (_fitted_table(left, *table) for table in (("fitted", _FITTED_COLUMNS), ("passes", _PASSES_COLUMNS)))
-    if bool(passes) != (metadata.get("format_version") == VERSIONS[1]):
-        raise EMSError("steps in fewer passes make a file one of version 2, and no other file is")
+    tables = {name: _fitted_table(left, name, columns) for name, columns in _TABLES.items()}
+    if _version(tables["passes"], tables["partial"]) != metadata.get("format_version"):
+        raise EMSError("a file with steps for image to image is of version 3, one with steps in fewer passes of 2, others of 1")
     noise = plain.pop("noise")
     if not isinstance(noise, dict) or set(noise) != {"space", "sigma_min", "sigma_max", "schedule"}:
         raise EMSError("metadata 'noise' must hold space, sigma_min, sigma_max and schedule")
     evidence = tuple(EvidenceRow(*row) for row in _rows("evidence", plain.pop("evidence"), _EVIDENCE_COLUMNS))
     advice = tuple(advice_row(row) for row in _rows("recommendation", plain.pop("recommendation"), _ADVICE_COLUMNS))
-    plain = {**plain, "evidence": evidence, "recommendation": advice, "fitted": fitted, "passes": passes}
+    plain = {**plain, "evidence": evidence, "recommendation": advice, **tables}
     return EMSMeta(**noise, **plain, program=program, date=date, foreign=left)
 
 

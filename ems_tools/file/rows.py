@@ -166,6 +166,8 @@ class EMSMeta:
         estimate: samples, probes, resolution, source of points, seed, evaluations, ...
         fitted: schedules and coefficients for few steps.
         passes: the same in fewer passes of the network, for guidance; each row for another number of passes.
+        partial: the same for runs that begin inside the noise range, image to image; each row for another number of steps or
+            another beginning.
         program, date: version that made the file; ISO date, given by the caller so that equal content is equal bytes.
         foreign: metadata of other tools, keys `modelspec.*` and `ss_*`.
     """
@@ -184,6 +186,7 @@ class EMSMeta:
     foreign: Mapping[str, str] = field(default_factory=dict)
     fitted: tuple[FittedRow, ...] = ()
     passes: tuple[FittedRow, ...] = ()
+    partial: tuple[FittedRow, ...] = ()
 
     def __post_init__(self) -> None:
         if self.space not in [s.value for s in Space]:
@@ -210,11 +213,13 @@ class EMSMeta:
         if len(cases) != len(self.fitted) or len(cases) > MAX_FITTED_ROWS:
             raise EMSError(f"fitted rows must be at most {MAX_FITTED_ROWS}, each for another guidance scale or number of steps")
         _check_passes(self)
+        _check_partial(self)
         first, last = -math.log(high) - MARGIN, -math.log(low) + MARGIN
-        for row in (*self.fitted, *self.passes):
+        for row in (*self.fitted, *self.passes, *self.partial):
             if row.lambdas[0] < first or row.lambdas[-1] > last:
                 span = f"from lambda {row.lambdas[0]:g} to {row.lambdas[-1]:g}"
                 raise EMSError(f"a fitted row goes {span}, outside the file's noise range, {first:.3g} to {last:.3g}")
+        for row in (*self.fitted, *self.passes):
             if row.lambdas[0] > first + LATEST * (last - first):
                 raise EMSError(f"a fitted row begins at lambda {row.lambdas[0]:g}, where most of the noise range is over")
 
@@ -229,6 +234,19 @@ def _check_passes(meta: EMSMeta) -> None:
     cases = {(row.guidance, row.passes) for row in meta.passes}
     if len(cases) != len(meta.passes) or len(cases) > MAX_FITTED_ROWS:
         raise EMSError(f"rows of fewer passes must be at most {MAX_FITTED_ROWS}, each for another scale or number of passes")
+
+
+def _check_partial(meta: EMSMeta) -> None:
+    """Rows for image to image are fitted steps, each for another case. Raises EMSError."""
+    if any(row.coefficients is None or row.coefficients.guided or row.steps < 2 for row in meta.partial):
+        raise EMSError("a row for image to image must hold coefficients of at least 2 steps, and leave out no passes")
+    if any(row.coefficients.start != 1 for row in meta.partial if row.coefficients is not None):
+        raise EMSError("a row for image to image begins with the picture as it is: its start factor is 1")
+    cases = {(row.guidance, row.steps, round(row.lambdas[0], 2)) for row in meta.partial}
+    if len(cases) != len(meta.partial) or len(cases) > MAX_FITTED_ROWS:
+        raise EMSError(
+            f"rows for image to image must be at most {MAX_FITTED_ROWS}, each for another scale, number or beginning"
+        )
 
 
 def error_ratio(row: EvidenceRow) -> float:

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from ...sampler import FittedSteps
+from ...sampler.fitted import formula_step
 from ..file.rows import FittedRow, insane
 from ..trajectory import Pair, Trajectories, few_steps
 from .judge import averages, ratio_of
 from .spacing import Spacing
-from .steps import formula_step, least_squares, rounded
+from .steps import least_squares, rounded
 
 __all__ = ["FINALISTS", "SEARCH", "best_passes", "fit_pattern", "passes_row", "patterns"]
 

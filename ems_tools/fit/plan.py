@@ -37,6 +37,7 @@ class FitPlan:
         turns: rounds in which the lambdas are turned at `turned` of the step counts, on `turn_noises`.
         rounds: of refinement for the final error, on `refine_noises`, for at most `refined` steps, and for those in the passes
             of at most `passes_refined`.
+        partial: whether steps for image to image are fitted as well, see `partial`.
     """
 
     steps: tuple[int, ...] = (4, 5, 6, 7, 8, 9, 10, 11, 12)
@@ -59,6 +60,7 @@ class FitPlan:
     refined: int = 8
     passes_refined: int = 8
     passes: int = 0
+    partial: bool = False
 
 
 def searched_steps(plan: FitPlan) -> list[int]:

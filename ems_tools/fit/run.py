@@ -145,7 +145,7 @@ def fit_passes(
 def forget(state: JobState, guidance: float) -> None:
     """Drop from the state what was needed to fit at this scale, once its rows are there."""
     name = f"{guidance:g}"
-    for key in [key for key in state.tensors if key.startswith((f"fit.{name}.", f"judge.{name}."))]:
+    for key in [key for key in state.tensors if key.startswith((f"fit.{name}.", f"judge.{name}.", f"partial.{name}."))]:
         del state.tensors[key]
     state.facts.get("fit_runs", {}).pop(name, None)
     state.save()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...sampler import FittedSteps
+from ...sampler.fitted import formula_step
 from ..trajectory import Runner, Trajectories
 
 __all__ = ["closed_loop", "corrected", "least_squares", "objective", "rounded", "step_on"]
@@ -70,20 +71,6 @@ def _errors(gram: Tensor, side: Tensor, size: Tensor, c: Tensor) -> Tensor:
     """Squared errors [R, K] with factors c [R, K or 1, F]."""
     value = size - 2 * (side * c).sum(2) + (torch.einsum("kfg,rkg->rkf", gram, c.expand(-1, len(size), -1)) * c).sum(2)
     return torch.maximum(value, 1e-12 * size)
-
-
-def formula_step(lambdas: Sequence[float], i: int, then: float) -> tuple[float, list[float]]:
-    """Decay and weights of DPM-Solver++ 2M from evaluation i to `then`; to sigma = 0 (inf) it is D_i."""
-    if then == math.inf:
-        return 0.0, [0.0] * i + [1.0]
-    h = then - lambdas[i]
-    decay = math.exp(-h)
-    weights = [0.0] * i + [1 - decay]
-    if i:
-        slope = (h - 1 + decay) / (lambdas[i] - lambdas[i - 1])
-        weights[i] += slope
-        weights[i - 1] -= slope
-    return decay, weights
 
 
 def step_on(y: Tensor, history: Sequence[Tensor], decay: float, weights: Sequence[float]) -> Tensor:

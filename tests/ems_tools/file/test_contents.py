@@ -287,8 +287,8 @@ def test_what_is_read_lies_in_memory_once() -> None:
 
 def test_a_newer_version_says_to_update():
     metadata, tensors = corrupt._parts(GOOD)
-    metadata["format_version"] = "3"
-    with pytest.raises(EMSFileError, match="format version 3, this program reads up to 2: update"):
+    metadata["format_version"] = "4"
+    with pytest.raises(EMSFileError, match="format version 4, this program reads up to 3: update"):
         decode_ems_file(corrupt._signed((metadata, tensors)))
 
 

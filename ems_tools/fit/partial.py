@@ -1,0 +1,185 @@
+"""Steps for image to image: runs that begin inside the noise range, from a picture with fresh noise on it.
+
+A host can begin such a run at any level. Steps are fitted for a few beginnings, in closed loop as all others (`steps`); what
+lies between two of them is made of both (`sampler.fitted.between`). The pictures are the model's own, solved finely; the noise
+on them is of no other use.
+
+For every beginning and number of steps the best of three spacings is chosen on few noises; coefficients are fitted on all; and
+the row is kept only where, on noise and pictures that took no part, it is clearly better than what a user would otherwise take:
+this sampler without a file, on the steps that hosts take then, or UniPC on them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...sampler import FittedSteps
+from ..estimate.job import Evaluating, Job, JobState, Meter, Progress, snapped_grid
+from ..estimate.source import Source
+from ..file.layout import fitted_row, fitted_values
+from ..file.rows import FittedRow, insane
+from ..trajectory import Runner, Trajectories, pictures_of, teach
+from .formulas import OWN, formula_steps
+from .judge import Rivals, judged_row
+from .plan import FitPlan
+from .run import JUDGE_NOISE
+from .spacing import Range, Spacing
+from .steps import closed_loop, rounded
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["beginnings", "evaluations_of_partial", "fine_grid", "fit_partial"]
+
+BEGINNINGS = (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0)
+"""Lambdas: sigma 55, 20, 7.4, 2.7, 1 and 0.37, in units of what a latent's elements are like, about 1."""
+NOISIER, CLEANER = 0.4, 1.2
+"""How far in lambda a beginning lies from the ends of the noise range, at least."""
+SPACINGS = (Spacing("vp", 2.0, 1.0), Spacing("sigma", 7.0, 1.0), Spacing("lambda", 1.0, 1.5))
+SEARCH, INTERVALS, GRADED = 3, 22, 1.5
+"""Noises that spacings are compared on, and of the fine solution the steps, and the power of i / n in which they grow."""
+_CLEARLY = 0.9
+"""A row has to be better than its rival by this factor: few noises tell no less."""
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """Runs from one beginning: the model, the noises to fit and to judge on, and their fine solutions."""
+
+    runner: Runner
+    span: Range
+    snap: Callable[[Sequence[float]], list[float]]
+    noises: Sequence[int]
+    held_out: Sequence[int]
+    teacher: Trajectories
+    truth: Trajectories
+
+
+def beginnings(job: Job) -> list[float]:
+    """The lambdas at which runs of this model are begun."""
+    low, high = job.lambdas[0] + NOISIER, job.lambdas[-1] - CLEANER
+    return [v for v in BEGINNINGS if low <= v <= high]
+
+
+def fine_grid(first: float, last: float, intervals: int = INTERVALS) -> list[float]:
+    """The grid of a fine solution from lambda `first`: its first steps are the shortest.
+
+    It begins at order 1, and here D changes at once, as it does not at the noisy end: on a uniform grid of 24 steps fits of 8
+    and 10 steps were up to four times worse.
+    """
+    u = torch.linspace(0, 1, intervals + 1, dtype=torch.float64) ** GRADED
+    return (first + (last - first) * u).tolist()
+
+
+def fit_partial(
+    source: Source,
+    job: Job,
+    guidance: float,
+    plan: FitPlan,
+    state: JobState,
+    *,
+    progress: Callable[[Progress], None] = lambda p: None,
+    **options: Unpack[Evaluating],
+) -> list[FittedRow]:
+    """Rows for image to image at one guidance scale, where they win; see the module. Everything as in `run.fit_steps`."""
+    if not plan.partial:
+        return []
+    name = f"{guidance:g}"
+    known: dict[str, list[Any]] = state.facts.setdefault("partial", {}).setdefault(name, {})
+    meter = Meter(progress, "partial", evaluations_of_partial(plan, job, 1), f"image to image at guidance {name}", state)
+    runner = Runner(job, source.models[guidance], tick=meter.tick, **options)
+    steps, judge_on = sorted(n for n in set(plan.steps) if n > 1), range(JUDGE_NOISE, JUDGE_NOISE + plan.held_out)
+    for first in beginnings(job):
+        wanted = [n for n in steps if f"{first} {n}" not in known]
+        if not wanted:
+            continue
+        pictures = _pictures(runner, state, name, [*range(plan.noises), *judge_on])
+        begun = _begun(runner, source, first, range(plan.noises), judge_on, pictures, steps)
+        for n in wanted:
+            row = _row(begun, guidance, n, plan.panel_noises)
+            known[f"{first} {n}"] = [] if row is None else fitted_values(row)
+            state.save()
+    return [fitted_row(values) for values in known.values() if values]
+
+
+def evaluations_of_partial(plan: FitPlan, job: Job, scales: int) -> int:
+    """Denoiser evaluations of `fit_partial` at most, for this many guidance scales."""
+    if not plan.partial:
+        return 0
+    samples, steps = plan.noises + plan.held_out, [n for n in set(plan.steps) if n > 1]
+    few = min(plan.panel_noises, plan.held_out)
+    search = len(SPACINGS) * min(SEARCH, plan.noises)
+    run = search + plan.noises + 3 * few + (plan.held_out - few) + plan.held_out
+    each = samples * (_intervals(steps) + 1) + run * sum(steps)
+    return scales * (samples * len(job.lambdas) + len(beginnings(job)) * each)
+
+
+def _intervals(steps: Sequence[int]) -> int:
+    """Of a fine solution that runs of so many steps are measured by."""
+    return max(INTERVALS, 2 * max(steps, default=0))
+
+
+def _pictures(runner: Runner, state: JobState, name: str, samples: Sequence[int]) -> dict[int, torch.Tensor]:
+    """By sample, what a fine solution makes of its noise, [C, ...]; kept in the job's state."""
+    key = f"partial.{name}.pictures"
+    if key not in state.tensors:
+        state.tensors[key] = pictures_of(runner, samples)
+        state.save()
+    return dict(zip(samples, state.tensors[key]))
+
+
+def _begun(
+    runner: Runner,
+    source: Source,
+    first: float,
+    noises: Sequence[int],
+    held_out: Sequence[int],
+    pictures: dict[int, torch.Tensor],
+    steps: Sequence[int],
+) -> _Begun:
+    """What runs from lambda `first` need."""
+    job, levels = runner.job, source.levels
+
+    def snap(lambdas: Sequence[float]) -> list[float]:
+        return list(lambdas if levels is None else snapped_grid(tuple(lambdas), levels, job.space))
+
+    grid = snap(fine_grid(first, job.lambdas[-1], _intervals(steps)))
+    inside = replace(job, lambdas=tuple(grid), seed=job.seed + 1, start=1.0)
+    runner = replace(runner, job=inside, pictures=pictures)
+    span = Range.of(inside.lambdas, source.schedule)
+    return _Begun(runner, span, snap, noises, held_out, teach(runner, noises), teach(runner, held_out))
+
+
+def _row(begun: _Begun, guidance: float, steps: int, panel_noises: int) -> FittedRow | None:
+    """The row of so many steps from this beginning; None where the fit is not clearly better than its rivals."""
+    few = min(SEARCH, len(begun.noises))
+
+    def score(lambdas: Sequence[float]) -> float:
+        return closed_loop(begun.runner, begun.noises[:few], begun.teacher.part(few), lambdas)[1]
+
+    tried = [begun.snap([round(v, 6) for v in spacing.lambdas(steps, begun.span)]) for spacing in SPACINGS]
+    tried = [lambdas for lambdas in tried if len(lambdas) == steps]
+    if not tried:
+        return None
+    fitted, _ = closed_loop(begun.runner, begun.noises, begun.teacher, min(tried, key=score))
+    if insane(fitted):
+        return None
+    rivals = Rivals(_rivals(begun, steps, guidance), panel_noises)
+    row = judged_row(begun.runner, begun.held_out, begun.truth, guidance, fitted, rivals)
+    return row if row.coefficients == fitted and row.ratio[0] < _CLEARLY else None
+
+
+def _rivals(begun: _Begun, steps: int, guidance: float) -> dict[str, FittedSteps]:
+    """What a user would otherwise take from there, by name."""
+    karras, time = (
+        tuple(begun.snap([round(v, 6) for v in spacing.lambdas(steps, begun.span)]))
+        for spacing in (Spacing("sigma", 7.0, 0.0), Spacing("model", 1.0, 0.0))
+    )
+    pairs = (("Karras", karras, OWN), ("the model's time", time, OWN), ("Karras", karras, "UniPC 2"))
+    made = {f"{formula} on {name}": rounded(formula_steps(v, math.inf, formula, guidance)) for name, v, formula in pairs}
+    return {name: found for name, found in made.items() if len(found.lambdas) == steps}
