@@ -29,8 +29,8 @@ from torch import Tensor
 from dpm_solver_v3.ems_tools.file import layout as format_
 from dpm_solver_v3.ems_tools.file.contents import EMSFile
 from dpm_solver_v3.ems_tools.file.reader import EMSFileError, load_ems_file
-from dpm_solver_v3.ems_tools.file.rows import EMSMeta, EvidenceRow, RecommendedSetting
-from dpm_solver_v3.sampler import Settings
+from dpm_solver_v3.ems_tools.file.rows import EMSMeta, EvidenceRow, FittedRow, RecommendedSetting
+from dpm_solver_v3.sampler import FittedSteps, Settings
 
 __all__ = ["KINDS", "corrupted", "example"]
 
@@ -64,11 +64,22 @@ def example(channels: int = 3, spatial: tuple[int, ...] = (), moments: bool = Tr
         program="0.1.0",
         date="2025-01-01",
         foreign={"modelspec.title": "example"},
+        partial=_begun(guidance.tolist()),
     )
     grid = torch.linspace(-2.68, 3.53, n + 1, dtype=torch.float64)
     errors = {name: torch.rand(shape, generator=draw).half() for name in "lsb"}
     sums = {"sums.0": torch.randn(9, 4, n + 1, channels, generator=draw, dtype=torch.float64)} if moments else {}
     return EMSFile(grid, guidance, l, s, b, meta, errors, sums)
+
+
+def _begun(scales: list[float]) -> tuple[FittedRow, ...]:
+    """Rows for image to image: two beginnings at each guidance scale."""
+    rows = []
+    for g, first in ((g, first) for g in scales for first in (-2.0, 0.0)):
+        steps = FittedSteps((first, first + 1.5, first + 3.0), (0.3, 0.2, 0.0), ((0.7,), (-0.1, 0.9), (0.0, -0.2, 1.2)))
+        errors, ratio = ((0.01,) * 3, (0.02,) * 3), (0.5, 0.4, 0.6)
+        rows.append(FittedRow(g, 3, steps.lambdas, steps, *errors, "UniPC 2 on Karras", ratio, 5))
+    return tuple(rows)
 
 
 # --- Bytes that changed on the way
@@ -252,7 +263,7 @@ def _missing_metadata(metadata: dict[str, str], tensors: dict[str, Tensor], draw
 
 
 def _wrong_metadata(metadata: dict[str, str], tensors: dict[str, Tensor], draw: random.Random) -> None:
-    key = draw.choice(["model", "noise", "grid", "estimate", "evidence", "recommendation"])
+    key = draw.choice(["model", "noise", "grid", "estimate", "evidence", "recommendation", "partial"])
     bad = ["", "{", "[]", "3", "null", '"a"', "[" * 100_000, '{"a":{"b":1}}']
     bad += ['{"a":NaN}', '{"a":1e999}', '{"a":1,"a":2}']
     bad += ['{"a":"\\u001b[2J"}', '{"a":"\\ud800"}', '{"a":' + "9" * 100_000 + "}", '{"a":[[1]]}']
@@ -260,7 +271,7 @@ def _wrong_metadata(metadata: dict[str, str], tensors: dict[str, Tensor], draw: 
 
 
 def _wrong_row(metadata: dict[str, str], tensors: dict[str, Tensor], draw: random.Random) -> None:
-    key = draw.choice(["evidence", "recommendation"])
+    key = draw.choice(["evidence", "recommendation", "partial"])
     table = json.loads(metadata[key])
     row = draw.choice(table["rows"])
     at = draw.choice([i for i, v in enumerate(row) if v is not None])

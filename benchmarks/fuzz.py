@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,12 @@ from dpm_solver_v3.ems_tools.file.contents import EMSFile
 from dpm_solver_v3.ems_tools.file.convert import convert_npz
 from dpm_solver_v3.ems_tools.file.layout import SUFFIX
 from dpm_solver_v3.ems_tools.file.reader import decode_ems_file
-from dpm_solver_v3.ems_tools.file.rows import EMSMeta, EvidenceRow, RecommendedSetting
+from dpm_solver_v3.ems_tools.file.rows import EMSMeta, EvidenceRow, FittedRow, RecommendedSetting
 from dpm_solver_v3.ems_tools.judge.consistency import consistency_problems
 from dpm_solver_v3.ems_tools.share.index import decode_index, encode_index, entry_of
 from dpm_solver_v3.ems_tools.share.library import safe_name
 from dpm_solver_v3.ems_tools.share.workflow import pack, unpack
-from dpm_solver_v3.sampler import EMSError, Settings
+from dpm_solver_v3.sampler import EMSError, FittedSteps, Settings
 
 __all__ = ["KINDS", "run"]
 
@@ -48,6 +49,9 @@ def _small() -> EMSFile:
     advice = RecommendedSetting(1.0, "karras", (-2.0, 0.0, 1.0, 2.0), Settings(order=2))
     facts = {"name": "m", "sha256": "ab" * 32}
     meta = EMSMeta("sigma", 0.1, 8.0, "x", facts, {"points": 5}, {"samples": (3,)}, (row,), (advice,), "0.1", "2026-01-01")
+    steps, errors = FittedSteps((-1.0, 1.0), (0.2, 0.0), ((0.8,), (-0.1, 1.1))), (0.1, 0.1, 0.1)
+    begun = FittedRow(1.0, 2, steps.lambdas, steps, errors, errors, "k", (1.0, 0.9, 1.1), 4)
+    meta = replace(meta, partial=(begun,))
     moments = {"sums.0": torch.rand(9, 2, 5, 2, generator=draw, dtype=torch.float64), "count.0": torch.ones(2).double()}
     return EMSFile(torch.linspace(-2, 2, 5, dtype=torch.float64), torch.ones(1).double(), l, s, b, meta, None, moments)
 

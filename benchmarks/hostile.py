@@ -105,7 +105,7 @@ def hostile(draw: random.Random) -> EMSFile:
         sums = torch.full((9, groups, min(points, 61), channels), extreme(draw, 1e300), dtype=torch.float64)
         moments = {"sums.0": sums, "count.0": torch.full((groups,), abs(extreme(draw, 1e11)), dtype=torch.float64)}
     l, s, b = (tables[name] for name in "lsb")
-    meta = replace(meta, passes=_fewer(draw, meta.fitted))
+    meta = replace(meta, passes=_fewer(draw, meta.fitted), partial=_begun(draw, meta.fitted))
     return EMSFile(lambdas, torch.tensor(scales, dtype=torch.float64), l, s, b, meta, moments=moments)
 
 
@@ -168,6 +168,21 @@ def _fewer(draw: random.Random, fitted: tuple[FittedRow, ...]) -> tuple[FittedRo
             for known in c.weights
         )
         found.append(replace(row, coefficients=replace(c, weights=weights, guided=guided)))
+    return tuple(found)
+
+
+def _begun(draw: random.Random, fitted: tuple[FittedRow, ...]) -> tuple[FittedRow, ...]:
+    """The last of these steps, as if they were for image to image; sometimes for two beginnings as near as can be."""
+    found = []
+    for row in fitted:
+        c, first = row.coefficients, draw.randrange(1, STEPS - 1)
+        if c is None or draw.random() < 0.5:
+            continue
+        weights = tuple(known[first:] for known in c.weights[first:])
+        for by in draw.choice(((0.0,), (0.0, 0.006))):
+            lambdas = (c.lambdas[first] - by, *c.lambdas[first + 1 :])
+            steps = FittedSteps(lambdas, c.decay[first:], weights)
+            found.append(replace(row, steps=len(lambdas), lambdas=lambdas, coefficients=steps))
     return tuple(found)
 
 

@@ -38,6 +38,7 @@ __all__ = [
     "Effort",
     "compute_ems",
     "evaluations",
+    "evaluations_of_fits",
     "is_result_of",
     "job_for",
     "plan_for",
@@ -201,13 +202,13 @@ def evaluations(job: Job, plan: CalibrationPlan | None) -> int:
     """Denoiser evaluations of everything."""
     if plan is None:
         return evaluations_of(job)
-    fit = _evaluations_of_fit(job, plan.fit) if plan.fit else 0
+    fit = evaluations_of_fits(job, plan.fit, min(job.samples, plan.fit.noises)) if plan.fit else 0
     return evaluations_of(job) + evaluations_of_calibration(plan, len(job.guidance)) + fit
 
 
-def _evaluations_of_fit(job: Job, fit: FitPlan) -> int:
-    """Those of all kinds of fitted steps."""
-    guided = evaluations_of_fit(fit, len(job.lambdas), len(job.guidance), min(job.samples, fit.noises))
+def evaluations_of_fits(job: Job, fit: FitPlan, known: int = 0) -> int:
+    """Those of all kinds of fitted steps, where the estimate has made `known` of the trajectories."""
+    guided = evaluations_of_fit(fit, len(job.lambdas), len(job.guidance), known)
     return guided + evaluations_of_passes(fit, job.guidance) + evaluations_of_partial(fit, job, len(job.guidance))
 
 
@@ -264,18 +265,17 @@ def with_fit(
     **options: Unpack[Evaluating],
 ) -> EMSFile:
     """The file with schedules and coefficients fitted at each of its guidance scales; `options` are those of `fit_steps`."""
-    rows: list[FittedRow] = []
-    passes: list[FittedRow] = []
-    partial: list[FittedRow] = []
+    rows, passes, partial = (list[FittedRow]() for _ in range(3))
     for guidance in job.guidance:
         found = fit_steps(source, job, guidance, fit, state, progress=progress, **options)
         passes += fit_passes(source, job, guidance, fit, state, found, progress=progress, **options)
         partial += fit_partial(source, job, guidance, fit, state, progress=progress, **options)
         forget(state, guidance)
         rows += found
-    used = _evaluations_of_fit(job, fit)
+    used = evaluations_of_fits(job, fit, min(job.samples, fit.noises))
     facts = {"fit_noises": fit.noises, "fit_held_out": fit.held_out, "fit_evaluations": used, "fit_passes": fit.passes}
-    known = {**file.meta.estimate, **facts, **({"fit_partial": True} if fit.partial else {})}
+    facts |= {"fit_partial": True} if fit.partial else {}
+    known = {**{k: v for k, v in file.meta.estimate.items() if k != "fit_partial"}, **facts}
     meta = replace(file.meta, fitted=tuple(rows), passes=tuple(passes), partial=tuple(partial), estimate=known)
     file = replace(file, meta=meta)
     # Standard errors give way if the rows make the file too large to share.

@@ -10,16 +10,26 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..compute import EFFORTS, FINER, compute_ems, evaluations, is_result_of, job_for, plan_for, with_fit
+from ..compute import (
+    EFFORTS,
+    FINER,
+    compute_ems,
+    evaluations,
+    evaluations_of_fits,
+    is_result_of,
+    job_for,
+    plan_for,
+    with_fit,
+)
 from ..estimate.job import EstimateError, Job, JobState, Progress
 from ..estimate.source import Source
 from ..file.contents import EMSFile
 from ..file.layout import SUFFIX
 from ..file.reader import EMSFileError, load_ems_file
-from ..fit.run import FitPlan, evaluations_of_fit, evaluations_of_passes
+from ..fit.run import FitPlan
 from ..judge.calibrate import CalibrationPlan
 from ..share.library import safe_name
-from ..show.describe import rival_in_words
+from ..show.describe import beginning_of, rival_in_words
 from .model import add_model_options, add_running_options, scales, seconds_of, shape, source_of
 from .plugs import Commands
 
@@ -61,7 +71,7 @@ def add_compute(commands: Commands) -> None:
     p.add_argument("--probes", type=int, help="Jacobian probes per point (1)")
     p.add_argument("--steps", type=shape, default=(), help="fit these step counts only, comma-separated: one costs half")
     p.add_argument("--per-element", action="store_true", help="statistics per latent element: one size only, large")
-    _add_passes(p)
+    _add_kinds(p)
     p.add_argument("--until", type=float, help="stop when the standard errors of l, s and b (rms) are at most this")
     p.add_argument("--no-evidence", action="store_true", help="leave out calibration, recommendation and fit")
     p.add_argument("--no-fit", action="store_true", help="leave out the fitted schedules; 'ems fit' can add them later")
@@ -73,9 +83,12 @@ def add_compute(commands: Commands) -> None:
     p.set_defaults(run=run_compute)
 
 
-def _add_passes(parser: argparse.ArgumentParser) -> None:
+def _add_kinds(parser: argparse.ArgumentParser) -> None:
+    """What else is fitted, where asked for."""
     told = "also fit steps in fewer passes of the network, for guidance: up to four times the cost of the fit"
     parser.add_argument("--passes", action="store_true", help=told)
+    told = "also fit steps for image to image and hires fix: several times the cost of the fit, so name the step counts"
+    parser.add_argument("--image-to-image", action="store_true", help=told)
 
 
 def run_compute(args: argparse.Namespace) -> int:
@@ -118,9 +131,7 @@ def _print_plan(args: argparse.Namespace, source: Source, job: Job, plan: Calibr
     scales = ", ".join(f"{g:g}" for g in job.guidance)
     evidence = "left out" if plan is None else f"on {plan.calibration} + {plan.report} noises"
     if plan is not None and plan.fit is not None:
-        known = min(job.samples, plan.fit.noises)
-        cost = evaluations_of_fit(plan.fit, len(job.lambdas), len(job.guidance), known)
-        cost += evaluations_of_passes(plan.fit, job.guidance)
+        cost = evaluations_of_fits(job, plan.fit, min(job.samples, plan.fit.noises))
         evidence += f"; {_fit_in_words(plan.fit)}, {cost} of the evaluations"
     print(
         f"{source.identity['name']}: guidance {scales}; {job.samples} trajectories of {len(job.lambdas)} points each, "
@@ -184,6 +195,12 @@ def _fit_verdict(file: EMSFile) -> int:
             f"  guidance {row.guidance:g}, {row.passes} passes in {row.steps} steps: error {value:.2f} [{low:.2f}, {high:.2f}] "
             f"of that of {rival_in_words(row.fixed_schedule)}"
         )
+    for row in file.meta.partial:
+        value, low, high = row.ratio
+        print(
+            f"  guidance {row.guidance:g}, image to image from sigma {beginning_of(row):.3g}, {row.steps} steps: "
+            f"error {value:.2f} [{low:.2f}, {high:.2f}] of that of {rival_in_words(row.fixed_schedule)}"
+        )
     return 0
 
 
@@ -211,7 +228,7 @@ def add_fit(commands: Commands) -> None:
     p.add_argument("--out", type=Path, help="file to write (default: the same file)")
     p.add_argument("--effort", choices=sorted(EFFORTS), default="standard", help="how much to try (standard)")
     p.add_argument("--steps", type=shape, help="step counts to fit, comma-separated (by effort)")
-    _add_passes(p)
+    _add_kinds(p)
     p.add_argument("--seed", type=int, default=0, help="of start noise (0)")
     add_running_options(p)
     p.add_argument("--dry-run", action="store_true", help="show the plan only")
@@ -226,7 +243,7 @@ def run_fit(args: argparse.Namespace) -> int:
     if source.schedule.space.value != file.meta.space:
         raise EstimateError(f"{args.file} is in {file.meta.space} space, the model in {source.schedule.space.value} space")
     effort = EFFORTS[args.effort]
-    fit = plan_for(source, effort, passes=args.passes).fit
+    fit = plan_for(source, effort, passes=args.passes, image_to_image=args.image_to_image).fit
     assert fit is not None
     fit = replace(fit, steps=tuple(args.steps)) if args.steps else fit
     most = (len(file.lambdas) - 1) // FINER
@@ -237,7 +254,7 @@ def run_fit(args: argparse.Namespace) -> int:
         )
     out = args.out or args.file
     job = replace(job_for(source, effort, args.seed), lambdas=tuple(file.lambdas.tolist()))
-    total = evaluations_of_fit(fit, len(job.lambdas), len(job.guidance)) + evaluations_of_passes(fit, job.guidance)
+    total = evaluations_of_fits(job, fit)
     seconds = seconds_of(source, job, args) * total
     scales = ", ".join(f"{g:g}" for g in job.guidance)
     print(f"{_fit_in_words(fit)}, at guidance {scales}".capitalize())
@@ -245,7 +262,7 @@ def run_fit(args: argparse.Namespace) -> int:
     if args.dry_run:
         return 0
     state = JobState.open(out.with_name(out.name + ".fit.partial"), job)
-    mine = [args.effort, list(fit.steps), fit.passes]
+    mine = [args.effort, list(fit.steps), fit.passes, *(["image to image"] if fit.partial else [])]
     begun = state.facts.setdefault("effort", mine)
     if begun != mine:
         raise EstimateError(f"{state.path} holds a fit begun with effort and steps {begun}: finish it so, or delete it")
@@ -268,7 +285,7 @@ def _job(args: argparse.Namespace, source: Source) -> tuple[Job, CalibrationPlan
     effort = replace(effort, **given)
     job = job_for(source, effort, args.seed, args.steps, per_element=args.per_element)
     groups = 4 if args.per_element else job.groups
-    plan = None if args.no_evidence else plan_for(source, effort, args.steps, args.passes)
+    plan = None if args.no_evidence else plan_for(source, effort, args.steps, args.passes, args.image_to_image)
     if plan is not None and args.no_fit:
         plan = replace(plan, fit=None)
     return replace(job, groups=groups), plan

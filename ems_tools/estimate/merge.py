@@ -81,6 +81,6 @@ def _with_moments(file: EMSFile, moments: list[Moments], seeds: tuple[Scalar, ..
     for g, m in enumerate(moments):
         kept[f"sums.{g}"], kept[f"count.{g}"] = m.sums, m.count
     estimate = {**file.meta.estimate, "samples": tuple(m.samples for m in moments), "seeds": seeds}
-    meta = replace(file.meta, estimate=estimate, evidence=(), recommendation=(), fitted=(), passes=())
+    meta = replace(file.meta, estimate=estimate, evidence=(), recommendation=(), fitted=(), passes=(), partial=())
     merged = replace(file, l=l, s=s, b=b, meta=meta, errors=errors, moments={})
     return replace(merged.compacted(), moments=kept)

@@ -294,7 +294,7 @@ def _check_values(name: str, value: Tensor, low: float, high: float) -> None:
 def _check_scales(file: EMSFile) -> None:
     scales = set(file.guidance.tolist())
     judged = {row.guidance for row in file.meta.evidence} | {row.guidance for row in file.meta.recommendation}
-    judged |= {row.guidance for row in (*file.meta.fitted, *file.meta.passes)}
+    judged |= {row.guidance for row in (*file.meta.fitted, *file.meta.passes, *file.meta.partial)}
     if judged - scales:
         covered = ", ".join(f"{g:g}" for g in sorted(scales))
         raise EMSError(f"evidence or recommendation for guidance {min(judged - scales):g}; the file covers {covered}")

@@ -65,15 +65,20 @@ def scales_of(text: str) -> tuple[float, ...]:
 
 
 def evaluations_of_effort(
-    effort: str, scales: Sequence[float] = (1.0,), steps: tuple[int, ...] = (), passes: bool = False
+    effort: str,
+    scales: Sequence[float] = (1.0,),
+    steps: tuple[int, ...] = (),
+    passes: bool = False,
+    image_to_image: bool = False,
 ) -> int:
     """Denoiser evaluations of an effort at these guidance scales, as `compute_ems` would make them.
 
-    `steps` are the step counts to fit, those of the effort if empty; `passes` as in `plan_for`. Raises EstimateError for step
-    counts that cannot be.
+    `steps` are the step counts to fit, those of the effort if empty; `passes` and `image_to_image` as in `plan_for`. Raises
+    EstimateError for step counts that cannot be.
     """
     source = Source(dict.fromkeys(scales, _no_model), shape=(1, 1, 1), schedule=VPDiscrete.linear(), identity={})
-    return evaluations(job_for(source, EFFORTS[effort], steps=steps), plan_for(source, EFFORTS[effort], steps, passes))
+    plan = plan_for(source, EFFORTS[effort], steps, passes, image_to_image)
+    return evaluations(job_for(source, EFFORTS[effort], steps=steps), plan)
 
 
 def _no_model(x: Tensor, level: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Any
 
 from ...sampler import Settings
 from ..file.contents import EMSFile
-from ..file.rows import RecommendedSetting, advice_by_case
+from ..file.rows import FittedRow, RecommendedSetting, advice_by_case
 
-__all__ = ["facts_of", "gain_of", "gains_of", "lines_of", "rival_in_words"]
+__all__ = ["beginning_of", "facts_of", "gain_of", "gains_of", "lines_of", "rival_in_words"]
 
 _TIMES = {"model": "time", "vp": "VP time", "flow": "flow time"}
 _POWERS = {"1": "uniform", "1.5": "power 1.5 of", "2": "quadratic"}
@@ -32,6 +32,12 @@ def lines_of(file: EMSFile) -> list[str]:
     if file.meta.passes:
         lines += ["", "in fewer passes (of the network; a guided step makes two): error against guided steps of as many passes"]
         lines += [f"  {line}" for line in _passes_table(file)]
+    if file.meta.partial:
+        lines += [
+            "",
+            "image to image: error from a picture with noise of this sigma on it, against the best other way from there",
+        ]
+        lines += [f"  {line}" for line in _partial_table(file)]
     return lines
 
 
@@ -111,6 +117,7 @@ def facts_of(file: EMSFile) -> dict[str, Any]:
         "recommendation": [_plain(entry) for entry in meta.recommendation],
         "fitted": [asdict(row) for row in meta.fitted],
         "passes": [asdict(row) for row in meta.passes],
+        "partial": [{**asdict(row), "sigma": beginning_of(row)} for row in meta.partial],
     }
 
 
@@ -171,6 +178,20 @@ def _passes_table(file: EMSFile) -> list[str]:
         value, low, high = r.ratio
         counts = f"{r.guidance:8g}  {r.passes:6}  {r.steps:5}  {r.passes - r.steps:6}"
         lines.append(f"{counts}  {value:6.3f}  {low:.3f} to {high:.3f}")
+    return lines
+
+
+def beginning_of(row: FittedRow) -> float:
+    """The sigma at which the steps of a row for image to image begin."""
+    return math.exp(-row.lambdas[0])
+
+
+def _partial_table(file: EMSFile) -> list[str]:
+    lines = [f"{'guidance':>8}  {'sigma':>8}  {'steps':>5}  {'best other':<47} {'ratio':>6}  95 % interval"]
+    for r in sorted(file.meta.partial, key=lambda r: (r.guidance, r.lambdas[0], r.steps)):
+        value, low, high = r.ratio
+        case = f"{r.guidance:8g}  {beginning_of(r):8.3g}  {r.steps:5}  {rival_in_words(r.fixed_schedule):<47.47}"
+        lines.append(f"{case} {value:6.3f}  {low:.3f} to {high:.3f}")
     return lines
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 from dpm_solver_v3.ems_tools import cli
+from dpm_solver_v3.ems_tools import compute as compute_module
 from dpm_solver_v3.ems_tools.file.reader import load_ems_file
 
 
@@ -62,6 +65,85 @@ def test_inspect_for_programs(capsys, path):
     assert facts["statistics"]["guidance"] == [1.0, 7.5]
     assert facts["recommendation"][0]["settings"]["corrector_below"] is None
     assert len(facts["evidence"]) == 8
+
+
+POINTS = """
+import torch
+CENTRES = torch.randn(4, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+def denoiser(guidance):
+    def D(x, sigma):
+        s2, rows = sigma.double().reshape(-1, 1) ** 2, x.double().flatten(1)
+        mean = torch.softmax(-torch.cdist(rows, CENTRES).square() / (2 * (s2 + 0.09)), 1) @ CENTRES
+        return (mean + 0.09 / (0.09 + s2) * (rows - mean)).reshape(x.shape).to(x.dtype)
+    return D
+"""
+IMAGE = "--image-to-image"
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """Options that name the exact denoiser of four spread points."""
+    (tmp_path / "image_toy.py").write_text(POINTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "image_toy", raising=False)
+    options = "--model image_toy:denoiser --shape 2,4,4 --sigma-min 0.05 --sigma-max 20 --effort quick --steps 4 --device cpu"
+    return [*options.split(), "--samples", "6"]
+
+
+def planned(text):
+    return int(re.findall(r"Plan: (\d+) denoiser evaluations", text)[0])
+
+
+def test_compute_fits_steps_for_image_to_image_where_asked(capsys, model, tmp_path):
+    """The plan counts them, the table says what they are worth, the file holds them, and inspect shows them."""
+    out = ["--out", "a.ems.safetensors"]
+    costs = [planned(run(capsys, "compute", *model, *more, *out, "--dry-run")[1]) for more in ([], [IMAGE])]
+    assert costs[1] > 2 * costs[0]
+    status, text, _ = run(capsys, "compute", *model, IMAGE, *out)
+    rows = load_ems_file("a.ems.safetensors").meta.partial
+    assert status == 0 and rows and all(row.ratio[0] < 0.9 and row.steps == 4 for row in rows)
+    for row in rows:
+        said = f"image to image from sigma {math.exp(-row.lambdas[0]):.3g}, 4 steps: error {row.ratio[0]:.2f} ["
+        assert said in text
+    assert text.count("image to image from sigma") == len(rows)
+    _, shown, _ = run(capsys, "inspect", "a.ems.safetensors")
+    table = shown[shown.index("image to image: error from a picture") :].splitlines()
+    assert len(table) == 2 + len(rows) and f" {rows[0].ratio[0]:6.3f}  " in table[2]
+    facts = json.loads(run(capsys, "inspect", "a.ems.safetensors", "--json")[1])
+    assert [row["sigma"] for row in facts["partial"]] == [math.exp(-row.lambdas[0]) for row in rows]
+    status, text, error = run(capsys, "compute", *model, *out)  # another request: what is there is not replaced
+    assert status == 1 and "holds another result" in error
+
+
+def test_fit_adds_steps_for_image_to_image_and_takes_them_away(capsys, model, tmp_path):
+    compute, fit = [a for a in model if a not in ("--steps", "4")], [a for a in model if a not in ("--samples", "6")]
+    run(capsys, "compute", *compute, "--no-fit", "--intervals", "12", "--out", "b.ems.safetensors")
+    costs = [planned(run(capsys, "fit", "b.ems.safetensors", *fit, *more, "--dry-run")[1]) for more in ([], [IMAGE])]
+    assert costs[1] > 2 * costs[0]
+    with pytest.MonkeyPatch.context() as patch:  # stopped after the guided steps
+        patch.setattr(compute_module, "fit_partial", interrupted)
+        assert run(capsys, "fit", "b.ems.safetensors", *fit, IMAGE)[0] == 130
+    assert "image to image" in refused(capsys, "fit", "b.ems.safetensors", *fit)  # begun with them: finish it so
+    status, text, _ = run(capsys, "fit", "b.ems.safetensors", *fit, IMAGE)
+    meta = load_ems_file("b.ems.safetensors").meta
+    assert status == 0 and meta.partial and meta.fitted and meta.estimate["fit_partial"] is True
+    assert text.count("image to image from sigma") == len(meta.partial)
+    assert run(capsys, "fit", "b.ems.safetensors", *fit)[0] == 0
+    meta = load_ems_file("b.ems.safetensors").meta
+    assert meta.fitted and not meta.partial and "fit_partial" not in meta.estimate
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_merged_statistics_hold_no_steps_of_one_of_them(capsys, model, tmp_path):
+    for seed in "01":
+        steps = [IMAGE] if seed == "0" else ["--no-fit"]
+        run(capsys, "compute", *model, *steps, "--keep-moments", "--seed", seed, "--out", f"{seed}.ems.safetensors")
+    assert load_ems_file("0.ems.safetensors").meta.partial
+    assert run(capsys, "merge", "0.ems.safetensors", "1.ems.safetensors", "--out", "m.ems.safetensors")[0] == 0
+    assert load_ems_file("m.ems.safetensors").meta.partial == ()
 
 
 def test_verify_accepts_good_files_and_notes_the_rest(capsys, path, tmp_path, make_ems_file):

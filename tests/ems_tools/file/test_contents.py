@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import warnings
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,9 +19,18 @@ from dpm_solver_v3.ems_tools.file import layout as format_
 from dpm_solver_v3.ems_tools.file import storage as atomic
 from dpm_solver_v3.ems_tools.file.contents import EMSFile
 from dpm_solver_v3.ems_tools.file.reader import EMSFileError, decode_ems_file, load_ems_file
-from dpm_solver_v3.ems_tools.file.rows import EMSMeta, EvidenceRow, RecommendedSetting
-from dpm_solver_v3.ems_tools.judge.consistency import evidence_problems
-from dpm_solver_v3.sampler import EMSError, Settings, VPDiscrete, karras, quadratic_time, uniform_lambda, uniform_time
+from dpm_solver_v3.ems_tools.file.rows import EMSMeta, EvidenceRow, FittedRow, RecommendedSetting
+from dpm_solver_v3.ems_tools.judge.consistency import consistency_problems, evidence_problems
+from dpm_solver_v3.sampler import (
+    EMSError,
+    FittedSteps,
+    Settings,
+    VPDiscrete,
+    karras,
+    quadratic_time,
+    uniform_lambda,
+    uniform_time,
+)
 from loading import benchmark
 
 corrupt = benchmark("corrupt")
@@ -71,6 +81,28 @@ FACTS = st.dictionaries(TEXT, SCALARS | st.lists(SCALARS, max_size=3).map(tuple)
 NUMBERS = st.floats(0, 1e6)
 
 
+def several(numbers, n):
+    return st.lists(numbers, min_size=n, max_size=n).map(tuple)
+
+
+@st.composite
+def fitted_rows(draw, table, guidance, first, last):
+    """A row of this table, with evaluations from lambda `first` at the earliest to `last` at most."""
+    n = draw(st.integers(2, 4))
+    begin = first if table != "partial" else draw(st.floats(first, first + 0.9 * (last - first)))
+    lambdas = tuple(begin + (last - begin) * k / n for k in range(n))
+    guided = draw(several(st.booleans(), n)) if table == "passes" else ()
+    counts = accumulate(1 + both for both in guided) if guided else range(1, n + 1)
+    weights = tuple(draw(several(st.floats(-0.3, 0.3), k)) for k in counts)
+    start = 1.0 if table == "partial" else draw(st.floats(0.8, 1.2))
+    steps = FittedSteps(lambdas, draw(several(st.floats(0, 1), n)), weights, start, guided)
+    mine, theirs, ratio = (draw(several(NUMBERS, 3)) for _ in range(3))
+    return FittedRow(guidance, n, lambdas, steps, mine, theirs, draw(TEXT), ratio, draw(st.integers(1, 99)))
+
+
+CASES = {"fitted": lambda r: r.steps, "passes": lambda r: r.passes, "partial": lambda r: (r.steps, round(r.lambdas[0], 2))}
+
+
 @st.composite
 def files(draw):
     seed, g, n, c = (draw(st.integers(low, 4)) for low in (0, 1, 1, 1))
@@ -98,10 +130,15 @@ def files(draw):
     )
     lambdas = st.lists(st.floats(-20, 20), min_size=1, max_size=4).map(tuple)
     advice = st.builds(RecommendedSetting, st.just(axes[1][0].item()), TEXT, lambdas, chosen)
+    low, high = draw(st.floats(1e-3, 1)), draw(st.floats(2, 1e3))
+    place = (axes[1][0].item(), -math.log(high), -math.log(low))
+    tables_of_rows = {
+        name: tuple(draw(st.lists(fitted_rows(name, *place), max_size=2, unique_by=case))) for name, case in CASES.items()
+    }
     meta = EMSMeta(
         draw(st.sampled_from(["sigma", "flow"])),
-        draw(st.floats(1e-3, 1)),
-        draw(st.floats(2, 1e3)),
+        low,
+        high,
         draw(TEXT),
         draw(FACTS),
         draw(FACTS),
@@ -111,6 +148,7 @@ def files(draw):
         draw(TEXT),
         draw(TEXT),
         draw(st.dictionaries(st.from_regex(r"\A(modelspec\.|ss_)[a-z]{1,5}\Z"), TEXT, max_size=2)),
+        **tables_of_rows,
     )
     errors = {k: v.abs().half() for k, v in zip("lsb", tables, strict=True)} if draw(st.booleans()) else None
     grid, guidance = axes
@@ -121,8 +159,11 @@ def files(draw):
 @settings(max_examples=30, deadline=None)
 @given(files())
 def test_any_file_comes_back_as_it_was(file):
-    back = decode_ems_file(file.encode())
-    assert back.meta == file.meta and back.encode() == file.encode()
+    data = file.encode()
+    back = decode_ems_file(data)
+    assert back.meta == file.meta and back.encode() == data
+    version = 3 if file.meta.partial else 2 if file.meta.passes else 1
+    assert corrupt._parts(data)[0]["format_version"] == str(version)
     assert all(torch.equal(tensors_of(back)[n], v) for n, v in tensors_of(file).items())
 
 
@@ -292,6 +333,19 @@ def test_a_newer_version_says_to_update():
         decode_ems_file(corrupt._signed((metadata, tensors)))
 
 
+def test_a_file_for_image_to_image_is_of_version_3():
+    metadata, tensors = corrupt._parts(GOOD)
+    assert metadata["format_version"] == "3"  # the example has such rows
+    del metadata["partial"]
+    with pytest.raises(EMSFileError, match="is of version 3"):
+        decode_ems_file(corrupt._signed((metadata, tensors)))
+    metadata["format_version"] = "1"
+    assert decode_ems_file(corrupt._signed((metadata, tensors))).meta.partial == ()
+    older = dict(corrupt._parts(GOOD)[0], format_version="2")
+    with pytest.raises(EMSFileError, match="is of version 3"):
+        decode_ems_file(corrupt._signed((older, tensors)))
+
+
 def test_a_pickle_and_another_safetensors_file_are_named(tmp_path):
     from safetensors.torch import save_file
 
@@ -341,6 +395,17 @@ def test_evidence_against_the_recommendation_is_named():
     assert len(found) == 2
     found = evidence_problems(with_meta(evidence=meta.evidence[1:]))
     assert len(found) == 1 and "not for the same steps" in found[0]
+
+
+def test_rows_for_image_to_image_are_checked_against_themselves():
+    file = example()
+    assert consistency_problems(dataclasses.replace(file, moments={})) == []
+    first, *others = file.meta.partial
+    wrong = dataclasses.replace(first, ratio=(0.1, 0.1, 0.1))
+    (found,) = consistency_problems(dataclasses.replace(with_meta(partial=(wrong, *others)), moments={}))
+    assert "guidance 1, fitted, 3 steps in 6 passes, from lambda -2: the ratio is 0.1, but the errors give 0.5" in found
+    with pytest.raises(EMSError, match="for guidance 9; the file covers 1, 2"):
+        with_meta(partial=(dataclasses.replace(first, guidance=9.0), *others))
 
 
 # --- Atomic writing

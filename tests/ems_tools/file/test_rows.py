@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,39 @@ def test_a_fit_begins_before_most_of_the_noise_range_is_over() -> None:
     row = FittedRow(1.0, 2, lambdas, steps, errors, errors, "k", (1.0,) * 3, 4)
     with pytest.raises(EMSError, match="most of the noise range is over"):
         EMSMeta("sigma", 0.03, 14.6, fitted=(row,))
+
+
+def begun(first: float = 0.0, steps: int = 2, **changed: Any) -> FittedRow:
+    """A row for image to image from lambda `first`."""
+    lambdas = tuple(first + 0.8 * k for k in range(steps))
+    c = FittedSteps(lambdas, (0.4,) * (steps - 1) + (0.0,), tuple((0.0,) * k + (0.6,) for k in range(steps)))
+    c, errors = dataclasses.replace(c, **changed), (0.1, 0.1, 0.1)
+    return FittedRow(1.0, steps, lambdas, c, errors, errors, "k", (1.0,) * 3, 4)
+
+
+def test_rows_for_image_to_image_begin_anywhere_in_the_noise_range() -> None:
+    rows = (begun(0.0), begun(2.9), begun(2.9, 3), begun(2.91, 2))  # later than a row from noise to a picture may
+    assert EMSMeta("sigma", 0.01, 14.6, partial=rows).partial == rows
+    with pytest.raises(EMSError, match="outside the file's noise range"):
+        EMSMeta("sigma", 0.01, 14.6, partial=(begun(-4.0),))
+    with pytest.raises(EMSError, match="outside the file's noise range"):
+        EMSMeta("sigma", 0.01, 14.6, partial=(begun(4.9),))
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        ((dataclasses.replace(begun(), coefficients=None),), "must hold coefficients of at least 2 steps"),
+        ((begun(steps=1),), "must hold coefficients of at least 2 steps"),
+        ((begun(guided=(True, False), weights=((0.1, 0.5), (0.0, 0.1, 0.5))),), "leave out no passes"),
+        ((begun(start=1.1),), "its start factor is 1"),
+        ((begun(0.0), begun(0.004)), "each for another scale, number or beginning"),
+        (tuple(begun(0.01 * k, steps) for k in range(220) for steps in range(2, 7)), "must be at most 1024"),
+    ],
+)
+def test_what_is_no_row_for_image_to_image_is_refused(rows: tuple[FittedRow, ...], why: str) -> None:
+    with pytest.raises(EMSError, match=why):
+        EMSMeta("sigma", 0.001, 14.6, partial=rows)
 
 
 @pytest.mark.parametrize("change", ["start", "decay", "weights", "row"])

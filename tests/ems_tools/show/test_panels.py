@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from dpm_solver_v3.ems_tools.file.reader import load_ems_file
-from dpm_solver_v3.ems_tools.show.describe import gain_of, gains_of, lines_of, rival_in_words
+from dpm_solver_v3.ems_tools.file.rows import FittedRow
+from dpm_solver_v3.ems_tools.show.describe import facts_of, gain_of, gains_of, lines_of, rival_in_words
 from dpm_solver_v3.ems_tools.show.panels import Curve, Panel, limits_of, statistics_of, style_of, summary_of, ticks_between
+from dpm_solver_v3.sampler import FittedSteps
 
 SHIPPED = Path(__file__).resolve().parents[3] / "stats" / "embedded-emoji.ems.safetensors"
 
@@ -56,6 +58,22 @@ def test_summary_shows_the_fitted_steps_of_the_shipped_file():
 
 def test_nothing_is_claimed_where_nothing_was_fitted(make_ems_file):
     assert gains_of(make_ems_file()) == [] and gain_of(make_ems_file()) == ""
+    assert not any("image to image" in line for line in lines_of(make_ems_file()))
+
+
+def test_steps_for_image_to_image_have_a_table(make_ems_file):
+    def row(first: float, ratio: float) -> FittedRow:
+        steps = FittedSteps((first, first + 1.0), (0.4, 0.0), ((0.6,), (0.0, 1.0)))
+        errors, name = (0.1, 0.1, 0.1), "this sampler without a file on the model's time"
+        return FittedRow(7.5, 2, steps.lambdas, steps, errors, errors, name, (ratio, ratio / 2, 2 * ratio), 5)
+
+    file = make_ems_file()
+    file = dataclasses.replace(file, meta=dataclasses.replace(file.meta, partial=(row(1.0, 0.31), row(-2.0, 0.62))))
+    text = lines_of(file)
+    table = text[next(k for k, line in enumerate(text) if line.startswith("image to image: ")) + 2 :]
+    assert [line.split()[:3] for line in table] == [["7.5", "7.39", "2"], ["7.5", "0.368", "2"]]  # the noisiest first
+    assert table[1].endswith("this sampler without a file on the model's time  0.310  0.155 to 0.620")
+    assert [entry["sigma"] for entry in facts_of(file)["partial"]] == [math.exp(-1.0), math.exp(2.0)]
 
 
 def test_summary_without_evidence_says_so(make_ems_file):
