@@ -9,7 +9,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..ems_tools.hosting import Clock, Origin, Run, Steps, choose_steps, sample_on_trial, told_of_passes, unfitted_steps
+from ..ems_tools.hosting import (
+    Clock,
+    Handed,
+    Origin,
+    Run,
+    Steps,
+    choose_steps,
+    sample_on_trial,
+    told_of_image,
+    told_of_passes,
+    unfitted_steps,
+)
 from ..sampler import half_corrector_sigma
 from . import host
 from .find import Found, find, find_file, identity_of, none_for, trust
@@ -38,6 +49,8 @@ PASSES_NAME = "dpm_solver_v3_fewer_passes"
 AUTO = "auto"
 EVERYWHERE, HALF = "everywhere", "half (paper)"
 _SAID: set[str] = set()
+_HANDED = Handed()
+"""What the host's dropdown and the node Scheduler were given: the host keeps no word of which schedule it was."""
 
 
 def sample_host(
@@ -66,8 +79,11 @@ def sample_host(
     if below != AUTO:
         options["corrector_below"] = half_corrector_sigma(level_table(run.sampling)) if below == HALF else float("inf")
     clock = Clock(callback)
-    given = (trust(), found.origin, _tell, model, x, sigmas, extra_args, clock, disable)
+    given, inside = (trust(), found.origin, _tell, model, x, sigmas, extra_args, clock, disable), _HANDED.is_part(sigmas)
     sample = partial(sample_on_trial, *given, ems=found.ems, space=run.space, guidance=run.guidance, **options)
+    sample = partial(sample, image_to_image=inside)
+    if inside and (said := told_of_image(found.ems, sigmas, run.space)):
+        host.log(said)
     reason = why_not(run, extra_args or {})
     try:
         out = sample(passes=None if reason else passes)
@@ -185,7 +201,7 @@ def told(chosen: Steps) -> Tensor:
     """The levels in float32; what they are is told on the node and in the log."""
     host.say_first(chosen.message, chosen.brief, executing().node)
     host.log(chosen.message, warn=not chosen.fitted)
-    return chosen.levels.to(torch.float32)
+    return _HANDED.give(chosen.levels.to(torch.float32), chosen.part)
 
 
 def chosen_steps(

@@ -29,8 +29,8 @@ __all__ = ["MATCH", "FittedSteps", "between", "formula_step"]
 
 MATCH = 2e-3
 """Largest difference in lambda between a schedule and the fitted one for its coefficients to apply."""
-REACH = 0.65
-"""How far in lambda a run may begin from the nearest beginning that was fitted."""
+APART, REACH = 1.3, 0.25
+"""In lambda: how far apart two fitted beginnings may lie for a run to begin between them, and how far from one it may else."""
 
 
 @dataclass(frozen=True)
@@ -100,17 +100,16 @@ def formula_step(lambdas: Sequence[float], i: int, then: float) -> tuple[float, 
 def between(known: Iterable[FittedSteps], first: float, steps: int) -> FittedSteps | None:
     """Steps for a run of `steps` evaluations that begins at lambda `first`, from those fitted for other beginnings.
 
-    None where none of them has so many steps, or none begins within REACH of `first`.
+    None where none of them has so many steps, or none begins near enough.
     """
     rows = sorted((r for r in known if len(r.lambdas) == steps and not r.guided), key=lambda r: r.lambdas[0])
-    near = min(rows, key=lambda r: abs(r.lambdas[0] - first), default=None)
-    if near is None or abs(near.lambdas[0] - first) > REACH:
-        return None
     for low, high in pairwise(rows):
-        if low.lambdas[0] <= first <= high.lambdas[0] <= low.lambdas[0] + 2 * REACH:
-            share = (first - low.lambdas[0]) / (high.lambdas[0] - low.lambdas[0])
+        apart = high.lambdas[0] - low.lambdas[0]
+        if low.lambdas[0] <= first <= high.lambdas[0] and 0 < apart <= APART:
+            share = (first - low.lambdas[0]) / apart
             return _mixed([(1 - share, low), (share, high)], first)
-    return _mixed([(1.0, near)], first)
+    near = min(rows, key=lambda r: abs(r.lambdas[0] - first), default=None)
+    return None if near is None or abs(near.lambdas[0] - first) > REACH else _mixed([(1.0, near)], first)
 
 
 def _mixed(parts: Sequence[tuple[float, FittedSteps]], first: float) -> FittedSteps | None:

@@ -9,8 +9,19 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..ems_tools.hosting import Clock, Origin, choose_steps, sample_on_trial, told_of_passes, unfitted_steps
-from ..sampler import AUTO, LevelTable, SolverOptions, Space, StepInfo, settings_for, takes_typical_steps
+from ..ems_tools.hosting import (
+    Clock,
+    Handed,
+    Origin,
+    choose_steps,
+    sample_on_trial,
+    told_of_image,
+    told_of_passes,
+    unfitted_steps,
+)
+from ..sampler import AUTO, LevelTable, Space, StepInfo, settings_for, takes_typical_steps
+from ..sampler.choice import fitted_for
+from ..sampler.settings import OPTIONS
 from . import fewer, host, model
 from .find import NONE, Found, facts_of, find, find_entry, trust
 from .objects import Denoiser, StepTold, Wrap
@@ -36,6 +47,8 @@ MEASURE = "dpm_solver_v3_measure"
 """Attribute of the processing object: what to do instead of sampling, `(denoiser, x, extra_args) -> x`."""
 _SAID: dict[str, str] = {}
 """What was said last about each topic."""
+_HANDED = Handed()
+"""What the schedule types were given: the host tells the sampler neither which one it is nor that the run is image to image."""
 
 
 class _SwitchedError(Exception):
@@ -100,14 +113,14 @@ def _sample(
         raise host.HostError(f"this schedule type has no noise levels for this model: choose Simple, Beta or {FITTED_LABEL}")
     choice = chosen(run.p)
     options = choice.solver()
-    sigmas = torch.unique_consecutive(sigmas)
+    sigmas, inside = torch.unique_consecutive(sigmas), _HANDED.is_part(sigmas)
     part = "hires" if getattr(run.p, "is_hr_pass", False) else ""
     start, known = 0, None
     while True:
         run, watched = model.running(denoiser), _Watched(denoiser, known)
         passes, reason = fewer.HostPasses(denoiser, watched), fewer.why_not(denoiser, run, extra_args)
         guidance = run.guidance(extra_args.get("cond_scale"))
-        found = _statistics(run, x, sigmas[start:], guidance, choice, options, part)
+        found = _statistics(run, x, sigmas[start:], guidance, choice, part, inside)
         clock = Clock(_told(callback, start))
         try:
             out = sample_on_trial(
@@ -124,6 +137,7 @@ def _sample(
                 space=run.space,
                 guidance=guidance,
                 passes=None if reason else passes,
+                image_to_image=inside,
                 **options,
             )
             if found.missing:
@@ -149,18 +163,26 @@ def _told(callback: StepTold | None, start: int) -> StepTold | None:
 
 
 def _statistics(
-    run: model.Running, x: Tensor, sigmas: Tensor, guidance: float, choice: Choice, options: SolverOptions, part: str
+    run: model.Running,
+    x: Tensor,
+    sigmas: Tensor,
+    guidance: float,
+    choice: Choice,
+    part: str,
+    inside: bool,
 ) -> Found:
+    options = choice.solver()
     try:
         found = find(run, x, guidance, choice.ems, choice.same_architecture)
     except Exception as error:  # the picture comes first
         found = Found(None, f"looking for EMS failed ({type(error).__name__}: {error}): sampling without statistics", NONE)
     _say(f"statistics {part}", found.message)
     levels = sigmas.detach().to("cpu", torch.float64)
-    advice = None if found.ems is None else found.ems.recommendation
-    lambdas = run.space.lambda_of(levels).tolist()
-    fitted = advice is not None and all(v == AUTO for v in options.values()) and advice.fitted_for(lambdas) is not None
-    own_steps = fitted or takes_typical_steps(levels, run.space, found.ems, options)
+    set_ones = {**dict.fromkeys(OPTIONS, AUTO), **options}
+    fitted = fitted_for(levels, run.space, found.ems, set_ones, image_to_image=inside)
+    if inside and (said := told_of_image(found.ems, levels, run.space)):
+        _say(f"image {part}", said)
+    own_steps = fitted is not None or takes_typical_steps(levels, run.space, found.ems, options)
     used = None if own_steps else settings_for(levels, run.space, found.ems, options, guidance)
     record(run.p, choice, found.title, used, part)
     return found
@@ -210,7 +232,7 @@ def _schedule(
         title, levels = unfitted_steps(_any_schedule(run, sigma_min, sigma_max), n)
         message = f"looking for fitted steps failed ({type(error).__name__}: {error}): {title} steps instead"
     _say(f"schedule {'hires' if getattr(run.p, 'is_hr_pass', False) else ''}", message)
-    return levels.to(device, torch.float32)
+    return _HANDED.give(levels.to(device, torch.float32), part=False)
 
 
 def _any_schedule(run: model.Running, sigma_min: float, sigma_max: float) -> LevelTable:

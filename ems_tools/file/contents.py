@@ -168,6 +168,10 @@ class EMSFile:
         lambdas = torch.tensor([*row.lambdas, math.inf], dtype=torch.float64)
         return Space(self.meta.space).level_of(lambdas), row.coefficients
 
+    def at_hand_for_images(self, guidance: float) -> bool:
+        """Whether the file holds steps for image to image at this guidance scale."""
+        return bool(self._near(self.meta.partial, guidance))
+
     def fitted_sigmas(self, steps: int, guidance: float, denoise: float = 1.0) -> Tensor:
         """The schedule fitted for `steps` evaluations at this guidance scale: host levels [steps + 1] in float64.
 

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = ["beginnings", "evaluations_of_partial", "fine_grid", "fit_partial"]
 
-BEGINNINGS = (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0)
-"""Lambdas: sigma 55, 20, 7.4, 2.7, 1 and 0.37, in units of what a latent's elements are like, about 1."""
-NOISIER, CLEANER = 0.4, 1.2
+BEGINNINGS = (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0)
+"""Lambdas: sigma 55, 20, 7.4, 2.7, 1, 0.37 and 0.14, in units of what a latent's elements are like, about 1."""
+NOISIER, CLEANER = 0.4, 1.8
 """How far in lambda a beginning lies from the ends of the noise range, at least."""
 SPACINGS = (Spacing("vp", 2.0, 1.0), Spacing("sigma", 7.0, 1.0), Spacing("lambda", 1.0, 1.5))
 SEARCH, INTERVALS, GRADED = 3, 22, 1.5

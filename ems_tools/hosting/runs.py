@@ -28,6 +28,7 @@ __all__ = [
     "choose_steps",
     "one_line",
     "printable",
+    "told_of_image",
     "told_of_passes",
     "unfitted_steps",
 ]
@@ -71,13 +72,15 @@ class Statistics:
 class Steps:
     """Host levels [n + 1] in float64, whether they were fitted to the model, and what to tell the user.
 
-    `brief` is for a place where another message says already that there is no file.
+    `brief` is for a place where another message says already that there is no file. `part`: the levels are the last part of a
+    longer schedule, denoise is below 1.
     """
 
     levels: Tensor
     fitted: bool
     message: str
     brief: str = ""
+    part: bool = False
 
 
 def choose_statistics(file: EMSFile, name: str, reason: str, run: Run, shape: tuple[int, ...]) -> Statistics:
@@ -145,10 +148,12 @@ def choose_steps(
             return Steps(fewer[0], True, told, told)
         levels = file.fitted_sigmas(steps, run.guidance, denoise)
         told = one_line(f"schedule fitted for {steps} steps at cfg {run.guidance:g}, from {name}", why)
-        return Steps(levels, True, told, told)
+        return Steps(levels, True, told, told, denoise < 1)
     title, levels = unfitted_steps(run.schedule, max(round(steps / denoise), steps))
     message = f"{why}: {title} steps instead"
-    return Steps(levels[-(steps + 1) :], False, message, f"{title} steps" if file is None else message)
+    if file is not None and run.guidance is not None and file.at_hand_for_images(run.guidance):
+        message += "; image to image (denoise below 1) takes those fitted for that"
+    return Steps(levels[-(steps + 1) :], False, message, f"{title} steps" if file is None else message, denoise < 1)
 
 
 def told_of_passes(made: int, ems: EMS | None, levels: Tensor, space: Space, reason: str, instead: str) -> str:
@@ -171,6 +176,13 @@ def told_of_passes(made: int, ems: EMS | None, levels: Tensor, space: Space, rea
         return f"{made} passes of the network in {len(lambdas) - 1} steps{tried}"
     meant = advice is not None and steps is not None and advice.fitted_for(lambdas) is None
     return f"no pass was left out ({reason}): take {instead} with this" if meant and reason else ""
+
+
+def told_of_image(ems: EMS | None, levels: Tensor, space: Space) -> str:
+    """What a run of image to image with these `levels` [n + 1] takes; "" where nothing was fitted for it."""
+    lambdas = space.lambda_of(levels.detach().to("cpu", torch.float64)).tolist()
+    steps = None if ems is None or ems.recommendation is None else ems.recommendation.partial_for(lambdas)
+    return f"image to image: {len(lambdas) - 1} steps fitted for it, from sigma {math.exp(-lambdas[0]):.3g} on" if steps else ""
 
 
 def one_line(*messages: str) -> str:

@@ -2,7 +2,7 @@
 
 Hosts call `sample_on_trial` in place of the sampler. A file that was computed on this machine is believed. Any other is watched
 in the first run of each kind (`judge.trial`). If that shows that it does not suit the model, the picture is made anew with data
-prediction, and the file is not used again; after a trial of steps in fewer passes that fails, without those.
+prediction, and the file is not used again; where steps in fewer passes or for image to image fail theirs, only these are not.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,11 +37,11 @@ from ...sampler import (
     sample_dpm_solver_v3,
     settings_for,
 )
+from ...sampler.choice import fitted_for
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ...sampler.plan import Plan
     from ..file.contents import EMSFile
     from ..judge.trial import Trial, Verdict
 
@@ -68,7 +68,7 @@ class Origin:
             digest = hashlib.sha256()
             for name in ("lambdas", "guidance", "l", "s", "b"):
                 digest.update(getattr(self.file, name).contiguous().numpy().data)
-            rows = (*self.file.meta.fitted, *self.file.meta.passes)
+            rows = (*self.file.meta.fitted, *self.file.meta.passes, *self.file.meta.partial)
             digest.update(json.dumps([fitted_values(row) for row in rows]).encode())
             digest.update(repr(self.file.meta.recommendation).encode())
             _KEYS[self.file] = digest.hexdigest()[:32]
@@ -100,19 +100,25 @@ class TrustBook:
 
     def refusal(self, origin: Origin) -> str:
         """Why the file is not used any more, "" if it may be."""
-        why = self._load().get(origin.key, {}).get("failed", "")
-        return why if isinstance(why, str) and why.isprintable() else ""
+        return self._why(origin, "failed")
 
     def guided_only(self, origin: Origin) -> str:
         """Why the file's steps in fewer passes are not taken any more, "" if they may be."""
-        why = self._load().get(origin.key, {}).get("guided", "")
-        return self.refusal(origin) or (why if isinstance(why, str) and why.isprintable() else "")
+        return self.refusal(origin) or self._why(origin, "guided")
 
-    def note(self, origin: Origin, case: str, failure: str = "", fewer: bool = False) -> None:
-        """Keep the outcome of a trial; `fewer`: of steps in fewer passes, without which the file may still do."""
+    def no_images(self, origin: Origin) -> str:
+        """Why the file's steps for image to image are not taken any more, "" if they may be."""
+        return self.refusal(origin) or self._why(origin, "image")
+
+    def note(self, origin: Origin, case: str, failure: str = "", part: str = "failed") -> None:
+        """Keep the outcome of a trial; `part` "guided" or "image": of such steps alone, without which the file may still do."""
         passed = _texts(self._load().get(origin.key, {}).get("passed"))
         facts: dict[str, object] = {"passed": [*passed, case][-_CASES:]}
-        self._note(origin.key, {"guided" if fewer else "failed": failure} if failure else facts)
+        self._note(origin.key, {part: failure} if failure else facts)
+
+    def _why(self, origin: Origin, part: str) -> str:
+        why = self._load().get(origin.key, {}).get(part, "")
+        return why if isinstance(why, str) and why.isprintable() else ""
 
     def _note(self, key: str, facts: dict[str, object]) -> None:
         with self._lock:
@@ -162,6 +168,7 @@ def sample_on_trial(  # noqa: PLR0913 - nine are the sampler's
     space: Space | str = Space.SIGMA,
     guidance: float | None = None,
     passes: Answers | None = None,
+    image_to_image: bool = False,
     **options: Unpack[SolverOptions],
 ) -> Tensor:
     """`sample_dpm_solver_v3`, with statistics that are not known to be right watched on their first use.
@@ -172,6 +179,7 @@ def sample_on_trial(  # noqa: PLR0913 - nine are the sampler's
         tell: shown to the user.
         model, x, sigmas, extra_args, callback, disable, ems, space, guidance, options: the sampler's.
         passes: the sampler's too; the trial of steps in fewer passes makes both at every evaluation.
+        image_to_image: the sampler's too.
 
     Returns:
         x at sigmas[-1]; of a file that fails, the picture that sampling without it gives.
@@ -180,7 +188,7 @@ def sample_on_trial(  # noqa: PLR0913 - nine are the sampler's
         ValueError, EMSError, SamplingError: as the sampler does.
     """
     given = (x, sigmas, extra_args, callback, disable)
-    run = partial(sample_dpm_solver_v3, space=space, guidance=guidance, **options)
+    run = partial(sample_dpm_solver_v3, space=space, guidance=guidance, image_to_image=image_to_image, **options)
     if ems is None or origin is None:
         return run(model, *given, ems=ems)
     if refusal := book.refusal(origin):
@@ -189,53 +197,71 @@ def sample_on_trial(  # noqa: PLR0913 - nine are the sampler's
     space, levels = Space.of(space), sigmas.detach().to("cpu", torch.float64)
     chosen = {name: options.get(name, AUTO) for name in _OPTIONS}
     passes = None if book.guided_only(origin) else passes
-    steps = _fitted_for(ems, space.lambda_of(levels), passes) if all(value == AUTO for value in chosen.values()) else None
-    fewer = steps is not None and bool(steps.guided)
-    plain = steps is None and settings_for(levels, space, ems, chosen, guidance).strength == 0  # whatever the file says
-    kind = ", fewer passes" if fewer else ", fitted" if steps else ""
-    case = f"guidance {guidance}, {len(levels) - 1} steps{kind}"
-    if plain or len(levels) < 3 or book.is_trusted(origin, case):
+    image_to_image = image_to_image and not book.no_images(origin)
+    run = partial(run, image_to_image=image_to_image)
+    fitted = fitted_for(levels, space, ems, chosen, passes is not None, image_to_image)
+    case = _case_of(levels, fitted, space, guidance)
+    plain = fitted is None and settings_for(levels, space, ems, chosen, guidance).strength == 0  # whatever the file says
+    if plain or len(levels) < 3 or book.is_trusted(origin, case.name):
         return run(model, *given, ems=ems, passes=passes)
     from ..judge.trial import Trial  # here, because a host that starts needs no judge
 
-    trial = Trial(model, space, x, passes if fewer else None)
+    trial = Trial(model, space, x, passes if case.part == "guided" else None)
     plan_of = partial(plan_for, space=space, guidance=guidance, **options)
-    end, verdict = _tried(trial, partial(run, trial, *given, ems=ems), levels, origin.file, steps, plan_of, extra_args or {})
+    judge = partial(trial.verdict, plan_of=plan_of, extra_args=extra_args or {}, **_facts_of(case, space, origin.file))
+    end, verdict = _tried(trial, partial(run, trial, *given, ems=ems), judge)
     if verdict.passed:
         if verdict.ratio is not None:
-            book.note(origin, case)
+            book.note(origin, case.name)
         return end
-    tell(failure := _failure(origin, case, verdict, fewer))
+    tell(failure := _failure(origin, case, verdict))
     end = run(model, *given, ems=None)  # raises where it is the model that fails: then nothing is held against the file
-    book.note(origin, case, failure, fewer)
+    book.note(origin, case.name, failure, case.part)
     return end
 
 
-def _tried(
-    trial: Trial,
-    run: Callable[..., Tensor],
-    levels: Tensor,
-    file: EMSFile,
-    steps: FittedSteps | None,
-    plan_of: Callable[[Tensor], Plan],
-    extra_args: Mapping[str, object],
-) -> tuple[Tensor, Verdict]:
-    """The run with the statistics, or with fitted `steps` of the file, and what it showed."""
+@dataclass(frozen=True)
+class _Case:
+    """What a run takes of a file: its levels, fitted steps if any, what is refused where they fail, and its kind."""
+
+    levels: Tensor
+    steps: FittedSteps | None
+    part: str
+    name: str
+
+
+def _case_of(
+    levels: Tensor, fitted: tuple[tuple[float, ...], FittedSteps] | None, space: Space, guidance: float | None
+) -> _Case:
+    name = f"guidance {guidance}, {len(levels) - 1} steps"
+    if fitted is None:
+        return _Case(levels, None, "failed", name)
+    on, steps = fitted
+    if on != tuple(levels.tolist()):
+        first = round(2 * float(space.lambda_of(levels[:1]))) / 2
+        return _Case(torch.tensor(on, dtype=torch.float64), steps, "image", f"{name}, image to image from lambda {first}")
+    return _Case(levels, steps, *(("guided", f"{name}, fewer passes") if steps.guided else ("failed", f"{name}, fitted")))
+
+
+def _facts_of(case: _Case, space: Space, file: EMSFile) -> dict[str, Any]:
+    """What a trial is judged by, as `Trial.verdict` has it."""
+    low, high, steps = file.meta.sigma_min, file.meta.sigma_max, case.steps
+    if case.part == "image":  # such a run does not begin late
+        high = min(high, float((-space.lambda_of(case.levels[:1])).exp()))
+    others = partial(_usual, case.levels, space, low, steps.passes // 2) if steps else None
+    stated = _stated(file, steps) if steps and case.part == "guided" else math.inf
+    return {"levels": case.levels, "others": others, "sigmas": (low, high), "stated": stated}
+
+
+def _tried(trial: Trial, run: Callable[..., Tensor], judge: Callable[[Tensor], Verdict]) -> tuple[Tensor, Verdict]:
+    """The run with the statistics, or with fitted steps of the file, and what it showed."""
     from ..judge.trial import Verdict
 
-    fewer, low, high = trial.passes is not None, file.meta.sigma_min, file.meta.sigma_max
     try:
-        end = run(passes=trial.answers if fewer else None)
-        others = partial(_usual, levels, trial.space, low, steps.passes // 2) if steps else None
-        stated = _stated(file, steps) if steps and fewer else math.inf
-        return end, trial.verdict(end, levels, others, plan_of, (low, high), extra_args, stated)
+        end = run(passes=trial.answers if trial.passes is not None else None)
+        return end, judge(end)
     except SamplingError:
         return trial.start, Verdict(math.inf)
-
-
-def _fitted_for(ems: EMS, lambdas: Tensor, passes: Answers | None) -> FittedSteps | None:
-    """The steps that the file holds for this schedule; those in fewer passes only if they can be made."""
-    return ems.recommendation.fitted_for(lambdas.tolist(), passes is not None) if ems.recommendation else None
 
 
 def _stated(file: EMSFile, steps: FittedSteps) -> float:
@@ -251,16 +277,15 @@ def _usual(levels: Tensor, space: Space, low: float, steps: int, begin: float | 
     return usual if begin else torch.cat([levels[:1], usual[1:]])
 
 
-def _failure(origin: Origin, case: str, verdict: Verdict, fewer: bool) -> str:
+def _failure(origin: Origin, case: _Case, verdict: Verdict) -> str:
     """What the user is told of a file that failed."""
-    if fewer:
-        return (
-            f"the steps in fewer passes of {origin.name} are not taken: the first run with them ({case}) shows that they do "
-            f"not suit this model (they lead {verdict.ratio:.3g} times as far off as right ones). Every step is guided; to "
-            "have such steps that fit, compute them for this model"
-        )
-    return (
-        f"EMS {origin.name} were not used: the first run with them ({case}) shows that they do not suit this model (they "
-        f"lead {verdict.ratio:.3g} times as far off as right ones). Sampling with data prediction; to have statistics "
-        "that fit, compute them for this model"
+    off = f"(they lead {verdict.ratio:.3g} times as far off as right ones)"
+    shown = f"the first run with them ({case.name}) shows that they do not suit this model {off}"
+    if case.part == "failed":
+        advice = "Sampling with data prediction; to have statistics that fit, compute them for this model"
+        return f"EMS {origin.name} were not used: {shown}. {advice}"
+    what, then = (
+        ("in fewer passes", "Every step is guided") if case.part == "guided" else ("for image to image", "Sampling without")
     )
+    advice = f"{then}; to have such steps that fit, compute them for this model"
+    return f"the steps {what} of {origin.name} are not taken: {shown}. {advice}"

@@ -1,0 +1,42 @@
+"""The schedules that our own scheduler gave to the host, by which its sampler knows their last part again.
+
+For image to image a host asks for the schedule of more steps and gives the sampler its last part; denoise itself it tells
+neither of the two. Only there may the sampler place evaluations where a file has fitted them for such a beginning: any other
+schedule was chosen by the user, and is followed exactly.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+__all__ = ["Handed"]
+
+_KEPT = 64
+_TOLERANCE = 1e-5
+"""Relative, of levels: hosts hold them in float32."""
+
+
+class Handed:
+    """The latest schedules that were given out."""
+
+    def __init__(self) -> None:
+        self._known: deque[tuple[Tensor, bool]] = deque(maxlen=_KEPT)
+
+    def give(self, levels: Tensor, part: bool) -> Tensor:
+        """Remember `levels` [n + 1], which are the last part of a schedule already or a whole one, and return them."""
+        self._known.append((levels.detach().to("cpu", torch.float64, copy=True), part))
+        return levels
+
+    def is_part(self, levels: Tensor) -> bool:
+        """Whether these levels are the last part of a schedule that was given out."""
+        mine = levels.detach().to("cpu", torch.float64)
+        return len(mine) > 1 and any(_ends_with(known, part, mine) for known, part in self._known)
+
+
+def _ends_with(known: Tensor, part: bool, mine: Tensor) -> bool:
+    if len(mine) > len(known) - (not part):
+        return False
+    return torch.allclose(known[len(known) - len(mine) :], mine, rtol=_TOLERANCE, atol=0)
