@@ -55,6 +55,7 @@ class ComputeNode:
         steps: str = "auto",
         guider: Guider | None = None,
         fewer_passes: bool = False,
+        image_to_image: bool = False,
         unique_id: str = "",
         prompt: Prompt | None = None,
     ) -> dict[str, object]:
@@ -82,6 +83,7 @@ class ComputeNode:
             steps=_step_counts(steps),
             node=str(unique_id),
             passes=fewer_passes,
+            image_to_image=image_to_image,
         )
         file, path = measure(request)
         trust().computed(file)
@@ -171,6 +173,14 @@ def _optional() -> dict[str, tuple[object, ...]]:
                 "default": False,
                 "tooltip": "Also fit steps that leave out the negative prompt's pass here and there, for the scheduler "
                 "dpm_solver_v3_fewer_passes. Takes up to four times as long.",
+            },
+        ),
+        "image_to_image": (
+            "BOOLEAN",
+            {
+                "default": False,
+                "tooltip": "Also fit steps for image to image (denoise below 1, hires fix), which dpm_solver_v3 takes with the "
+                "scheduler dpm_solver_v3_fitted. Several times as long: name the step counts you use.",
             },
         ),
     }

@@ -53,6 +53,7 @@ class Request:
         steps: step counts to fit, () for the effort's.
         node: id of the node.
         passes: fit steps in fewer passes as well, which needs plain guidance.
+        image_to_image: fit steps for image to image as well.
     """
 
     guider: Guider
@@ -69,6 +70,7 @@ class Request:
     steps: tuple[int, ...]
     node: str
     passes: bool = False
+    image_to_image: bool = False
 
 
 def measure(r: Request) -> tuple[EMSFile, Path]:
@@ -89,7 +91,7 @@ def measure(r: Request) -> tuple[EMSFile, Path]:
         start=start_of(sampling, table),
     )
     job = job_for(source, EFFORTS[r.effort], r.seed, r.steps)
-    plan = plan_for(source, EFFORTS[r.effort], r.steps, r.passes)
+    plan = plan_for(source, EFFORTS[r.effort], r.steps, r.passes, r.image_to_image)
     folder = host.output_folder()
     path, done = place_for(folder, r.name, source, job, plan, host.log, keep_moments=r.keep_moments)
     if done is None:

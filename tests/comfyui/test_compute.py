@@ -60,6 +60,22 @@ def test_the_fitted_schedule(any_server: Any, nodes: Any) -> None:
     assert "no EMS for this model: run Compute EMS once for fitted steps: Karras steps instead" in any_server.log()
 
 
+def test_steps_for_image_to_image_are_fitted_where_asked(any_server: Any, nodes: Any) -> None:
+    """The file holds them, the report shows them, progress counts them; without the input it is another request."""
+    asked = compute("begun", "1, 3", steps="4", image_to_image=True)
+    most = []
+    for part, name in ((asked, "begun"), (compute("begun", "1, 3", steps="4"), "begun_2")):
+        any_server.events.clear()
+        outputs = any_server.run(nodes(*slow(0.0), part))
+        (progress, *_) = [p for p in reversed(any_server.progress()) if p["node"] == "compute"]
+        assert 0.97 * progress["max"] < progress["value"] <= progress["max"]  # a spacing may come to the same levels
+        most.append(progress["max"])
+        rows = load_ems_file(ems_file(any_server, name)).meta.partial
+        assert bool(rows) == (name == "begun") and {row.steps for row in rows} <= {4}
+        assert ("image to image: error from a picture" in outputs["compute"]["text"][0]) == bool(rows)
+    assert most[0] > 2 * most[1]
+
+
 def test_two_scales_two_prompts_and_previews(server: Any, nodes: Any) -> None:
     """With a CLIP the built-in prompts are used too; progress reaches its end; the time left is said on the node."""
     parts = [*slow(0.001), ("clip", "Test_TextLabel", {})]
