@@ -151,7 +151,9 @@ class EMSFile:
     def _near(self, rows: Sequence[FittedRow], guidance: float) -> list[FittedRow]:
         """Those of the nearest scale with fitted steps, if it is near enough: a scale whose fewer passes lost has none."""
         low, high = FITTED_REACH
-        scales = [g for g in sorted({r.guidance for r in self.meta.fitted}) if low <= guidance / g <= high]
+        scales = [
+            g for g in sorted({r.guidance for r in (*self.meta.fitted, *self.meta.partial)}) if low <= guidance / g <= high
+        ]
         if not scales:
             return []
         nearest = self._nearest(guidance, scales)
