@@ -25,6 +25,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -202,23 +203,39 @@ def _commands(file: EMSFile, folder: Path) -> EMSFile:
 def _sampled(file: EMSFile, draw: random.Random) -> tuple[bool, float]:
     """Whether a message said that the file is left out, and the squared error over that without it."""
     kind = draw.randrange(3)
-    fitted = bool(file.meta.fitted) and kind == 0
+    fitted, inside = bool(file.meta.fitted) and kind == 0, bool(file.meta.partial) and kind == 1
     levels, seed = file.fitted_sigmas(STEPS, 2.0) if fitted else _usual(kind < 2), draw.randrange(20)
+    x = _noise(seed) * levels[0].float()
+    if inside:
+        x, levels = _begin(seed, draw.choice(file.meta.partial))
     told: list[str] = []
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        ems = file.at(2.0)
-        x, origin = _noise(seed) * levels[0].float(), Origin(file, "theirs")
-        out = sample_on_trial(TrustBook(None), origin, told.append, denoiser, x, levels, disable=True, ems=ems, guidance=2.0)
+        ems, origin, given = file.at(2.0), Origin(file, "theirs"), (denoiser, x, levels)
+        options: dict[str, Any] = {"disable": True, "guidance": 2.0, "image_to_image": inside}
+        out = sample_on_trial(TrustBook(None), origin, told.append, *given, ems=ems, **options)
     if not torch.isfinite(out).all():
         raise ArithmeticError("the picture is not finite")
-    exact, without = _right(seed, kind < 2 or fitted)
+    exact, without = _right_from(x, levels) if inside else _right(seed, kind < 2 or fitted)
     ratio = float((out - exact).square().mean()) / max(float((without - exact).square().mean()), 1e-7)
     return bool(told or warned), ratio
 
 
 def _noise(seed: int) -> Tensor:
     return torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def _begin(seed: int, row: FittedRow) -> tuple[Tensor, Tensor]:
+    """What a run of image to image of so many steps begins with, another picture with noise on it, and its usual levels."""
+    levels = karras(EDM(LOW, math.exp(-row.lambdas[0])), row.steps, to_zero=True)
+    return _right(seed + 20, True)[0] + _noise(seed) * levels[0].float(), levels
+
+
+def _right_from(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """The converged picture of a run from there, and what a user without the file gets."""
+    fine = uniform_lambda(EDM(LOW, float(levels[0])), 150, to_zero=True)
+    exact = sample_dpm_solver_v3(denoiser, x, fine, disable=True)
+    return exact, sample_dpm_solver_v3(denoiser, x, levels, disable=True, guidance=2.0)
 
 
 def _usual(by_karras: bool) -> Tensor:
