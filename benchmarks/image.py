@@ -34,7 +34,7 @@ from dpm_solver_v3.ems_tools.estimate.source import Source
 from dpm_solver_v3.ems_tools.file.rows import FittedRow
 from dpm_solver_v3.ems_tools.fit.partial import fine_grid, fit_partial
 from dpm_solver_v3.ems_tools.fit.spacing import Range, Spacing
-from dpm_solver_v3.ems_tools.trajectory import Runner, Trajectories, few_steps, teach
+from dpm_solver_v3.ems_tools.trajectory import Runner, Trajectories, few_steps, pictures_of, teach
 from dpm_solver_v3.sampler import EDM, karras, sample_dpm_solver_v3, uniform_time
 from dpm_solver_v3.sampler.fitted import between
 
@@ -72,10 +72,8 @@ class Judge:
         self.job = replace(
             job_for(source, EFFORTS["quick"], seed=6), lambdas=uniform_grid(network.ends[1], network.ends[0], 80)
         )
-        whole = teach(Runner(self.job, self.denoiser, batch=64), self.ids)
-        if len(whole.elements) < math.prod(entry.shape):
-            raise ValueError("pictures need every element of a latent")
-        self.pictures = dict(zip(self.ids, whole.clean.float().reshape(-1, *entry.shape), strict=True))
+        ends = pictures_of(Runner(self.job, self.denoiser, batch=64), self.ids)
+        self.pictures = dict(zip(self.ids, ends, strict=True))
 
     def begin(self, top: float) -> tuple[Runner, Trajectories]:
         """Runs from sigma `top`, and their converged solutions."""

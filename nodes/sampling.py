@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from ..ems_tools.hosting import (
@@ -201,7 +200,7 @@ def told(chosen: Steps) -> Tensor:
     """The levels in float32; what they are is told on the node and in the log."""
     host.say_first(chosen.message, chosen.brief, executing().node)
     host.log(chosen.message, warn=not chosen.fitted)
-    return _HANDED.give(chosen.levels.to(torch.float32), chosen.part)
+    return _HANDED.give(chosen)
 
 
 def chosen_steps(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -13,6 +14,7 @@ from ..ems_tools.hosting import (
     Clock,
     Handed,
     Origin,
+    Steps,
     choose_steps,
     sample_on_trial,
     told_of_image,
@@ -227,12 +229,13 @@ def _schedule(
     n: int, sigma_min: float, sigma_max: float, run: model.Running, device: torch.device | str, passes: bool
 ) -> Tensor:
     try:
-        message, levels = _steps(run, n, passes)
+        chosen = _steps(run, n, passes)
     except Exception as error:  # the picture comes first
         title, levels = unfitted_steps(_any_schedule(run, sigma_min, sigma_max), n)
         message = f"looking for fitted steps failed ({type(error).__name__}: {error}): {title} steps instead"
-    _say(f"schedule {'hires' if getattr(run.p, 'is_hr_pass', False) else ''}", message)
-    return _HANDED.give(levels.to(device, torch.float32), part=False)
+        chosen = Steps(levels, False, message)
+    _say(f"schedule {'hires' if getattr(run.p, 'is_hr_pass', False) else ''}", chosen.message)
+    return _HANDED.give(chosen).to(device)
 
 
 def _any_schedule(run: model.Running, sigma_min: float, sigma_max: float) -> LevelTable:
@@ -245,8 +248,8 @@ def _any_schedule(run: model.Running, sigma_min: float, sigma_max: float) -> Lev
         return LevelTable(torch.tensor([sigma_min, high], dtype=torch.float64), space)
 
 
-def _steps(run: model.Running, n: int, passes: bool) -> tuple[str, Tensor]:
-    """What to tell the user, and the levels [n + 1]."""
+def _steps(run: model.Running, n: int, passes: bool) -> Steps:
+    """The levels [n + 1], and what to tell the user."""
     choice, guidance = chosen(run.p), None if run.p is None else run.guidance(getattr(run.p, "cfg_scale", None))
     entry, reason = find_entry(run, model.channels_of(run.p), choice.ems, choice.same_architecture)
     file, name = (None, reason.partition(": sampling")[0]) if entry is None else (entry.file, entry.name)
@@ -254,4 +257,4 @@ def _steps(run: model.Running, n: int, passes: bool) -> tuple[str, Tensor]:
     facts = facts_of(run, guidance, model.sampler_name(run.p))
     steps = choose_steps(file, name, facts, n, passes=passes, guided_only=refused)
     advice = f", {reason}" if steps.fitted else ". The tab EMS fits steps to the checkpoint"
-    return steps.message + advice, steps.levels
+    return replace(steps, message=steps.message + advice)

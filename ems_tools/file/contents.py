@@ -170,7 +170,7 @@ class EMSFile:
         lambdas = torch.tensor([*row.lambdas, math.inf], dtype=torch.float64)
         return Space(self.meta.space).level_of(lambdas), row.coefficients
 
-    def at_hand_for_images(self, guidance: float) -> bool:
+    def has_images(self, guidance: float) -> bool:
         """Whether the file holds steps for image to image at this guidance scale."""
         return bool(self._near(self.meta.partial, guidance))
 

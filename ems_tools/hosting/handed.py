@@ -12,11 +12,13 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from .runs import Steps
+
 __all__ = ["Handed"]
 
 _KEPT = 64
-_TOLERANCE = 1e-5
-"""Relative, of levels: hosts hold them in float32."""
+_TOLERANCE = 5e-6
+"""Relative, of levels: hosts hold them in float32. `runs.choose_steps` sees to it that no other schedule is as near."""
 
 
 class Handed:
@@ -25,9 +27,11 @@ class Handed:
     def __init__(self) -> None:
         self._known: deque[tuple[Tensor, bool]] = deque(maxlen=_KEPT)
 
-    def give(self, levels: Tensor, part: bool) -> Tensor:
-        """Remember `levels` [n + 1], which are the last part of a schedule already or a whole one, and return them."""
-        self._known.append((levels.detach().to("cpu", torch.float64, copy=True), part))
+    def give(self, chosen: Steps) -> Tensor:
+        """The levels of `chosen` [n + 1] in float32, remembered where its file holds steps for image to image."""
+        levels = chosen.levels.to(torch.float32)
+        if chosen.images:
+            self._known.append((levels.to("cpu", torch.float64), chosen.part))
         return levels
 
     def is_part(self, levels: Tensor) -> bool:

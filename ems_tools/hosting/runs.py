@@ -36,6 +36,8 @@ __all__ = [
 GUIDER = "guider"
 """Key in a file's `meta.model`: what changed the guidance while its statistics were computed; absent for plain guidance."""
 SAMPLER = "dpm_solver_v3"
+_MARK = 2e-5
+"""By which our schedule differs from a host's own of the same kind, that the sampler may know it again (see `handed`)."""
 _NEAR = 0.05
 """Largest difference in lambda at the noisy end between a file's noise range and a model's."""
 
@@ -73,7 +75,7 @@ class Steps:
     """Host levels [n + 1] in float64, whether they were fitted to the model, and what to tell the user.
 
     `brief` is for a place where another message says already that there is no file. `part`: the levels are the last part of a
-    longer schedule, denoise is below 1.
+    longer schedule, denoise is below 1. `images`: the file holds steps for image to image at this guidance scale.
     """
 
     levels: Tensor
@@ -81,6 +83,7 @@ class Steps:
     message: str
     brief: str = ""
     part: bool = False
+    images: bool = False
 
 
 def choose_statistics(file: EMSFile, name: str, reason: str, run: Run, shape: tuple[int, ...]) -> Statistics:
@@ -148,12 +151,14 @@ def choose_steps(
             return Steps(fewer[0], True, told, told)
         levels = file.fitted_sigmas(steps, run.guidance, denoise)
         told = one_line(f"schedule fitted for {steps} steps at cfg {run.guidance:g}, from {name}", why)
-        return Steps(levels, True, told, told, denoise < 1)
+        return Steps(levels, True, told, told, denoise < 1, file.has_images(run.guidance))
     title, levels = unfitted_steps(run.schedule, max(round(steps / denoise), steps))
     message = f"{why}: {title} steps instead"
-    if file is not None and run.guidance is not None and file.at_hand_for_images(run.guidance):
-        message += "; image to image (denoise below 1) takes those fitted for that"
-    return Steps(levels[-(steps + 1) :], False, message, f"{title} steps" if file is None else message, denoise < 1)
+    if file is None or run.guidance is None or not file.has_images(run.guidance):
+        return Steps(levels[-(steps + 1) :], False, message, f"{title} steps" if file is None else message, denoise < 1)
+    message += "; image to image (denoise below 1) takes those fitted for that"
+    levels[1:-1] *= 1 + _MARK
+    return Steps(levels[-(steps + 1) :], False, message, message, denoise < 1, images=True)
 
 
 def told_of_passes(made: int, ems: EMS | None, levels: Tensor, space: Space, reason: str, instead: str) -> str:

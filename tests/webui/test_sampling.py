@@ -222,6 +222,27 @@ def test_fitted_schedule_and_coefficients(host: Any, capsys: pytest.CaptureFixtu
     assert "suit the sampler dpm_solver_v3 only, not Euler" in said and "steps instead" in said
 
 
+def test_steps_for_image_to_image(host: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are taken where the host's schedule is the last part of ours; any other one is followed."""
+    host.start()
+    file, lambdas = with_fit(host, "mine", LAMBDAS), (0.45, 1.3, 2.6)
+    steps = FittedSteps(lambdas, (0.5,) * 3, ((0.5,), (0.2, 0.3), (0.1, 0.2, 0.7)))
+    row = FittedRow(4.0, 3, lambdas, steps, (1.0,) * 3, (2.0,) * 3, "karras", (0.5, 0.4, 0.6), 8)
+    file = replace(file, meta=replace(file.meta, partial=(row,)))
+    file.save(host.data / "models" / "ems" / "mine.ems.safetensors")
+    whole = host.make(scheduler=FITTED).used_sigmas
+    capsys.readouterr()
+    p = host.make(scheduler=FITTED, sigmas=whole[3:])
+    assert torch.equal(p.latents, library_result(host, p, file.at(4.0), image_to_image=True)) and len(p.sampler.steps_seen) == 3
+    assert "image to image: 3 steps fitted for it, from sigma 0.607 on" in capsys.readouterr().out
+    followed = whole[3:] * torch.tensor([1.0, 1.001, 1.0, 1.0])
+    q = host.make(scheduler=FITTED, sigmas=followed)
+    assert torch.equal(q.latents, library_result(host, q, file.at(4.0)))
+    assert not torch.allclose(p.latents, q.latents, rtol=1e-2) and "image to image" not in capsys.readouterr().out
+    r = host.make(scheduler=FITTED, sigmas=whole[3:], dpm_solver_v3_chosen={"order": "2"})
+    assert torch.equal(r.latents, library_result(host, r, file.at(4.0), order=2))
+
+
 def with_fewer_passes(host: Any) -> EMSFile:
     """Six guided steps, and seven in as many passes: c alone at the first and the last."""
     file = with_fit(host, "mine", LAMBDAS)

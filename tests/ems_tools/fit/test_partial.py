@@ -17,7 +17,7 @@ from dpm_solver_v3.ems_tools.estimate.source import Source
 from dpm_solver_v3.ems_tools.file.contents import EMSFile
 from dpm_solver_v3.ems_tools.file.reader import load_ems_file
 from dpm_solver_v3.ems_tools.fit.partial import beginnings, fine_grid
-from dpm_solver_v3.ems_tools.hosting import Handed, Origin, TrustBook, sample_on_trial, told_of_image
+from dpm_solver_v3.ems_tools.hosting import Handed, Origin, Run, TrustBook, choose_steps, sample_on_trial, told_of_image
 from dpm_solver_v3.ems_tools.trajectory import Runner, few_steps, pictures_of, teach
 from dpm_solver_v3.sampler import EDM, EMS, FittedSteps, Recommendation, Space, karras, sample_dpm_solver_v3
 from dpm_solver_v3.sampler.fitted import APART, REACH, between, formula_step
@@ -184,16 +184,23 @@ def test_evaluations_lie_where_the_steps_say_in_every_space() -> None:
             assert seen == pytest.approx(levels[:-1].tolist(), rel=1e-6)
 
 
-def test_our_own_schedule_is_known_again_by_its_last_part() -> None:
-    handed, whole = Handed(), karras(EDM(LOW, HIGH), 16, to_zero=True)
-    handed.give(whole.to(torch.float32), part=False)
-    assert handed.is_part(whole.to(torch.float32)[-9:])
+def test_our_own_schedule_is_known_again_by_its_last_part(computed: tuple[EMSFile, int, Path]) -> None:
+    """A host's own of the same kind is another one, whatever was asked for before."""
+    file, _, _ = computed
+    handed, run = Handed(), Run(EDM(LOW, HIGH), 1.0)
+    whole = handed.give(choose_steps(file, "points", run, 16))
+    plain = karras(EDM(LOW, HIGH), 16, to_zero=True).to(torch.float32)
+    torch.testing.assert_close(whole, plain, rtol=3e-5, atol=0)
+    assert handed.is_part(whole[-9:]) and not handed.is_part(plain[-9:])
     assert not handed.is_part(whole)  # a run from noise
-    assert not handed.is_part(karras(EDM(LOW, HIGH), 15, to_zero=True)[-9:])
     assert not handed.is_part(torch.cat([whole[-9:-1], whole[-2:-1] / 2]))
-    tail = karras(EDM(LOW, HIGH), 11, to_zero=True)[-6:]
-    handed.give(tail, part=True)
-    assert handed.is_part(tail) and not handed.is_part(tail[:0])
+    fitted = handed.give(choose_steps(file, "points", run, 8))
+    assert handed.is_part(fitted[-6:])
+    part = handed.give(choose_steps(file, "points", run, 5, denoise=0.5))
+    assert len(part) == 6 and handed.is_part(part) and not handed.is_part(part[:0])
+    other = Handed()
+    assert len(other.give(choose_steps(None, "no file", run, 16))) == 17
+    assert not other.is_part(plain[-9:])  # nothing was fitted: there is nothing to know again
 
 
 def test_of_a_strangers_file_they_are_tried_once_and_wrong_ones_are_not_taken(
