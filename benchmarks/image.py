@@ -1,6 +1,6 @@
 """Image to image: what steps fitted for it are worth, on the networks of the zoo.
 
-    python benchmarks/image.py [--only NAME ...] [--final] [--guidance 1 4] [--denoise 0.3 0.5 0.75] [--steps 4 5 6 8 10]
+    python benchmarks/image.py [--only NAME ...] [--final] [--guidance 1 4] [--denoise 0.3 0.5 0.75] [--steps 4 6 8 10]
 
 A run begins where a host begins it at this denoise: at the last n + 1 levels of n / denoise steps in the model's time (Karras
 steps for networks that know sigma only), from a picture of the network with fresh noise on it. A file is fitted as a user
@@ -47,7 +47,7 @@ SCHEDULES = {
     "flow": Spacing("flow", 1.0, 0.0),
     "own": Spacing("model", 1.0, 0.0),
 }
-CHOICE, FIRST = 12, 9_000
+CHOICE, FIRST = 8, 9_000
 """Noises that a rival is chosen on, and the number of the first one of these and of those to judge on."""
 
 
@@ -146,9 +146,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=sorted(NETWORKS), help="these networks")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 4.0])
     parser.add_argument("--denoise", type=float, nargs="+", default=[0.3, 0.5, 0.75])
-    parser.add_argument("--steps", type=int, nargs="+", default=[4, 5, 6, 8, 10])
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 6, 8, 10])
     parser.add_argument("--effort", choices=sorted(EFFORTS), default="quick", help="of the fit")
-    parser.add_argument("--noises", type=int, default=24, help="noises to judge on")
+    parser.add_argument("--noises", type=int, default=16, help="noises to judge on")
     parser.add_argument("--json", type=Path, default=OUT / "image.json", help="where the numbers go")
     args = parser.parse_args()
     torch.set_num_threads(1)

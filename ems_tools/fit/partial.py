@@ -4,9 +4,9 @@ A host can begin such a run at any level. Steps are fitted for a few beginnings,
 lies between two of them is made of both (`sampler.fitted.between`). The pictures are the model's own, solved finely; the noise
 on them is of no other use.
 
-For every beginning and number of steps the best of three spacings is chosen on few noises; coefficients are fitted on all; and
-the row is kept only where, on noise and pictures that took no part, it is clearly better than what a user would otherwise take:
-this sampler without a file, on the steps that hosts take then, or UniPC on them.
+For every number of steps one spacing is chosen for all beginnings, on few noises: only steps that are alike can be mixed.
+Coefficients are fitted on all noises, and kept where, on noise and pictures that took no part, they are clearly better than
+what a user would otherwise take: this sampler without a file on Karras steps or on others, or UniPC.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..estimate.job import Evaluating, Job, JobState, Meter, Progress, snapped_g
 from ..estimate.source import Source
 from ..file.layout import fitted_row, fitted_values
 from ..file.rows import FittedRow, insane
-from ..trajectory import Runner, Trajectories, pictures_of, teach
+from ..trajectory import Runner, Trajectories, kept_trajectories, pictures_of
 from .formulas import OWN, formula_steps
 from .judge import Rivals, judged_row
 from .plan import FitPlan
@@ -40,11 +40,11 @@ BEGINNINGS = (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0)
 """Lambdas: sigma 55, 20, 7.4, 2.7, 1, 0.37 and 0.14, in units of what a latent's elements are like, about 1."""
 NOISIER, CLEANER = 0.4, 1.8
 """How far in lambda a beginning lies from the ends of the noise range, at least."""
-SPACINGS = (Spacing("vp", 2.0, 1.0), Spacing("sigma", 7.0, 1.0), Spacing("lambda", 1.0, 1.5))
-SEARCH, INTERVALS, GRADED = 3, 22, 1.5
+SPACINGS = (Spacing("vp", 2.0, 1.0), Spacing("vp", 2.0, 0.25), Spacing("sigma", 7.0, 1.0), Spacing("lambda", 1.0, 1.5))
+SEARCH, INTERVALS, GRADED = 2, 22, 1.5
 """Noises that spacings are compared on, and of the fine solution the steps, and the power of i / n in which they grow."""
 _CLEARLY = 0.9
-"""A row has to be better than its rival by this factor: few noises tell no less."""
+"""A fit has to be better than its rivals by this factor: few noises tell no less."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class _Begun:
     held_out: Sequence[int]
     teacher: Trajectories
     truth: Trajectories
+
+    def lambdas(self, spacing: Spacing, steps: int) -> list[float]:
+        """Where a spacing evaluates; [] where the host's levels are too coarse for it."""
+        found = self.snap([round(v, 6) for v in spacing.lambdas(steps, self.span)])
+        return found if len(found) == steps else []
 
 
 def beginnings(job: Job) -> list[float]:
@@ -94,16 +99,17 @@ def fit_partial(
     meter = Meter(progress, "partial", evaluations_of_partial(plan, job, 1), f"image to image at guidance {name}", state)
     runner = Runner(job, source.models[guidance], tick=meter.tick, **options)
     steps, judge_on = sorted(n for n in set(plan.steps) if n > 1), range(JUDGE_NOISE, JUDGE_NOISE + plan.held_out)
-    for first in beginnings(job):
-        wanted = [n for n in steps if f"{first} {n}" not in known]
-        if not wanted:
-            continue
-        pictures = _pictures(runner, state, name, [*range(plan.noises), *judge_on])
-        begun = _begun(runner, source, first, range(plan.noises), judge_on, pictures, steps)
-        for n in wanted:
-            row = _row(begun, guidance, n, plan.panel_noises)
-            known[f"{first} {n}"] = [] if row is None else fitted_values(row)
-            state.save()
+    if all(f"{first} {n}" in known for first in beginnings(job) for n in steps):
+        return [fitted_row(values) for values in known.values() if values]
+    pictures = _pictures(runner, state, name, [*range(plan.noises), *judge_on])
+    begun = {v: _begun(runner, source, v, plan, state, pictures, name) for v in beginnings(job)}
+    for n in steps:
+        spacing = _spacing(list(begun.values()), state, name, n)
+        for first, runs in begun.items():
+            if f"{first} {n}" not in known:
+                row = _row(runs, guidance, n, spacing, plan.panel_noises)
+                known[f"{first} {n}"] = [] if row is None else fitted_values(row)
+                state.save()
     return [fitted_row(values) for values in known.values() if values]
 
 
@@ -134,39 +140,46 @@ def _pictures(runner: Runner, state: JobState, name: str, samples: Sequence[int]
 
 
 def _begun(
-    runner: Runner,
-    source: Source,
-    first: float,
-    noises: Sequence[int],
-    held_out: Sequence[int],
-    pictures: dict[int, torch.Tensor],
-    steps: Sequence[int],
+    runner: Runner, source: Source, first: float, plan: FitPlan, state: JobState, pictures: dict[int, torch.Tensor], name: str
 ) -> _Begun:
-    """What runs from lambda `first` need."""
+    """What runs from lambda `first` need; fine solutions are kept in the job's state."""
     job, levels = runner.job, source.levels
 
     def snap(lambdas: Sequence[float]) -> list[float]:
         return list(lambdas if levels is None else snapped_grid(tuple(lambdas), levels, job.space))
 
-    grid = snap(fine_grid(first, job.lambdas[-1], _intervals(steps)))
+    grid = snap(fine_grid(first, job.lambdas[-1], _intervals(plan.steps)))
     inside = replace(job, lambdas=tuple(grid), seed=job.seed + 1, start=1.0)
     runner = replace(runner, job=inside, pictures=pictures)
-    span = Range.of(inside.lambdas, source.schedule)
-    return _Begun(runner, span, snap, noises, held_out, teach(runner, noises), teach(runner, held_out))
+    noises, held_out = range(plan.noises), range(JUDGE_NOISE, JUDGE_NOISE + plan.held_out)
+    solved = [
+        kept_trajectories(runner, state, f"partial.{name}.{first}.{what}", samples)
+        for what, samples in (("fit", noises), ("judge", held_out))
+    ]
+    return _Begun(runner, Range.of(inside.lambdas, source.schedule), snap, noises, held_out, *solved)
 
 
-def _row(begun: _Begun, guidance: float, steps: int, panel_noises: int) -> FittedRow | None:
+def _spacing(begun: Sequence[_Begun], state: JobState, name: str, steps: int) -> Spacing:
+    """The spacing with the lowest error on noises left out, over all beginnings."""
+
+    def score(spacing: Spacing) -> float:
+        total = 0.0
+        for runs in begun:
+            few, lambdas = min(SEARCH, len(runs.noises)), runs.lambdas(spacing, steps)
+            found = closed_loop(runs.runner, runs.noises[:few], runs.teacher.part(few), lambdas) if lambdas else None
+            total += found[1] if found else math.inf
+        return total
+
+    scores = {v: state.kept("partial_runs", name, f"{steps} {v.name}", lambda v=v: min(score(v), 1e30)) for v in SPACINGS}  # type: ignore[misc]
+    return min(SPACINGS, key=lambda v: scores[v])
+
+
+def _row(begun: _Begun, guidance: float, steps: int, spacing: Spacing, panel_noises: int) -> FittedRow | None:
     """The row of so many steps from this beginning; None where the fit is not clearly better than its rivals."""
-    few = min(SEARCH, len(begun.noises))
-
-    def score(lambdas: Sequence[float]) -> float:
-        return closed_loop(begun.runner, begun.noises[:few], begun.teacher.part(few), lambdas)[1]
-
-    tried = [begun.snap([round(v, 6) for v in spacing.lambdas(steps, begun.span)]) for spacing in SPACINGS]
-    tried = [lambdas for lambdas in tried if len(lambdas) == steps]
-    if not tried:
+    lambdas = begun.lambdas(spacing, steps)
+    if not lambdas:
         return None
-    fitted, _ = closed_loop(begun.runner, begun.noises, begun.teacher, min(tried, key=score))
+    fitted, _ = closed_loop(begun.runner, begun.noises, begun.teacher, lambdas)
     if insane(fitted):
         return None
     rivals = Rivals(_rivals(begun, steps, guidance), panel_noises)
@@ -176,10 +189,9 @@ def _row(begun: _Begun, guidance: float, steps: int, panel_noises: int) -> Fitte
 
 def _rivals(begun: _Begun, steps: int, guidance: float) -> dict[str, FittedSteps]:
     """What a user would otherwise take from there, by name."""
-    karras, time = (
-        tuple(begun.snap([round(v, 6) for v in spacing.lambdas(steps, begun.span)]))
-        for spacing in (Spacing("sigma", 7.0, 0.0), Spacing("model", 1.0, 0.0))
-    )
-    pairs = (("Karras", karras, OWN), ("the model's time", time, OWN), ("Karras", karras, "UniPC 2"))
-    made = {f"{formula} on {name}": rounded(formula_steps(v, math.inf, formula, guidance)) for name, v, formula in pairs}
-    return {name: found for name, found in made.items() if len(found.lambdas) == steps}
+    tried = (("Karras", "sigma", 7.0, OWN), ("quadratic VP time", "vp", 2.0, OWN), ("Karras", "sigma", 7.0, "UniPC 2"))
+    found = {}
+    for title, kind, power, formula in tried:
+        if lambdas := begun.lambdas(Spacing(kind, power, 0.0), steps):
+            found[f"{formula} on {title}"] = rounded(formula_steps(tuple(lambdas), math.inf, formula, guidance))
+    return found

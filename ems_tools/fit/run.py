@@ -147,7 +147,8 @@ def forget(state: JobState, guidance: float) -> None:
     name = f"{guidance:g}"
     for key in [key for key in state.tensors if key.startswith((f"fit.{name}.", f"judge.{name}.", f"partial.{name}."))]:
         del state.tensors[key]
-    state.facts.get("fit_runs", {}).pop(name, None)
+    for table in ("fit_runs", "partial_runs"):
+        state.facts.get(table, {}).pop(name, None)
     state.save()
 
 
