@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..ems_tools.file import EMSFile, EvidenceRow, FittedRow
 from ..ems_tools.share.library import Entry
-from ..ems_tools.show.describe import lines_of, rival_in_words
+from ..ems_tools.show.describe import beginning_of, lines_of, rival_in_words
 from ..ems_tools.show.draw import HEAD, svg_of
 from ..ems_tools.show.panels import Panel, statistics_of, summary_of
 from . import host
@@ -90,9 +90,11 @@ def next_step(file: EMSFile) -> str:
     if not counts:
         return f"Next: choose the sampler {NAME}. It finds this file by the checkpoint."
     others = "The schedule types listed below use the file as well." if file.meta.evidence else "Others work as without a file."
+    begun = sorted({row.steps for row in file.meta.partial})
+    images = f" So too in image to image and the hires pass, where {runs_of(begun)} steps are made." if begun else ""
     return (
         f'Next: choose the sampler {NAME} and the schedule type "{FITTED_LABEL}", with {runs_of(counts)} steps and a CFG scale '
-        f"near {scales}. {others}"
+        f"near {scales}.{images} {others}"
     )
 
 
@@ -156,7 +158,7 @@ def details(name: str, path: Path, file: EMSFile) -> str:
     parts = [f'<p class="dpmv3-name">{escape(name)}</p>']
     about = f"{facts}; CFG scales {scales}; {file.channels} latent channels; fingerprint {fingerprint(path)}"
     parts.append(f'<p class="dpmv3-quiet">{escape(about)}</p>')
-    tables = _fitted(file.meta.fitted) + _evidence(file.meta.evidence, bool(file.meta.fitted))
+    tables = _fitted(file.meta.fitted) + _begun(file.meta.partial) + _evidence(file.meta.evidence, bool(file.meta.fitted))
     parts.append(f'<div class="dpmv3-side"><div>{_drawn(summary_of(file)[0])}</div><div>{tables}</div></div>')
     parts.append(f'<details class="dpmv3"><summary>Curves of the statistics</summary>{_plot(file)}</details>')
     text = preformatted("\n".join(lines_of(file)))
@@ -185,6 +187,22 @@ def _fitted(rows: Sequence[FittedRow]) -> str:
     )
     heads = ["CFG scale", "Steps", "Error ratio", "Best known", "In use"]
     return _head(f'Schedule type "{FITTED_LABEL}"', about) + _table(heads, table)
+
+
+def _begun(rows: Sequence[FittedRow]) -> str:
+    if not rows:
+        return ""
+    table = []
+    for row in sorted(rows, key=lambda r: (r.guidance, r.lambdas[0], r.steps)):
+        ratio, low, high = row.ratio
+        gain = f"{ratio:.2f} ({low:.2f} to {high:.2f})"
+        case = [f"{row.guidance:g}", plain(beginning_of(row)), str(row.steps)]
+        table.append([*case, gain, rival_in_words(row.fixed_schedule)])
+    about = (
+        "The same for a run that begins with a picture, with noise of this sigma on it, on the same schedule type: over the "
+        "best of what the sampler and UniPC do from there without the file. Between two of these beginnings both are mixed."
+    )
+    return _head("Image to image", about) + _table(["CFG scale", "Sigma", "Steps", "Error ratio", "Best other"], table)
 
 
 def _evidence(rows: Sequence[EvidenceRow], fitted: bool) -> str:

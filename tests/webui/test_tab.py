@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from dpm_solver_v3.ems_tools.compute import EFFORTS
-from dpm_solver_v3.ems_tools.file import load_ems_file
-from dpm_solver_v3.sampler import Settings
+from dpm_solver_v3.ems_tools.file import FittedRow, load_ems_file
+from dpm_solver_v3.sampler import FittedSteps, Settings
 from dpm_solver_v3.webui import host as window
 from dpm_solver_v3.webui import page, passes, session, tab
 
@@ -395,6 +395,27 @@ def test_page_binds_every_button(host: Any, monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_plain_numbers(value: float, shown: str) -> None:
     assert page.plain(value) == shown
+
+
+def test_steps_for_image_to_image_are_shown(host: Any) -> None:
+    """A table of their own, and what to do with them; neither where a file has none."""
+    host.start()
+    last(scales="1")
+    path = host.data / "models" / "ems" / "pretty.ems.safetensors"
+    file = load_ems_file(path)
+    row = file.meta.fitted[0]
+    assert "Image to image" not in page.details("a", path, file) and "image to image" not in page.next_step(file)
+    errors, ratio = (0.1, 0.1, 0.1), (0.3, 0.25, 0.4)
+    rows = []
+    for first, n in ((1.0, 2), (-2.0, 3)):
+        lambdas = tuple(first + k for k in range(n))
+        steps = FittedSteps(lambdas, (0.4,) * n, tuple((0.0,) * k + (0.6,) for k in range(n)))
+        rows.append(FittedRow(row.guidance, n, lambdas, steps, errors, errors, "UniPC 2 on Karras", ratio, 4))
+    file = replace(file, meta=replace(file.meta, partial=tuple(rows)))
+    table = page.details("a", path, file).split("Image to image", 1)[1]
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", table)
+    assert cells[:10] == ["1", "7.39", "3", "0.30 (0.25 to 0.40)", "UniPC 2 on Karras", "1", "0.368", "2", *cells[3:5]]
+    assert "So too in image to image and the hires pass, where 2, 3 steps are made." in page.next_step(file)
 
 
 def test_runs_of_numbers() -> None:
