@@ -29,7 +29,7 @@ __all__ = ["MATCH", "FittedSteps", "between", "formula_step"]
 
 MATCH = 2e-3
 """Largest difference in lambda between a schedule and the fitted one for its coefficients to apply."""
-APART, REACH = 1.3, 0.25
+APART, REACH = 1.3, 0.35
 """In lambda: how far apart two fitted beginnings may lie for a run to begin between them, and how far from one it may else."""
 
 

@@ -6,7 +6,8 @@ on them is of no other use.
 
 For every number of steps one spacing is chosen for all beginnings, on few noises: only steps that are alike can be mixed.
 Coefficients are fitted on all noises, and kept where, on noise and pictures that took no part, they are clearly better than
-what a user would otherwise take: this sampler without a file on Karras steps or on others, or UniPC.
+what hosts do without them, Karras steps. What a row says of itself is its error over that of the best of a panel: this sampler
+without a file on Karras steps and on others, and UniPC.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from ..estimate.job import Evaluating, Job, JobState, Meter, Progress, snapped_g
 from ..estimate.source import Source
 from ..file.layout import fitted_row, fitted_values
 from ..file.rows import FittedRow, insane
-from ..trajectory import Runner, Trajectories, kept_trajectories, pictures_of
+from ..trajectory import Runner, Trajectories, few_steps, kept_trajectories, pictures_of
 from .formulas import OWN, formula_steps
-from .judge import Rivals, judged_row
+from .judge import Rivals, averages, ratio_of
 from .plan import FitPlan
 from .run import JUDGE_NOISE
 from .spacing import Range, Spacing
@@ -43,8 +44,8 @@ NOISIER, CLEANER = 0.4, 1.8
 SPACINGS = (Spacing("vp", 2.0, 1.0), Spacing("vp", 2.0, 0.25), Spacing("sigma", 7.0, 1.0), Spacing("lambda", 1.0, 1.5))
 SEARCH, INTERVALS, GRADED = 2, 22, 1.5
 """Noises that spacings are compared on, and of the fine solution the steps, and the power of i / n in which they grow."""
-_CLEARLY = 0.9
-"""A fit has to be better than its rivals by this factor: few noises tell no less."""
+_CLEARLY, _WITHOUT = 0.9, f"{OWN} on Karras"
+"""By which factor a fit has to be better than what hosts do without it, for few noises tell no less; and the name of that."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def evaluations_of_partial(plan: FitPlan, job: Job, scales: int) -> int:
     samples, steps = plan.noises + plan.held_out, [n for n in set(plan.steps) if n > 1]
     few = min(plan.panel_noises, plan.held_out)
     search = len(SPACINGS) * min(SEARCH, plan.noises)
-    run = search + plan.noises + 3 * few + (plan.held_out - few) + plan.held_out
+    run = search + plan.noises + 3 * few + (plan.held_out - few) + 2 * plan.held_out
     each = samples * (_intervals(steps) + 1) + run * sum(steps)
     return scales * (samples * len(job.lambdas) + len(beginnings(job)) * each)
 
@@ -180,11 +181,15 @@ def _row(begun: _Begun, guidance: float, steps: int, spacing: Spacing, panel_noi
     if not lambdas:
         return None
     fitted, _ = closed_loop(begun.runner, begun.noises, begun.teacher, lambdas)
-    if insane(fitted):
+    rivals = _rivals(begun, steps, guidance)
+    if insane(fitted) or _WITHOUT not in rivals:
         return None
-    rivals = Rivals(_rivals(begun, steps, guidance), panel_noises)
-    row = judged_row(begun.runner, begun.held_out, begun.truth, guidance, fitted, rivals)
-    return row if row.coefficients == fitted and row.ratio[0] < _CLEARLY else None
+    name, theirs = Rivals(rivals, panel_noises).winner(begun.runner, begun.held_out, begun.truth)
+    mine, without = (begun.truth.errors(few_steps(begun.runner, begun.held_out, v)) for v in (fitted, rivals[_WITHOUT]))
+    if ratio_of(mine, without)[0] >= _CLEARLY:
+        return None
+    ratio = ratio_of(mine, theirs)
+    return FittedRow(guidance, steps, fitted.lambdas, fitted, averages(mine), averages(theirs), name, ratio, len(mine))
 
 
 def _rivals(begun: _Begun, steps: int, guidance: float) -> dict[str, FittedSteps]:
