@@ -70,12 +70,17 @@ def _moment_problems(file: EMSFile) -> list[str]:
 
 
 def _fit_problems(file: EMSFile) -> list[str]:
-    """Coefficients are kept where they won, or those of the panel's best, at ratio 1; the ratio is that of the errors."""
+    """Coefficients are kept where they won, or those of the panel's best, at ratio 1; the ratio is that of the errors.
+
+    For image to image they are kept where they won over the run without them, and the ratio is that over the best other way.
+    """
     problems = []
     for row in (*file.meta.fitted, *file.meta.passes, *file.meta.partial):
-        begun = f", from lambda {row.lambdas[0]:g}" if row in file.meta.partial else ""
+        inside = row in file.meta.partial
+        begun = f", from lambda {row.lambdas[0]:g}" if inside else ""
         place = f"guidance {row.guidance:g}, fitted, {row.steps} steps in {row.passes} passes{begun}"
-        if (row.coefficients is None and row.ratio[0] < 1) or (row.coefficients is not None and row.ratio[0] > 1):
+        lost = row.coefficients is not None and row.ratio[0] > 1
+        if (row.coefficients is None and row.ratio[0] < 1) or (lost and not inside):
             problems.append(f"{place}: coefficients are kept where they win, and the ratio is {row.ratio[0]:g}")
         if min(row.fixed[0], row.fitted[0]) > 1e-25 and max(row.fixed[0], row.fitted[0]) < 1e25:
             expected = row.fitted[0] / row.fixed[0]
