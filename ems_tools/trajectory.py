@@ -67,6 +67,13 @@ class Runner:
         noise = sample_noise(self.job, list(samples))[0] * (math.exp(-lam) * more)
         return noise if self.pictures is None else noise + torch.stack([self.pictures[k] for k in samples])
 
+    def unit_start(self, samples: Sequence[int]) -> Tensor:
+        """What a fine solution begins with at the grid's first point, over its sigma; on the CPU."""
+        noise = sample_noise(self.job, list(samples))[0] * self.job.start
+        if self.pictures is None:
+            return noise
+        return noise + torch.stack([self.pictures[k] for k in samples]) * math.exp(self.job.lambdas[0])
+
     def answers(self, samples: Sequence[int], y: Tensor, lam: float, both: bool = False) -> list[Tensor]:
         """[D]: what a run of few steps combines. See `Pair` for `both`."""
         del both
@@ -235,7 +242,7 @@ def teach(runner: Runner, samples: Sequence[int]) -> Trajectories:
 
     def run(part: list[int]) -> Path:
         path = Path(elements)
-        noise = (runner.start(part, job.lambdas[0]) * math.exp(job.lambdas[0])).to(runner.device, runner.dtype)
+        noise = runner.unit_start(part).to(runner.device, runner.dtype)
         with torch.no_grad():
             solve_finely(denoiser_for(runner.model, part, job.space), lambdas, noise, path.add, runner.tick)
         return path
@@ -250,7 +257,7 @@ def pictures_of(runner: Runner, samples: Sequence[int]) -> Tensor:
     job, lambdas = runner.job, torch.tensor(runner.job.lambdas, dtype=torch.float64)
 
     def run(part: list[int]) -> Tensor:
-        noise = (runner.start(part, job.lambdas[0]) * math.exp(job.lambdas[0])).to(runner.device, runner.dtype)
+        noise = runner.unit_start(part).to(runner.device, runner.dtype)
         denoiser = denoiser_for(runner.model, part, job.space)
         with torch.no_grad():
             return solve_finely(denoiser, lambdas, noise, lambda i, y, D: None, runner.tick).to("cpu", torch.float32)
