@@ -200,7 +200,8 @@ def _begun(rows: Sequence[FittedRow]) -> str:
         table.append([*case, gain, rival_in_words(row.fixed_schedule)])
     about = (
         "The same for a run that begins with a picture, with noise of this sigma on it, on the same schedule type: over the "
-        "best of what the sampler and UniPC do from there without the file. Between two of these beginnings both are mixed."
+        "best of what the sampler and UniPC do from there without the file. Steps are kept where they beat the sampler on "
+        "Karras steps without it. Between two of these beginnings both are mixed."
     )
     return _head("Image to image", about) + _table(["CFG scale", "Sigma", "Steps", "Error ratio", "Best other"], table)
 

@@ -404,6 +404,9 @@ def test_rows_for_image_to_image_are_checked_against_themselves():
     wrong = dataclasses.replace(first, ratio=(0.1, 0.1, 0.1))
     (found,) = consistency_problems(dataclasses.replace(with_meta(partial=(wrong, *others)), moments={}))
     assert "guidance 1, fitted, 3 steps in 6 passes, from lambda -2: the ratio is 0.1, but the errors give 0.5" in found
+    lost = dataclasses.replace(first, fitted=first.fixed, fixed=first.fitted, ratio=(2.0, 1.5, 2.5))
+    worse = dataclasses.replace(with_meta(partial=(lost, *others)), moments={})
+    assert consistency_problems(worse) == []  # better than the run without them, if not than the best other way
     with pytest.raises(EMSError, match="for guidance 9; the file covers 1, 2"):
         with_meta(partial=(dataclasses.replace(first, guidance=9.0), *others))
 

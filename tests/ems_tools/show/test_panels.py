@@ -70,7 +70,7 @@ def test_steps_for_image_to_image_have_a_table(make_ems_file):
     file = make_ems_file()
     file = dataclasses.replace(file, meta=dataclasses.replace(file.meta, partial=(row(1.0, 0.31), row(-2.0, 0.62))))
     text = lines_of(file)
-    table = text[next(k for k, line in enumerate(text) if line.startswith("image to image: ")) + 2 :]
+    table = text[next(k for k, line in enumerate(text) if line.startswith("image to image: ")) + 3 :]
     assert [line.split()[:3] for line in table] == [["7.5", "7.39", "2"], ["7.5", "0.368", "2"]]  # the noisiest first
     assert table[1].endswith("this sampler without a file on the model's time  0.310  0.155 to 0.620")
     assert [entry["sigma"] for entry in facts_of(file)["partial"]] == [math.exp(-1.0), math.exp(2.0)]
