@@ -1,6 +1,6 @@
 """Image to image: what steps fitted for it are worth, on the networks of the zoo.
 
-    python benchmarks/image.py [--only NAME ...] [--final] [--guidance 1 4] [--denoise 0.3 0.5 0.75] [--steps 4 6 8 10]
+    python benchmarks/image.py [--only NAME ...] [--final] [--guidance 1 4] [--denoise 0.3 0.5 0.75] [--steps 5 8]
 
 A run begins where a host begins it at this denoise: at the last n + 1 levels of n / denoise steps in the model's time (Karras
 steps for networks that know sigma only), from a picture of the network with fresh noise on it. A file is fitted as a user
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=sorted(NETWORKS), help="these networks")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 4.0])
     parser.add_argument("--denoise", type=float, nargs="+", default=[0.3, 0.5, 0.75])
-    parser.add_argument("--steps", type=int, nargs="+", default=[4, 6, 8, 10])
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 8])
     parser.add_argument("--effort", choices=sorted(EFFORTS), default="quick", help="of the fit")
     parser.add_argument("--noises", type=int, default=16, help="noises to judge on")
     parser.add_argument("--json", type=Path, default=OUT / "image.json", help="where the numbers go")

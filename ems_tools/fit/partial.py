@@ -5,8 +5,8 @@ lies between two of them is made of both (`sampler.fitted.between`). The picture
 on them is of no other use.
 
 For every number of steps one spacing is chosen for all beginnings, on few noises: only steps that are alike can be mixed.
-Coefficients are fitted on all noises, and kept where, on noise and pictures that took no part, they are clearly better than
-what hosts do without them, Karras steps. What a row says of itself is its error over that of the best of a panel: this sampler
+Coefficients are fitted on all noises, and kept where, on noise and pictures that took no part, the 95 % interval of their error
+over that of what hosts do without them, Karras steps, lies below 1. What a row says of itself is its error over that of the best of a panel: this sampler
 without a file on Karras steps and on others, and UniPC.
 """
 
@@ -44,8 +44,8 @@ NOISIER, CLEANER = 0.4, 1.8
 SPACINGS = (Spacing("vp", 2.0, 1.0), Spacing("vp", 2.0, 0.25), Spacing("sigma", 7.0, 1.0), Spacing("lambda", 1.0, 1.5))
 SEARCH, INTERVALS, GRADED = 2, 22, 1.5
 """Noises that spacings are compared on, and of the fine solution the steps, and the power of i / n in which they grow."""
-_CLEARLY, _WITHOUT = 0.9, f"{OWN} on Karras"
-"""By which factor a fit has to be better than what hosts do without it, for few noises tell no less; and the name of that."""
+_WITHOUT = f"{OWN} on Karras"
+"""What hosts do where a file has no row."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _spacing(begun: Sequence[_Begun], state: JobState, name: str, steps: int) ->
 
 
 def _row(begun: _Begun, guidance: float, steps: int, spacing: Spacing, panel_noises: int) -> FittedRow | None:
-    """The row of so many steps from this beginning; None where the fit is not clearly better than its rivals."""
+    """The row of so many steps from this beginning; None where the fit is not surely better than the run without it."""
     lambdas = begun.lambdas(spacing, steps)
     if not lambdas:
         return None
@@ -186,7 +186,7 @@ def _row(begun: _Begun, guidance: float, steps: int, spacing: Spacing, panel_noi
         return None
     name, theirs = Rivals(rivals, panel_noises).winner(begun.runner, begun.held_out, begun.truth)
     mine, without = (begun.truth.errors(few_steps(begun.runner, begun.held_out, v)) for v in (fitted, rivals[_WITHOUT]))
-    if ratio_of(mine, without)[0] >= _CLEARLY:
+    if ratio_of(mine, without)[2] >= 1:  # two rows of mnist at guidance 4, 0.68 and 0.83 there, lost on other classes
         return None
     ratio = ratio_of(mine, theirs)
     return FittedRow(guidance, steps, fitted.lambdas, fitted, averages(mine), averages(theirs), name, ratio, len(mine))
