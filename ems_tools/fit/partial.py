@@ -6,8 +6,8 @@ on them is of no other use.
 
 For every number of steps one spacing is chosen for all beginnings, on few noises: only steps that are alike can be mixed.
 Coefficients are fitted on all noises, and kept where, on noise and pictures that took no part, the 95 % interval of their error
-over that of what hosts do without them, Karras steps, lies below 1. What a row says of itself is its error over that of the best of a panel: this sampler
-without a file on Karras steps and on others, and UniPC.
+over that of what hosts do without them, Karras steps, lies below 1. What a row says of itself is its error over that of the
+best of a panel: this sampler without a file on Karras steps and on others, and UniPC.
 """
 
 from __future__ import annotations

@@ -209,8 +209,8 @@ def test_of_a_strangers_file_they_are_tried_once_and_wrong_ones_are_not_taken(
 ) -> None:
     file, _, _ = computed
     draw = torch.Generator().manual_seed(3)
-    levels = karras(EDM(LOW, 1.5), STEPS, to_zero=True)
-    x = CENTRES + 0.3 * torch.randn(CENTRES.shape, generator=draw) + 1.5 * torch.randn(CENTRES.shape, generator=draw)
+    levels = karras(EDM(LOW, 1.1), STEPS, to_zero=True)
+    x = CENTRES + 0.3 * torch.randn(CENTRES.shape, generator=draw) + 1.1 * torch.randn(CENTRES.shape, generator=draw)
 
     def run(book: TrustBook, some: EMSFile) -> tuple[Tensor, int, list[str]]:
         model, said = Points(), list[str]()
@@ -243,9 +243,9 @@ def test_of_a_strangers_file_they_are_tried_once_and_wrong_ones_are_not_taken(
 
 def test_the_log_says_what_was_taken(computed: tuple[EMSFile, int, Path]) -> None:
     file, _, _ = computed
-    levels = karras(EDM(LOW, 1.5), STEPS, to_zero=True)
-    assert told_of_image(file.at(1.0), levels, Space.SIGMA) == f"image to image: {STEPS} steps fitted for it, from sigma 1.5 on"
-    assert told_of_image(file.at(1.0), karras(EDM(LOW, 1.5), 6, to_zero=True), Space.SIGMA) == ""
+    levels = karras(EDM(LOW, 1.1), STEPS, to_zero=True)
+    assert told_of_image(file.at(1.0), levels, Space.SIGMA) == f"image to image: {STEPS} steps fitted for it, from sigma 1.1 on"
+    assert told_of_image(file.at(1.0), karras(EDM(LOW, 1.1), 6, to_zero=True), Space.SIGMA) == ""
     assert told_of_image(None, levels, Space.SIGMA) == ""
 
 
