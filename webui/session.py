@@ -60,6 +60,7 @@ class Request:
         name: of the file; the checkpoint's if empty.
         batch: samples at once.
         seed: of the start noise.
+        image_to_image: fit steps for image to image as well.
         fewer: fit steps in fewer passes as well.
     """
 
@@ -73,6 +74,7 @@ class Request:
     name: str = ""
     batch: int = 4
     seed: int = 0
+    image_to_image: bool = False
     fewer: bool = False
 
 
@@ -88,6 +90,7 @@ def request_of(  # noqa: PLR0913 - gradio hands over one argument for each field
     name: str,
     batch: float | None,
     seed: float | None,
+    image_to_image: bool = False,
     fewer: bool = False,
 ) -> Request:
     """From the fields of the page, where a box of a number may be empty. Raises EstimateError with what to change."""
@@ -96,8 +99,10 @@ def request_of(  # noqa: PLR0913 - gradio hands over one argument for each field
     if not 1 <= at_once <= 1024:
         raise EstimateError(f"'Samples at once' must lie between 1 and 1024, not {at_once}")
     size = int(width or 512), int(height or 512)
-    counts, start = steps_of(steps), int(seed or 0)
-    return Request(prompts, negative, *size, scales_of(scales), effort, counts, name.strip(), at_once, start, fewer)
+    counts, more_fits = steps_of(steps), {"image_to_image": image_to_image, "fewer": fewer}
+    return Request(
+        prompts, negative, *size, scales_of(scales), effort, counts, name.strip(), at_once, int(seed or 0), **more_fits
+    )
 
 
 def steps_of(text: str) -> tuple[int, ...]:
@@ -108,10 +113,10 @@ def steps_of(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
-def cost_in_words(scales: str, effort: str, steps: str, fewer: bool = False) -> str:
+def cost_in_words(scales: str, effort: str, steps: str, image_to_image: bool = False, fewer: bool = False) -> str:
     """What a computation with these fields costs at most. Raises EstimateError for fields that cannot be used."""
     found, counts = scales_of(scales), steps_of(steps)
-    evaluations = evaluations_of_effort(effort, found, counts, fewer)
+    evaluations = evaluations_of_effort(effort, found, counts, fewer, image_to_image)
     text = f"About {evaluations:,} evaluations of the model for {len(found)} CFG scale{'s' if len(found) > 1 else ''}"
     if _SPEED:
         return f"{text}: about {in_words(evaluations * _SPEED[-1])} at the speed of the last computation."
@@ -210,7 +215,7 @@ class Work:
             host_schedules=schedules,
             conditional=_Denoiser(denoiser, extra_args, 1.0, len(r.prompts)) if r.fewer and not model.guider_of(run) else None,
         )
-        job, plan = job_for(source, effort, r.seed, r.steps), plan_for(source, effort, r.steps, r.fewer)
+        job, plan = job_for(source, effort, r.seed, r.steps), plan_for(source, effort, r.steps, r.fewer, r.image_to_image)
         self.path, done = place_for(host.output_folder(), r.name or identity.name or "model", source, job, plan, host.log)
         if done is None:
             watch = Watch(job, plan)

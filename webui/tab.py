@@ -74,8 +74,8 @@ def make_tab() -> list[tuple[object, str, str]]:
     return [(tab, "EMS", "dpm_solver_v3_ems")]
 
 
-_PRICED = (5, 6, 7, 11)
-"""Places in `_inputs` of what a computation costs: CFG scales, effort, step counts and, where offered, fewer passes."""
+_PRICED = (5, 6, 7, 11, 12)
+"""Places in `_inputs` of what a computation costs: CFG scales, effort, step counts, and the two more kinds of steps."""
 
 
 def _without_limit(event: Callable[..., object]) -> dict[str, object]:
@@ -101,16 +101,18 @@ def _inputs(gr: ModuleType) -> list[Any]:
         name = gr.Textbox(label="File name", placeholder="the checkpoint's", elem_id="dpm_solver_v3_name")
         batch = gr.Number(4, label="Samples at once", precision=0, elem_id="dpm_solver_v3_batch")
         seed = gr.Number(0, label="Seed", precision=0, elem_id="dpm_solver_v3_seed")
-    fields = [prompt, more, negative, width, height, scales, effort, steps, name, batch, seed]
+    label = "Also fit steps for image to image and hires fix (several times as long)"
+    image = gr.Checkbox(False, label=label, elem_id="dpm_solver_v3_image")
+    fields = [prompt, more, negative, width, height, scales, effort, steps, name, batch, seed, image]
     if is_offered():
         label = "Also fit steps in fewer passes, some without the negative prompt (takes up to four times as long)"
         fields.append(gr.Checkbox(False, label=label, elem_id="dpm_solver_v3_fewer"))
     return fields
 
 
-def _cost(scales: str, effort: str, steps: str, fewer: bool = False) -> str:
+def _cost(scales: str, effort: str, steps: str, image_to_image: bool = False, fewer: bool = False) -> str:
     try:
-        return page.box(cost_in_words(scales, effort, steps, fewer))
+        return page.box(cost_in_words(scales, effort, steps, image_to_image, fewer))
     except EstimateError as error:
         return page.box(str(error), "error")
 

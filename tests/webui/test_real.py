@@ -58,10 +58,11 @@ def test_without_statistics(webui: WebUI) -> None:
     assert f"[{NAME}] the" not in webui.log()  # no part is left out
 
 
-def test_cost_counts_fewer_passes(webui: WebUI, page: Any) -> None:
-    if not webui.forge:
+@pytest.mark.parametrize("kind", ["image", "fewer"])
+def test_cost_counts_more_kinds_of_steps(webui: WebUI, page: Any, kind: str) -> None:
+    if kind == "fewer" and not webui.forge:
         pytest.skip("only Forge can leave out passes")
-    cost, box = page.locator("#dpm_solver_v3_cost").first, page.locator("#dpm_solver_v3_fewer input")
+    cost, box = page.locator("#dpm_solver_v3_cost").first, page.locator(f"#dpm_solver_v3_{kind} input")
     page.wait_for_function("() => document.querySelector('#dpm_solver_v3_cost').innerText.includes('About')")
     before = cost.inner_text()
     for act, same in ((box.check, False), (box.uncheck, True)):

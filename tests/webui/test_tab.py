@@ -183,6 +183,18 @@ def test_step_counts_to_fit(host: Any) -> None:
         assert why in refused["status"] and "dpmv3-error" in refused["status"]
 
 
+def test_steps_for_image_to_image_are_fitted_where_the_box_is_ticked(host: Any) -> None:
+    """The file holds them, the details show them; without the tick it is another request."""
+    host.start()
+    shown = last(image=True, scales="1", steps="4")["shown"]
+    folder = host.data / "models" / "ems"
+    rows = load_ems_file(folder / "pretty.ems.safetensors").meta.partial
+    assert rows and {row.steps for row in rows} == {4}
+    assert "image to image: error from a picture" in text_of(shown)
+    assert "pretty_2.ems" in last(image=False, scales="1", steps="4")["status"]
+    assert load_ems_file(folder / "pretty_2.ems.safetensors").meta.partial == ()
+
+
 @pytest.mark.parametrize(
     "text", ["a fox\nin two lines", "\U0001f468\u200d\U0001f469\u200d\U0001f467 at home", "a\u3000fox\u00a0here"]
 )
@@ -345,8 +357,12 @@ def test_cost_is_that_of_all_scales_and_has_a_time_once_it_is_known(host: Any, m
     host.start()
     assert evaluations("1, 4", "quick", "") == 2 * evaluations("4", "quick", "")
     assert evaluations("4", "quick", "6") < evaluations("4", "quick", "") < evaluations("4", "standard", "")
-    assert evaluations("1, 4", "quick", "", True) - evaluations("1, 4", "quick", "") > evaluations("4", "quick", "") // 2
-    assert evaluations("1", "quick", "", True) == evaluations("1", "quick", "")  # no pass to leave out
+    more = evaluations("1, 4", "quick", "", False, True) - evaluations("1, 4", "quick", "")
+    assert more > evaluations("4", "quick", "") // 2
+    assert evaluations("1", "quick", "", False, True) == evaluations("1", "quick", "")  # no pass to leave out
+    for fewer in (False, True):  # image to image costs the same at every scale
+        dear, plain = (evaluations("1, 4", "quick", "6", image, fewer) for image in (True, False))
+        assert dear - plain == 2 * (evaluations("4", "quick", "6", True) - evaluations("4", "quick", "6")) > plain
     assert "time that is left is shown" in tab._cost("1", "quick", "")
     monkeypatch.setattr(session, "_SPEED", [0.5])
     assert "about 50 min" not in tab._cost("1", "tiny", "") and re.search(r"about \d+ (s|min)", tab._cost("1", "tiny", ""))
