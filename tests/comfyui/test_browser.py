@@ -247,7 +247,7 @@ def test_compute_ems_shows_progress_and_then_the_plot(page: Any, plain_server: A
         page,
         {
             **emoji(3, 1),
-            "5": ("DPMSolverV3_ComputeEMS", compute, (340, 0), (340, 430)),
+            "5": ("DPMSolverV3_ComputeEMS", compute, (340, 0), (340, 480)),
             "6": ("PreviewImage", {"images": ["5", 2]}, (740, 0), (480, 470)),
         },
     )
