@@ -167,8 +167,8 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    exact, begin = not args.no_bf16, args.weights
-    train(args.data, args.out, args.steps, args.batch, args.lr, exact, args.compile, args.seed, begin, args.ema)
+    bf16, begin = not args.no_bf16, args.weights
+    train(args.data, args.out, args.steps, args.batch, args.lr, bf16, args.compile, args.seed, begin, args.ema)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import random
 from typing import Any
 
 import torch
-from first_passes import Outcome, changed
+from first_passes import COLUMNS, Outcome, changed, counted
 from image import fitted
 from zoo import NETWORKS, Loaded, load
 
@@ -47,7 +47,7 @@ def trial(file: EMSFile, guidance: float, network: Loaded, draw: random.Random) 
     noise = torch.randn(2, *network.entry.shape, generator=torch.Generator().manual_seed(seed))
     options: dict[str, Any] = {"disable": True, "guidance": guidance}
 
-    def counted(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def watched(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         made[0] += 1
         return model(x, sigma)
 
@@ -61,7 +61,7 @@ def trial(file: EMSFile, guidance: float, network: Loaded, draw: random.Random) 
     x = fine(noise[:1] * high, high) + noise[1:] * levels[0].item()
     told: list[str] = []
     ems, book = file.at(guidance), TrustBook(None)
-    sample_on_trial(book, Origin(file, "theirs"), told.append, counted, x, levels, ems=ems, image_to_image=True, **options)
+    sample_on_trial(book, Origin(file, "theirs"), told.append, watched, x, levels, ems=ems, image_to_image=True, **options)
     exact = fine(x, levels[0].item())
     blind = sample_dpm_solver_v3(model, x, levels, ems=ems, image_to_image=True, **options)
     without = sample_dpm_solver_v3(model, x, levels, **options)
@@ -81,8 +81,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    columns = ("refused", "harm <= 1.5", "passed", "harm > 1.5", "worst", "most extra")
-    print(f"{'network':<10} {'rows':<15} {'runs':>5} " + " ".join(f"{name:>11}" for name in columns))
+    print(f"{'network':<10} {'rows':<15} {'runs':>5} " + " ".join(f"{name:>11}" for name in COLUMNS))
     for name in args.only:
         network = load(name)
         rows = {g: fitted(network, g, args.effort, STEPS) for g in args.guidance}
@@ -92,12 +91,7 @@ def main() -> None:
                 guidance = draw.choice([g for g in rows if rows[g]])
                 bent = [row for r in rows[guidance] if (row := changed(r, kind, [], draw)) is not None]
                 found.append(trial(file_of(network, guidance, bent), guidance, network, draw))
-            refused, passed = [o for o in found if o.refused], [o for o in found if not o.refused]
-            harmful = [o.harm for o in passed if o.harm > 1.5]
-            most = max((o.extra for o in passed), default=0)
-            needless = sum(o.harm <= 1.5 for o in refused)
-            counts = (len(refused), needless, len(passed), len(harmful), f"{max(harmful, default=0.0):.3g}", most)
-            print(f"{name:<10} {kind:<15} {len(found):5} " + " ".join(f"{value:>11}" for value in counts), flush=True)
+            print(f"{name:<10} {kind:<15} {counted(found)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from dpm_solver_v3.sampler import EDM, FittedSteps, karras, sample_dpm_solver_v3
 KINDS = ("right", "decay x 1.15", "weights x 1.15", "random weights", "another scale")
 STEPS = (4, 5, 6, 8)
 """Guided steps whose passes are spent."""
+COLUMNS = ("refused", "harm <= 1.5", "passed", "harm > 1.5", "worst", "most extra")
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    columns = ("refused", "harm <= 1.5", "passed", "harm > 1.5", "worst", "most extra")
-    print(f"{'network':<10} {'row':<15} {'runs':>5} " + " ".join(f"{name:>11}" for name in columns))
+    print(f"{'network':<10} {'row':<15} {'runs':>5} " + " ".join(f"{name:>11}" for name in COLUMNS))
     for name in args.only:
         network = load(name)
         files = {g: computed(network, g, args.effort) for g in args.guidance}
@@ -155,6 +155,11 @@ def _counts(network: Loaded, files: dict[float, EMSFile], kind: str, runs: int, 
             continue
         theirs = replace(file, meta=replace(file.meta, passes=(row,)))
         found.append(trial(theirs, row.coefficients, guidance, network, draw))
+    return counted(found)
+
+
+def counted(found: list[Outcome]) -> str:
+    """How many runs, and COLUMNS of them."""
     refused, passed = [o for o in found if o.refused], [o for o in found if not o.refused]
     needless, harmful = sum(o.harm <= 1.5 for o in refused), [o.harm for o in passed if o.harm > 1.5]
     most = max((o.extra for o in passed), default=0)

@@ -67,7 +67,7 @@ class Judge:
     def __init__(self, network: Loaded, guidance: float, noises: int) -> None:
         entry = network.entry
         self.network, self.guidance, self.ids = network, guidance, list(range(FIRST, FIRST + CHOICE + noises))
-        self.denoiser = network.denoiser(guidance, entry.classes_of("judge"))
+        self.denoiser: Any = network.denoiser(guidance, entry.classes_of("judge"))
         source = Source({guidance: self.denoiser}, entry.shape, entry.schedule, {})
         self.job = replace(
             job_for(source, EFFORTS["quick"], seed=6), lambdas=uniform_grid(network.ends[1], network.ends[0], 80)
@@ -84,7 +84,7 @@ class Judge:
 
     def rivals(self, runner: Runner, truth: Trajectories, steps: int) -> tuple[str, Tensor, Tensor]:
         """The rival that is best on the noises of its choice: name and squared errors [K]; and those of ours without a file."""
-        model, first = self.network.denoiser(self.guidance, self._classes()), runner.job.lambdas[0]
+        model, first = self.denoiser.for_samples(self.ids), runner.job.lambdas[0]
         start, span = runner.start(self.ids, first), Range.of(runner.job.lambdas, self.network.entry.schedule)
         options: dict[str, Any] = {"disable": True, "guidance": self.guidance}
         names = {name: run for name, run in RIVALS.items() if name not in SKIPPED}
@@ -100,10 +100,6 @@ class Judge:
                     continue
         best = min(found, key=lambda v: geometric_mean(found[v][:CHOICE]).item())
         return best, found[best][CHOICE:], found[f"{OURS} on karras"][CHOICE:]
-
-    def _classes(self) -> list[int]:
-        classes = self.network.entry.classes_of("judge")
-        return [classes[k % len(classes)] for k in self.ids]
 
 
 def _errors(truth: Trajectories, end: Tensor) -> Tensor:

@@ -237,32 +237,30 @@ def solve_finely(
 
 def teach(runner: Runner, samples: Sequence[int]) -> Trajectories:
     """Fine solutions of these samples on the job's grid, one evaluation a grid point and sample."""
-    job, elements = runner.job, elements_of(runner.job)
-    lambdas = torch.tensor(job.lambdas, dtype=torch.float64)
+    elements = elements_of(runner.job)
 
     def run(part: list[int]) -> Path:
         path = Path(elements)
-        noise = runner.unit_start(part).to(runner.device, runner.dtype)
-        with torch.no_grad():
-            solve_finely(denoiser_for(runner.model, part, job.space), lambdas, noise, path.add, runner.tick)
+        _solved(runner, part, path.add)
         return path
 
     parts = [path for _, path in in_batches(list(samples), runner.batch, run)]
     y, D = (torch.cat([torch.stack(rows) for rows in values], 1) for values in ([p.y for p in parts], [p.D for p in parts]))
-    return Trajectories(job.lambdas, elements, y, D)
+    return Trajectories(runner.job.lambdas, elements, y, D)
 
 
 def pictures_of(runner: Runner, samples: Sequence[int]) -> Tensor:
     """Where fine solutions of these samples end, [K, C, ...]: pictures of the model, float32 on the CPU."""
-    job, lambdas = runner.job, torch.tensor(runner.job.lambdas, dtype=torch.float64)
-
-    def run(part: list[int]) -> Tensor:
-        noise = runner.unit_start(part).to(runner.device, runner.dtype)
-        denoiser = denoiser_for(runner.model, part, job.space)
-        with torch.no_grad():
-            return solve_finely(denoiser, lambdas, noise, lambda i, y, D: None, runner.tick).to("cpu", torch.float32)
-
+    run = lambda part: _solved(runner, part, lambda i, y, D: None).to("cpu", torch.float32)  # noqa: E731
     return torch.cat([end for _, end in in_batches(list(samples), runner.batch, run)])
+
+
+def _solved(runner: Runner, part: list[int], visit: Callable[[int, Tensor, Tensor], None]) -> Tensor:
+    """`solve_finely` on the job's grid, as a host begins."""
+    lambdas = torch.tensor(runner.job.lambdas, dtype=torch.float64)
+    start, denoiser = runner.unit_start(part), denoiser_for(runner.model, part, runner.job.space)
+    with torch.no_grad():
+        return solve_finely(denoiser, lambdas, start.to(runner.device, runner.dtype), visit, runner.tick)
 
 
 def kept_trajectories(runner: Runner, state: JobState, name: str, samples: Sequence[int]) -> Trajectories:

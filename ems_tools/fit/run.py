@@ -43,7 +43,16 @@ from .turn import Turned, best_turned, moved
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["JUDGE_NOISE", "FitPlan", "evaluations_of_fit", "evaluations_of_passes", "fit_passes", "fit_steps", "forget"]
+__all__ = [
+    "JUDGE_NOISE",
+    "FitPlan",
+    "evaluations_of_fit",
+    "evaluations_of_passes",
+    "fit_passes",
+    "fit_steps",
+    "forget",
+    "snapping",
+]
 
 _T = TypeVar("_T")
 JUDGE_NOISE = 2_000_000_000
@@ -160,7 +169,7 @@ def _known(state: JobState, name: str) -> int:
 def _bench(runner: Runner, source: Source, plan: FitPlan, state: JobState, name: str) -> Bench:
     samples, job = range(plan.noises), runner.job
     teacher = kept_trajectories(runner, state, f"fit.{name}", samples)
-    span, snap = Range.of(job.lambdas, source.schedule), _snapping(source.levels, job)
+    span, snap = Range.of(job.lambdas, source.schedule), snapping(source.levels, job)
     return Bench(runner, plan, samples, teacher, span, snap, state, name)
 
 
@@ -179,7 +188,7 @@ def _nearest(choices: Mapping[int, _T], steps: int) -> _T:
     return choices[min(choices, key=lambda n: (max(n, steps) / min(n, steps), n))]
 
 
-def _snapping(levels: Tensor | None, job: Job) -> Callable[[Sequence[float]], list[float]]:
+def snapping(levels: Tensor | None, job: Job) -> Callable[[Sequence[float]], list[float]]:
     """Moves lambdas to the host's own levels, if it has some."""
     return lambda lambdas: list(lambdas if levels is None else snapped_grid(tuple(lambdas), levels, job.space))
 

@@ -122,7 +122,7 @@ def test_a_cancelled_fit_goes_on_where_it_was(tmp_path: Path, computed: tuple[EM
     again = compute_ems(made, job, plan, path)
     assert again.meta.partial == file.meta.partial
     spent = made.models[1.0].calls - first  # type: ignore[attr-defined]
-    assert spent < calls - first + 600  # a beginning that was begun is solved again, nothing before it
+    assert spent < calls - first + 600  # only what was under way is made again
 
 
 def test_the_picture_of_a_sample_is_where_its_trajectory_ends() -> None:
