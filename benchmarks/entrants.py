@@ -6,11 +6,13 @@ ComfyUI checkout named by COMFYUI_PATH, in sigma space, with their noise switche
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from dpm_solver_v3.sampler import NoiseSchedule
 
-__all__ = ["align_your_steps", "comfyui_rivals", "gits", "host_schedules", "two_calls"]
+__all__ = ["align_your_steps", "comfyui", "comfyui_rivals", "gits", "host_schedules", "two_calls"]
 
 _AYS = {
     "ays_sd1": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
@@ -138,19 +140,32 @@ def two_calls(name: str) -> Rival:
     return run
 
 
-def comfyui_rivals() -> dict[str, Rival]:
-    """ComfyUI's deterministic samplers with one call a step, UniPC being diffusers'; empty without COMFYUI_PATH."""
+def comfyui(module: str) -> Any:
+    """comfy.<module> of the checkout that COMFYUI_PATH names; None without one."""
     path = os.environ.get("COMFYUI_PATH")
     if not path:
-        return {}
-    sys.path.insert(0, path)
+        return None
+    if path not in sys.path:
+        sys.path[:0] = [path, str(Path(path) / "site")]
     import comfy.cli_args
 
     comfy.cli_args.args.cpu = True
-    from comfy.k_diffusion import sampling
+    return importlib.import_module(f"comfy.{module}")
+
+
+def comfyui_rivals(model_sampling: Any = None) -> dict[str, Rival]:
+    """ComfyUI's deterministic samplers with one call a step, UniPC being diffusers'; empty without COMFYUI_PATH.
+
+    Args:
+        model_sampling: the host's, which tells them of a flow; None for sigma space.
+    """
+    sampling = comfyui("k_diffusion.sampling")
+    if sampling is None:
+        return {}
 
     def run(name: str, options: dict[str, Any], denoiser: Denoiser, x: Tensor, sigmas: Tensor) -> Tensor:
-        return getattr(sampling, f"sample_{name}")(_Model(denoiser), x, sigmas.to(x), extra_args={}, disable=True, **options)
+        model = _Model(denoiser, model_sampling or SimpleNamespace(sigma_max=None))
+        return getattr(sampling, f"sample_{name}")(model, x, sigmas.to(x), extra_args={}, disable=True, **options)
 
     options: dict[str, dict[str, Any]] = {
         "ipndm": {},
@@ -165,11 +180,10 @@ def comfyui_rivals() -> dict[str, Rival]:
 
 
 class _Model:
-    """A denoiser as ComfyUI's samplers see a model: D in sigma space, and a model_sampling behind it that says so."""
+    """A denoiser as ComfyUI's samplers see a model: D, and a model_sampling behind it that says in which space."""
 
-    def __init__(self, denoiser: Denoiser) -> None:
+    def __init__(self, denoiser: Denoiser, sampling: Any) -> None:
         self.denoiser = denoiser
-        sampling = SimpleNamespace(sigma_max=None)
         self.inner_model = SimpleNamespace(
             model_patcher=SimpleNamespace(get_model_object=lambda name: sampling), inner_model=SimpleNamespace()
         )

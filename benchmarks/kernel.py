@@ -1,30 +1,29 @@
 """Without a file, are our pictures ever further off in kernel distance than the best built-in sampler's on the same schedule?
 
-    COMFYUI_PATH=... python benchmarks/kernel.py [--network shapes] [--guidance 1 4] [--steps 5 8 20] [--pictures 64]
-        [--schedules karras time ...]
+    COMFYUI_PATH=... python benchmarks/kernel.py [--network shapes] [--guidance 1 4] [--steps 5 8 20] [--pictures 32]
+        [--spaces sigma "flow 3"] [--schedules karras ...] [--rivals dpmpp_2m ...]
 
-`defaults.py` with the kernel distance of `eyes.py` in place of the squared error (its features are ImageNet's, so only networks
-of pictures take part): in every cell ours with every option at "auto", the best of `rivals.RIVALS` and of ComfyUI's samplers
-(where COMFYUI_PATH is set), and the difference with its 95 % interval over the same start noises. The best rival is chosen in
-hindsight, by the same distance of the same pictures, which flatters it. A ratio is given where its distance is told from 0.
+`defaults.py` with the kernel distance of `eyes.py` in place of the squared error (its features are ImageNet's, so only
+networks of pictures take part): in every cell ours with every option at "auto", the best of the rivals, and the difference with
+its 95 % interval over the same start noises. The best rival is chosen in hindsight, by the same distance of the same pictures,
+which flatters it. A ratio is given where its distance is told from 0.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from defaults import converged, schedules_of
-from entrants import comfyui_rivals
+from entrants import comfyui
 from eyes import Features, kernel_pairs, over_pairs, pretrained_features
-from rivals import RIVALS
 from torch import Tensor
-from zoo import NETWORKS, WEIGHTS, Loaded, load
-
-from dpm_solver_v3.sampler import sample_dpm_solver_v3
+from zoo import NETWORKS, WEIGHTS, load
+from zoo.hosted import SCHEDULES, SPACES, Hosted
 
 __all__ = ["Cell", "compared"]
 
@@ -59,22 +58,26 @@ def compared(ours: Tensor, rivals: dict[str, Tensor], exact: Tensor) -> Cell:
     return Cell(best, distance, value, distance / value if low > 0 else None, *over_pairs(mine - pairs[best])[1:])
 
 
-def cells(network: Loaded, features: Features, guidance: float, args: argparse.Namespace) -> Iterator[Cell]:
-    """Every cell of this guidance scale, printed as it comes."""
-    denoiser, high = network.denoiser(guidance), network.ends[0]
-    x = torch.randn(args.pictures, *network.entry.shape, generator=torch.Generator().manual_seed(SEED)) * high
-    exact, rivals = features(converged(network, guidance, x, high).float()), {**RIVALS, **comfyui_rivals()}
-    for name in args.schedules:
-        for n in args.steps:
-            sigmas = schedules_of(network)[name](n)
-            theirs = {rival: features(run(denoiser, x, sigmas).float()) for rival, run in rivals.items()}
-            ours = features(sample_dpm_solver_v3(denoiser, x, sigmas, disable=True, guidance=guidance).float())
-            cell = compared(ours, theirs, exact)
-            kernel = " | ".join(f"{1000 * v:.3g}" for v in (cell.ours, cell.best))
-            ratio = "-" if cell.ratio is None else f"{cell.ratio:.2f}"
-            span = f"[{1000 * cell.less:.3g}, {1000 * cell.more:.3g}]"
-            print(f"| {guidance:g} | {name} | {n} | {kernel}, {cell.name} | {ratio} | {span} |", flush=True)
-            yield cell
+def cells(hosted: Hosted, features: Features, args: argparse.Namespace) -> Iterator[Cell]:
+    """Every cell of this guidance scale and space, printed as it comes."""
+    shape, known = hosted.network.entry.shape, hosted.rivals()
+    first = torch.randn(args.pictures, *shape, generator=torch.Generator().manual_seed(SEED))
+    converged: dict[float, Tensor] = {}
+    for schedule, n in itertools.product(args.schedules, args.steps):
+        levels = hosted.levels(schedule, n)
+        top = levels[0].item()
+        x = hosted.noised(0.0, first, top)
+        if top not in converged:
+            converged[top] = features(hosted.converged(x, top).float())
+        theirs = {name: features(known[name](hosted.denoiser, x, levels).float()) for name in args.rivals or known}
+        ours = features(hosted.sample(x, levels, guidance=hosted.guidance).float())
+        cell = compared(ours, theirs, converged[top])
+        kernel = " | ".join(f"{1000 * v:.3g}" for v in (cell.ours, cell.best))
+        ratio = "-" if cell.ratio is None else f"{cell.ratio:.2f}"
+        span = f"[{1000 * cell.less:.3g}, {1000 * cell.more:.3g}]"
+        where = f"{hosted.guidance:g} | {hosted.kind} | {schedule} | {n}"
+        print(f"| {where} | {kernel}, {cell.name} | {ratio} | {span} |", flush=True)
+        yield cell
 
 
 def main() -> None:
@@ -83,16 +86,21 @@ def main() -> None:
     parser.add_argument("--network", choices=sorted(n for n, e in NETWORKS.items() if e.shape[0] == 3), default="shapes")
     parser.add_argument("--guidance", nargs="+", type=float, default=[1.0, 4.0])
     parser.add_argument("--steps", nargs="+", type=int, default=[5, 8, 20])
-    parser.add_argument("--schedules", nargs="+", default=["karras", "time", "sgm_uniform", "beta"])
-    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--spaces", nargs="+", choices=SPACES, default=SPACES)
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES)
+    parser.add_argument("--rivals", nargs="+", help="some of them (default: all)")
+    parser.add_argument("--pictures", type=int, default=32)
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="of the zoo (default: out/zoo)")
     args = parser.parse_args()
+    if comfyui("samplers") is None:
+        sys.exit("kernel.py runs ComfyUI's schedules and samplers: set COMFYUI_PATH to a checkout of ComfyUI")
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     network, features = load(args.network, args.weights), pretrained_features()
-    print("| guidance | schedule | steps | ours x 1000 | best rival x 1000 | ratio | difference x 1000, 95 % |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    found = [cell for guidance in args.guidance for cell in cells(network, features, guidance, args)]
+    print("| guidance | space | schedule | steps | ours x 1000 | best rival x 1000 | ratio | difference x 1000, 95 % |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    places = itertools.product(args.guidance, args.spaces)
+    found = [cell for scale, space in places for cell in cells(Hosted(network, scale, space), features, args)]
     nearer, further = sum(c.more < 0 for c in found), sum(c.less > 0 for c in found)
     print(f"\n{len(found)} cells: surely nearer than the best rival in {nearer}, surely further off in {further}")
     ratios = torch.tensor([c.ratio for c in found if c.ratio is not None], dtype=torch.float64)
