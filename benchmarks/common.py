@@ -23,7 +23,6 @@ from dpm_solver_v3.ems_tools.embedded import CLASSES, SHAPE, GuidedDenoiser, loa
 from dpm_solver_v3.ems_tools.embedded.denoiser import WEIGHTS
 from dpm_solver_v3.sampler import (
     NoiseSchedule,
-    Space,
     VPDiscrete,
     karras,
     quadratic_time,
@@ -38,7 +37,6 @@ __all__ = [
     "SCHEDULES",
     "SIGMA_MAX",
     "SIGMA_MIN",
-    "DigitsProblem",
     "Problem",
     "Reference",
     "bootstrap_ratio",
@@ -176,44 +174,6 @@ class Problem:
             save_file(solved, temporary)
             temporary.replace(path)
         return load_file(path)
-
-
-class _FlowTime:
-    """Rectified flow's time t in sigma space, sigma = t / (1 - t), from sigma 80 to 0.02."""
-
-    space, time_min, time_max = Space.SIGMA, 0.02 / 1.02, 80 / 81
-
-    def level_at(self, time: Tensor) -> Tensor:
-        """sigma at `time`."""
-        t = time.to(torch.float64)
-        return t / (1 - t)
-
-
-class DigitsProblem(Problem):
-    """The same for the network of `mnist_train.py`: sample k of a seed is the digit k mod 10."""
-
-    noise = _FlowTime()
-
-    def __init__(
-        self,
-        seed: int,
-        reference_steps: int,
-        wrap: Callable[[nn.Module], nn.Module] | None = None,
-        weights: Path = OUT / "mnist.safetensors",
-    ) -> None:
-        import mnist_train
-
-        self.seed, self.reference_steps = seed, reference_steps
-        self.shape, self.classes = mnist_train.SHAPE, mnist_train.CLASSES
-        self.digits = mnist_train.load_network(weights)
-        self.weights_hash = hashlib.sha256(weights.read_bytes()).hexdigest()
-        self.wrap = wrap or (lambda denoiser: denoiser)
-
-    def denoiser(self, samples: Sequence[int], guidance: float) -> nn.Module:
-        """D(x, sigma) for a batch of these samples."""
-        from mnist_train import DigitsDenoiser
-
-        return self.wrap(DigitsDenoiser(self.digits, torch.tensor(samples) % self.classes, guidance))
 
 
 def solve(denoiser: nn.Module, x: Tensor, steps: int, sigma_max: float, sigma_min: float) -> dict[str, Tensor]:

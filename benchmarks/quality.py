@@ -4,8 +4,8 @@
     python benchmarks/quality.py --contest --ems out/fitted.ems.safetensors --classes 1,3,5,7 --steps 4 5 6 8 10
 
 --contest adds every schedule of the hosts, GITS and Align Your Steps on the model's own trajectories, samplers with two calls a
-step, ComfyUI's samplers where COMFYUI_PATH names a checkout, and v3 on the schedule fitted to the model with its ablations;
---network mnist takes the network of `mnist_train.py` instead. --classes judges on these only: those that the fit has not seen.
+step, ComfyUI's samplers where COMFYUI_PATH names a checkout, and v3 on the schedule fitted to the model with its ablations.
+--classes judges on these only: those that the fit has not seen. Other networks than the embedded one: `zoo.py`.
 
 Every run starts from the same noise and makes the same number of denoiser evaluations. Each method's schedule, the
 best rival and our best setting are chosen on selection noise; the errors are measured on evaluation noise that took no
@@ -28,7 +28,6 @@ import torch
 from common import (
     OUT,
     SCHEDULES,
-    DigitsProblem,
     Problem,
     bootstrap_ratio,
     geometric_mean,
@@ -75,14 +74,12 @@ class Plan:
     batch: int = 32
     reference_steps: int = 200
     target: str = "clean"
-    network: str = "emoji"
     classes: tuple[int, ...] = ()
     contest: bool = False
 
     def samples(self, count: int, start: int = 0) -> list[int]:
         """The first samples of a seed whose class is judged, from the `start`-th on."""
-        total = 10 if self.network == "mnist" else 9
-        fits = [k for k in range(100 * count) if not self.classes or k % total in self.classes]
+        fits = [k for k in range(100 * count) if not self.classes or k % Problem.classes in self.classes]
         return fits[start:count]
 
 
@@ -377,13 +374,12 @@ def _arguments() -> tuple[Plan, argparse.Namespace]:
     parser.add_argument("--ems", type=Path, help="statistics (stats/*.ems.safetensors)")
     parser.add_argument("--steps", type=int, nargs="+", help="step counts (5 6 8 10)")
     parser.add_argument("--contest", action="store_true", help="every rival and schedule, and the fitted schedule")
-    parser.add_argument("--network", choices=("emoji", "mnist"), help="the model (emoji: the embedded one)")
     parser.add_argument("--classes", type=lambda t: tuple(map(int, t.split(","))), help="judge on these only, such as 1,3,5,7")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--json", type=Path, default=OUT / "quality.json", help="where the numbers go")
     args = parser.parse_args()
     plan = QUICK if args.quick else Plan()
-    given = {k: getattr(args, k) for k in (*NUMBERS, "contest", "network", "classes") if getattr(args, k) is not None}
+    given = {k: getattr(args, k) for k in (*NUMBERS, "contest", "classes") if getattr(args, k) is not None}
     if args.contest:
         given["ours"] = ("auto",)
     if args.steps:
@@ -403,9 +399,8 @@ def main() -> None:
     ems_at = load_ems(args.ems)
     with tqdm(unit="image", unit_scale=True, file=sys.stderr, smoothing=0) as bar:
         wrap = partial(Counted, bar=bar)
-        kind = DigitsProblem if plan.network == "mnist" else Problem
-        choosing = kind(SELECTION_SEED, plan.reference_steps, wrap)
-        judging = kind(EVALUATION_SEED, plan.reference_steps, wrap)
+        choosing = Problem(SELECTION_SEED, plan.reference_steps, wrap)
+        judging = Problem(EVALUATION_SEED, plan.reference_steps, wrap)
         cells = [Cell(g, n, methods_at(plan, ems_at(g))) for n in plan.steps for g in plan.guidances]
         for cell in cells if plan.contest else ():
             add_contest(plan, cell, choosing, getattr(ems_at, "__self__", None))
