@@ -105,6 +105,13 @@ class VPContinuous:
     time_max: float = 1.0
     space = Space.SIGMA
 
+    @classmethod
+    def between(cls, low: float, high: float) -> VPContinuous:
+        """This process from sigma `low` to sigma `high`."""
+        slope = cls.beta_1 - cls.beta_0
+        at = [(math.sqrt(cls.beta_0**2 + 2 * slope * math.log1p(v**2)) - cls.beta_0) / slope for v in (low, high)]
+        return cls(time_min=at[0], time_max=at[1])
+
     def level_at(self, time: Tensor) -> Tensor:
         """Sigma at `time`."""
         t = time.to(torch.float64)
@@ -237,20 +244,37 @@ def karras(schedule: NoiseSchedule, n: int, *, rho: float = 7.0, to_zero: bool =
     return _assemble(lambda u: _line(high ** (1 / rho), low ** (1 / rho), u) ** rho, n, to_zero)
 
 
-KARRAS_FROM = 8
-"""Steps from which Karras steps are the better ones in sigma space; see `unfitted_steps`."""
+KARRAS_FROM, TIMELESS_KARRAS_FROM = 8, 13
+"""Steps from which Karras steps are the better ones in sigma space, on Stable Diffusion's range; and on a wide one, where time
+is but another name for sigma. See `unfitted_steps`."""
+WIDE = 2000.0
+"""Largest sigma over the smallest beyond which Karras steps spend too much at the noisy end; Stable Diffusion's is 501."""
 
 
 def unfitted_steps(schedule: NoiseSchedule, steps: int) -> tuple[str, Tensor]:
     """The schedule for a model without fitted steps: its title, and host levels [steps + 1] that end at 0.
 
-    Chosen by `benchmarks/unfitted_steps.py`, with this sampler and no statistics, for each family of models.
+    Chosen by `benchmarks/unfitted_steps.py`, with this sampler and no statistics, for each family of models: a flow; a model of
+    Stable Diffusion's range; one that begins with far more noise, or ends with far less; and one whose time is sigma.
     """
     if schedule.space is Space.FLOW:
         return "cosine", cosine_time(schedule, steps, to_zero=True)
+    high, low = _ends(schedule)
+    wide, timeless = high > WIDE * low, _is_timeless(schedule)
+    if timeless and steps < (TIMELESS_KARRAS_FROM if wide else KARRAS_FROM):
+        return "cosine", cosine_time(VPContinuous.between(low, high), steps, to_zero=True)
     if steps < KARRAS_FROM:
         return "half-cosine", cosine_time(schedule, steps, share=0.5, to_zero=True)
+    if wide and not timeless:
+        return "cosine", cosine_time(schedule, steps, to_zero=True)
     return "Karras", karras(schedule, steps, to_zero=True)
+
+
+def _is_timeless(schedule: NoiseSchedule) -> bool:
+    """Whether time is but another name for sigma, or for its logarithm, as EDM's is: it tells nothing of where steps matter."""
+    times = torch.linspace(schedule.time_min, schedule.time_max, 9, dtype=torch.float64)
+    levels = schedule.level_at(times)
+    return any(bool(((v.diff() / v.diff().mean() - 1).abs() < 0.05).all()) for v in (levels, levels.log()))
 
 
 def _ends(schedule: NoiseSchedule) -> tuple[float, float]:
