@@ -7,7 +7,8 @@ steps for networks that know sigma only), from a picture of the network with fre
 would, on the classes to fit on. The table is made on other noises and classes, by the mean squared distance to the converged
 solution from the same start: the error with the file over that of the best rival. Where the file holds no steps for a run,
 those are taken that it would be without. Rivals are the library samplers of `rivals.py` and this one without a file, each on
-six schedules from the same beginning to 0, the best one chosen on other noises. Geometric means with bootstrap 95 % intervals.
+seven schedules from the same beginning to 0, the best one chosen on other noises. Geometric means with bootstrap 95 %
+intervals.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ from dpm_solver_v3.ems_tools.file.rows import FittedRow
 from dpm_solver_v3.ems_tools.fit.partial import fine_grid, fit_partial
 from dpm_solver_v3.ems_tools.fit.spacing import Range, Spacing
 from dpm_solver_v3.ems_tools.trajectory import Runner, Trajectories, few_steps, pictures_of, teach
-from dpm_solver_v3.sampler import EDM, karras, sample_dpm_solver_v3, uniform_time
+from dpm_solver_v3.sampler import EDM, karras, sample_dpm_solver_v3, unfitted_from, uniform_time
 from dpm_solver_v3.sampler.fitted import between
 
-OURS = "this sampler without a file"
+OURS, HOSTS = "this sampler without a file", "the steps that hosts take then"
 SCHEDULES = {
     "karras": Spacing("sigma", 7.0, 0.0),
     "lambda": Spacing("lambda", 1.0, 0.0),
@@ -89,8 +90,12 @@ class Judge:
         options: dict[str, Any] = {"disable": True, "guidance": self.guidance}
         names = {name: run for name, run in RIVALS.items() if name not in SKIPPED}
         found: dict[str, Tensor] = {}
-        for title, spacing in SCHEDULES.items():
-            sigmas = torch.tensor([*(math.exp(-v) for v in spacing.lambdas(steps, span)), 0.0], dtype=torch.float64)
+        levels = {
+            title: torch.tensor([*(math.exp(-v) for v in spacing.lambdas(steps, span)), 0.0], dtype=torch.float64)
+            for title, spacing in SCHEDULES.items()
+        }
+        levels[HOSTS] = unfitted_from(self.network.entry.schedule, math.exp(-first), steps)
+        for title, sigmas in levels.items():
             ours = sample_dpm_solver_v3(model, start, sigmas, **options)
             found[f"{OURS} on {title}"] = _errors(truth, ours)
             for name, run in names.items():
@@ -99,7 +104,7 @@ class Judge:
                 except (ArithmeticError, ValueError, RuntimeError, IndexError):
                     continue
         best = min(found, key=lambda v: geometric_mean(found[v][:CHOICE]).item())
-        return best, found[best][CHOICE:], found[f"{OURS} on karras"][CHOICE:]
+        return best, found[best][CHOICE:], found[f"{OURS} on {HOSTS}"][CHOICE:]
 
 
 def _errors(truth: Trajectories, end: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ __all__ = [
     "half_corrector_sigma",
     "karras",
     "quadratic_time",
+    "unfitted_from",
     "unfitted_steps",
     "uniform_lambda",
     "uniform_time",
@@ -268,6 +269,19 @@ def unfitted_steps(schedule: NoiseSchedule, steps: int) -> tuple[str, Tensor]:
     if wide and not timeless:
         return "cosine", cosine_time(schedule, steps, to_zero=True)
     return "Karras", karras(schedule, steps, to_zero=True)
+
+
+def unfitted_from(schedule: NoiseSchedule, first: float, steps: int) -> Tensor:
+    """Levels [steps + 1] from level `first` to 0 as image to image takes them: the last part of many `unfitted_steps`."""
+    title, levels = unfitted_steps(schedule, 1000)
+    logs, karras_ends = levels[:-1].log(), title == "Karras"
+    above = int((logs > math.log(first)).sum().clamp(1, len(logs) - 1))
+    place = above - 1 + ((logs[above - 1] - math.log(first)) / (logs[above - 1] - logs[above])).clamp(0, 1)
+    u = torch.arange(steps, dtype=torch.float64) / max(steps - karras_ends, 1)  # Karras steps evaluate at sigma_min too
+    at = place + (len(logs) - karras_ends - place) * u
+    low = at.floor().long().clamp(max=len(logs) - 2)
+    found = torch.lerp(logs[low], logs[low + 1], at - low).exp()
+    return torch.cat([found.new_tensor([first]), found[1:], found.new_zeros(1)])
 
 
 def _is_timeless(schedule: NoiseSchedule) -> bool:

@@ -6,8 +6,8 @@ on them is of no other use.
 
 For every number of steps one spacing is chosen for all beginnings, on few noises: only steps that are alike can be mixed.
 Coefficients are fitted on all noises, and kept where, on noise and pictures that took no part, the 95 % interval of their error
-over that of what hosts do without them, Karras steps, lies below 1. What a row says of itself is its error over that of the
-best of a panel: this sampler without a file on Karras steps and on others, and UniPC.
+over that of what hosts do without them lies below 1. What a row says of itself is its error over that of the best of a panel:
+this sampler without a file on the steps that hosts take then, on Karras and on other steps, and UniPC.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...sampler import FittedSteps
+from ...sampler import FittedSteps, unfitted_from
 from ..estimate.job import Evaluating, Job, JobState, Meter, Progress
 from ..estimate.source import Source
 from ..file.layout import fitted_row, fitted_values
@@ -44,7 +44,7 @@ NOISIER, CLEANER = 0.4, 1.8
 SPACINGS = (Spacing("vp", 2.0, 1.0), Spacing("vp", 2.0, 0.25), Spacing("sigma", 7.0, 1.0), Spacing("lambda", 1.0, 1.5))
 SEARCH, INTERVALS, GRADED = 2, 22, 1.5
 """Noises that spacings are compared on, and of the fine solution the steps, and the power of i / n in which they grow."""
-_WITHOUT = f"{OWN} on Karras"
+_WITHOUT = f"{OWN} on the steps that hosts take then"
 """What hosts do where a file has no row."""
 
 
@@ -59,6 +59,7 @@ class _Begun:
     held_out: Sequence[int]
     teacher: Trajectories
     truth: Trajectories
+    without: Callable[[int], list[float]]
 
     def lambdas(self, spacing: Spacing, steps: int) -> list[float]:
         """Where a spacing evaluates; [] where the host's levels are too coarse for it."""
@@ -121,7 +122,7 @@ def evaluations_of_partial(plan: FitPlan, job: Job, scales: int) -> int:
     samples, steps = plan.noises + plan.held_out, [n for n in set(plan.steps) if n > 1]
     few = min(plan.panel_noises, plan.held_out)
     search = len(SPACINGS) * min(SEARCH, plan.noises)
-    run = search + plan.noises + 3 * few + (plan.held_out - few) + 2 * plan.held_out
+    run = search + plan.noises + 4 * few + (plan.held_out - few) + 2 * plan.held_out
     each = samples * (_intervals(steps) + 1) + run * sum(steps)
     return scales * (samples * len(job.lambdas) + len(beginnings(job)) * each)
 
@@ -149,11 +150,18 @@ def _begun(
     inside = replace(job, lambdas=tuple(grid), seed=job.seed + 1, start=1.0)
     runner = replace(runner, job=inside, pictures=pictures)
     noises, held_out = range(plan.noises), range(JUDGE_NOISE, JUDGE_NOISE + plan.held_out)
-    solved = [
+    teacher, truth = (
         kept_trajectories(runner, state, f"partial.{name}.{first}.{what}", samples)
         for what, samples in (("fit", noises), ("judge", held_out))
-    ]
-    return _Begun(runner, Range.of(inside.lambdas, source.schedule), snap, noises, held_out, *solved)
+    )
+    span, without = Range.of(inside.lambdas, source.schedule), _without_file(source, job, first)
+    return _Begun(runner, span, snap, noises, held_out, teacher, truth, without)
+
+
+def _without_file(source: Source, job: Job, first: float) -> Callable[[int], list[float]]:
+    """Lambdas of n evaluations from lambda `first` where a host has no fitted ones."""
+    level = job.space.level_of(torch.tensor(first)).item()
+    return lambda n: job.space.lambda_of(unfitted_from(source.schedule, level, n)[:-1]).tolist()
 
 
 def _spacing(begun: Sequence[_Begun], state: JobState, name: str, steps: int) -> Spacing:
@@ -192,7 +200,8 @@ def _row(begun: _Begun, guidance: float, steps: int, spacing: Spacing, panel_noi
 def _rivals(begun: _Begun, steps: int, guidance: float) -> dict[str, FittedSteps]:
     """What a user would otherwise take from there, by name."""
     tried = (("Karras", "sigma", 7.0, OWN), ("quadratic VP time", "vp", 2.0, OWN), ("Karras", "sigma", 7.0, "UniPC 2"))
-    found = {}
+    own = begun.snap(begun.without(steps))
+    found = {_WITHOUT: rounded(formula_steps(tuple(own), math.inf, OWN, guidance))} if len(own) == steps else {}
     for title, kind, power, formula in tried:
         if lambdas := begun.lambdas(Spacing(kind, power, 0.0), steps):
             found[f"{formula} on {title}"] = rounded(formula_steps(tuple(lambdas), math.inf, formula, guidance))
