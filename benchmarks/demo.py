@@ -31,7 +31,7 @@ from dpm_solver_v3.sampler import EMS, sample_dpm_solver_v3
 STEPS = (5, 6, 8, 10)
 GUIDANCES = (1.0, 4.0)
 SEED, CHOICE_SEED = 7, 19
-SHOWN_STEPS, SHOWN_GUIDANCE = (5, 6), 4.0
+SHOWN_STEPS, SHOWN_GUIDANCE = (6, 5), 1.0
 SHOWN_CLASSES = ("Flags", "People & Body", "Smileys & Emotion", "Travel & Places")
 PANEL = [
     (sampler, schedule)
