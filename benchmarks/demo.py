@@ -1,6 +1,7 @@
 """The demo: the embedded model sampled by DPM-Solver-v3 and by the samplers people use, as a table and two pictures.
 
     python install.py --demo          (or, in its environment, python benchmarks/demo.py)
+    python benchmarks/demo.py --shown-guidance 2 --shown-steps 5 6 8
 
 Prints the error of every sampler against the converged solution from the same start noise, with the same number of
 denoiser evaluations on the same steps, and writes `samples.png`, `errors.png` and `demo.json` into out/.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,18 +120,18 @@ class Shown:
     errors: dict[str, float]
 
 
-def shown(file: EMSFile, noises: int, reference_steps: int) -> Iterator[Shown]:
-    """The best built-in sampler, ours and the converged pictures at `SHOWN_GUIDANCE`."""
+def shown(file: EMSFile, noises: int, reference_steps: int, guidance: float, counts: Sequence[int]) -> Iterator[Shown]:
+    """The best built-in sampler, ours and the converged pictures at this guidance scale, for each of these step counts."""
     choice, problem = Problem(CHOICE_SEED, reference_steps), Problem(SEED, reference_steps)
     samples = range(noises)
-    converged = problem.reference(samples, SHOWN_GUIDANCE).clean
+    converged = problem.reference(samples, guidance).clean
     keep = [CLASSES.index(name) for name in SHOWN_CLASSES]
-    ems = file.at(SHOWN_GUIDANCE)
-    for steps in SHOWN_STEPS:
-        sampler, schedule = _best_of_panel(choice, steps)
+    ems = file.at(guidance)
+    for steps in counts:
+        sampler, schedule = _best_of_panel(choice, steps, guidance)
         sigmas = SCHEDULES[schedule](steps)
-        fitted = file.fitted_sigmas(steps, SHOWN_GUIDANCE).float()
-        denoiser = problem.denoiser(samples, SHOWN_GUIDANCE)
+        fitted = file.fitted_sigmas(steps, guidance).float()
+        denoiser = problem.denoiser(samples, guidance)
         found = {
             "best built-in": RIVALS[sampler](denoiser, problem.start(samples, sigmas[0].item()), sigmas),
             "DPM-Solver-v3": sample_dpm_solver_v3(
@@ -142,11 +143,11 @@ def shown(file: EMSFile, noises: int, reference_steps: int) -> Iterator[Shown]:
         yield Shown(steps, f"{sampler} on {schedule}", pictures, errors)
 
 
-def _best_of_panel(problem: Problem, steps: int) -> tuple[str, str]:
+def _best_of_panel(problem: Problem, steps: int, guidance: float) -> tuple[str, str]:
     """The sampler and schedule with the smallest error on nine noises that are not shown."""
     samples = range(len(CLASSES))
-    reference = problem.reference(samples, SHOWN_GUIDANCE).clean
-    denoiser = problem.denoiser(samples, SHOWN_GUIDANCE)
+    reference = problem.reference(samples, guidance).clean
+    denoiser = problem.denoiser(samples, guidance)
 
     def error(pair: tuple[str, str]) -> float:
         sigmas = SCHEDULES[pair[1]](steps)
@@ -207,6 +208,8 @@ def main() -> None:
     parser.add_argument("--noises", type=int, default=18, help="start noises (18: two of each class)")
     parser.add_argument("--schedule", choices=sorted(SCHEDULES), default="uniform_lambda", help="the steps of all samplers")
     parser.add_argument("--reference-steps", type=int, default=200, help="steps of the converged solution")
+    parser.add_argument("--shown-guidance", type=float, default=SHOWN_GUIDANCE, help="scale of the pictures, one of the file's")
+    parser.add_argument("--shown-steps", type=int, nargs="+", default=SHOWN_STEPS, help="steps compared there, the first drawn")
     args = parser.parse_args()
     if args.noises < len(CLASSES):
         parser.error(f"at least {len(CLASSES)} noises, one of each class")
@@ -214,8 +217,8 @@ def main() -> None:
     results = run(Problem(SEED, args.reference_steps), file, args.schedule, args.noises)
     OUT.mkdir(exist_ok=True)
     print_table(results, args.schedule, args.noises)
-    columns = list(shown(file, args.noises, args.reference_steps))
-    print(f"\nGuidance {SHOWN_GUIDANCE:g}, each at its best schedule (chosen on other noise):")
+    columns = list(shown(file, args.noises, args.reference_steps, args.shown_guidance, args.shown_steps))
+    print(f"\nGuidance {args.shown_guidance:g}, each at its best schedule (chosen on other noise):")
     for column in columns:
         ours, theirs = column.errors["DPM-Solver-v3"], column.errors["best built-in"]
         print(f"{column.steps} steps: {column.built_in} {theirs:.5f}, v3 fitted {ours:.5f}, ratio {ours / theirs:.2f}")

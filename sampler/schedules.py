@@ -109,9 +109,13 @@ class VPContinuous:
     @classmethod
     def between(cls, low: float, high: float) -> VPContinuous:
         """This process from sigma `low` to sigma `high`."""
-        slope = cls.beta_1 - cls.beta_0
-        at = [(math.sqrt(cls.beta_0**2 + 2 * slope * math.log1p(v**2)) - cls.beta_0) / slope for v in (low, high)]
-        return cls(time_min=at[0], time_max=at[1])
+        first, last = cls().time_at(torch.tensor([low, high], dtype=torch.float64)).tolist()
+        return cls(time_min=first, time_max=last)
+
+    def time_at(self, sigma: Tensor) -> Tensor:
+        """The time of `sigma`, the inverse of `level_at`, in sigma's dtype."""
+        slope = self.beta_1 - self.beta_0
+        return ((self.beta_0**2 + 2 * slope * torch.log1p(sigma**2)).sqrt() - self.beta_0) / slope
 
     def level_at(self, time: Tensor) -> Tensor:
         """Sigma at `time`."""
@@ -261,12 +265,13 @@ def unfitted_steps(schedule: NoiseSchedule, steps: int) -> tuple[str, Tensor]:
     if schedule.space is Space.FLOW:
         return "cosine", cosine_time(schedule, steps, to_zero=True)
     high, low = _ends(schedule)
-    wide, timeless = high > WIDE * low, _is_timeless(schedule)
-    if timeless and steps < (TIMELESS_KARRAS_FROM if wide else KARRAS_FROM):
-        return "cosine", cosine_time(VPContinuous.between(low, high), steps, to_zero=True)
-    if steps < KARRAS_FROM:
+    wide = high > WIDE * low
+    if _is_timeless(schedule):
+        if steps < (TIMELESS_KARRAS_FROM if wide else KARRAS_FROM):
+            return "cosine", cosine_time(VPContinuous.between(low, high), steps, to_zero=True)
+    elif steps < KARRAS_FROM:
         return "half-cosine", cosine_time(schedule, steps, share=0.5, to_zero=True)
-    if wide and not timeless:
+    elif wide:
         return "cosine", cosine_time(schedule, steps, to_zero=True)
     return "Karras", karras(schedule, steps, to_zero=True)
 

@@ -99,8 +99,7 @@ class Bench:
     def schedules(self) -> dict[str, Callable[[int], Tensor]]:
         """Those of the model's own time, of VP time, flow time and sigma, to sigma_min and to 0, and the hosts'."""
         own, both = self.network.entry.schedule, SigmaTime(self.low, self.high)
-        inverse = lambda s: math.sqrt(0.01 + 39.8 * math.log1p(s * s)) - 0.1  # noqa: E731
-        vp = VPTime(time_min=inverse(self.low) / 19.9, time_max=inverse(self.high) / 19.9)
+        vp = VPTime.between(self.low, self.high)
         found: dict[str, Callable[[int], Tensor]] = {}
         kinds = (("uniform", uniform_time), ("quadratic", quadratic_time))
         for time_name, schedule in (("own", own), ("vp", vp), ("flow", _Flow(self.low, self.high))):

@@ -56,8 +56,7 @@ SIGMA_DATA = 0.5
 def _time_of(prediction: str, sigma: Tensor) -> Tensor:
     """What the network is told, in [0, 1]."""
     if prediction == "eps":
-        low, high = VPContinuous.beta_0, VPContinuous.beta_1
-        return ((low**2 + 2 * (high - low) * torch.log1p(sigma**2)).sqrt() - low) / (high - low)
+        return VPContinuous().time_at(sigma)
     if prediction == "v":
         return sigma.atan() * (2 / math.pi)
     if prediction == "edm":

@@ -82,7 +82,7 @@ class Hosted:
     def converged(self, x: Tensor, top: float) -> Tensor:
         """The end of the ODE from x at level `top`."""
         low, high = min(self.network.ends[1], 0.006, top / 2), self.network.ends[0]
-        known = self.space.level_of(torch.tensor(-math.log(high))).item()
+        known = self.space.level_of(torch.tensor(-math.log(high), dtype=torch.float64)).item()
         first = self.space.lambda_of(torch.tensor(min(top, known), dtype=torch.float64)).item()
         fine = self.space.level_of(torch.linspace(first, -math.log(low), _FINE, dtype=torch.float64))
         above = torch.linspace(top, known, 9, dtype=torch.float64)[:-1] if top > known * (1 + 1e-6) else fine[:0]

@@ -160,7 +160,7 @@ def _begun(
 
 def _without_file(source: Source, job: Job, first: float) -> Callable[[int], list[float]]:
     """Lambdas of n evaluations from lambda `first` where a host has no fitted ones."""
-    level = job.space.level_of(torch.tensor(first)).item()
+    level = job.space.level_of(torch.tensor(first, dtype=torch.float64)).item()
     return lambda n: job.space.lambda_of(unfitted_from(source.schedule, level, n)[:-1]).tolist()
 
 
@@ -203,6 +203,8 @@ def _rivals(begun: _Begun, steps: int, guidance: float) -> dict[str, FittedSteps
     own = begun.snap(begun.without(steps))
     found = {_WITHOUT: rounded(formula_steps(tuple(own), math.inf, OWN, guidance))} if len(own) == steps else {}
     for title, kind, power, formula in tried:
-        if lambdas := begun.lambdas(Spacing(kind, power, 0.0), steps):
+        lambdas = begun.lambdas(Spacing(kind, power, 0.0), steps)
+        again = formula == OWN and _WITHOUT in found and found[_WITHOUT].matches([*lambdas, math.inf])
+        if lambdas and not again:
             found[f"{formula} on {title}"] = rounded(formula_steps(tuple(lambdas), math.inf, formula, guidance))
     return found

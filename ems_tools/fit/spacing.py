@@ -90,8 +90,7 @@ class Spacing:
         if self.kind == "lambda":
             return lam
         if self.kind == "vp":
-            low, high = VPContinuous.beta_0, VPContinuous.beta_1
-            return ((low**2 + 2 * (high - low) * torch.log1p(sigma**2)).sqrt() - low) / (high - low)
+            return VPContinuous().time_at(sigma)
         if self.kind == "flow" or (self.kind in ("model", "beta") and span.table is None):
             return sigma / (1 + sigma)
         if self.kind == "sigma":
@@ -103,8 +102,7 @@ class Spacing:
         if self.kind == "lambda":
             return time
         if self.kind == "vp":
-            low, high = VPContinuous.beta_0, VPContinuous.beta_1
-            return -torch.expm1((high - low) * time**2 / 2 + low * time).log() / 2
+            return -VPContinuous().level_at(time).log()
         if self.kind == "flow" or (self.kind in ("model", "beta") and span.table is None):
             return ((1 - time) / time).log()
         if self.kind == "sigma":

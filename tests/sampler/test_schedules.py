@@ -19,6 +19,7 @@ from dpm_solver_v3.sampler import (
     karras,
     quadratic_time,
     sample_dpm_solver_v3,
+    unfitted_from,
     unfitted_steps,
     uniform_lambda,
     uniform_time,
@@ -240,3 +241,13 @@ def test_stable_diffusions_range_keeps_karras_steps_from_eight_on():
     assert [unfitted_steps(table, n)[0] for n in (7, 8, 20)] == ["half-cosine", "Karras", "Karras"]
     assert [unfitted_steps(ends_only, n)[0] for n in (7, 8, 20)] == ["cosine", "Karras", "Karras"]
     assert unfitted_steps(EDM(), 20)[0] == "Karras" and unfitted_steps(ZERO_SNR, 20)[0] == "cosine"
+
+
+@pytest.mark.parametrize("schedule", [SD, EDM(), ZERO_SNR, VPContinuous(), Flow(shift=3.0)])
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_the_last_part_of_unfitted_steps_follows_from_where_it_begins(schedule, steps):
+    """As hosts cut it off for image to image, of so many steps that the kind does not change with their number."""
+    whole = unfitted_steps(schedule, 24)[1]
+    found = unfitted_from(schedule, whole[-steps - 1].item(), steps)
+    assert torch.allclose(found, whole[-steps - 1 :], rtol=1e-3, atol=0)
+    assert torch.equal(found[0], whole[-steps - 1])

@@ -28,7 +28,9 @@ import torch
 from processes import end
 from torch import Tensor
 
+from dpm_solver_v3.ems_tools.file.contents import EMSFile
 from dpm_solver_v3.ems_tools.file.reader import load_ems_file
+from dpm_solver_v3.ems_tools.hosting import TrustBook
 from dpm_solver_v3.sampler import sample_dpm_solver_v3
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,6 +138,20 @@ class WebUI:
         record = torch.load(self.base / "record.pt")
         self.infotexts: list[str] = json.loads(answer["info"])["infotexts"]
         return Run(self.infotexts[0], answer["images"][0], record)
+
+
+@contextlib.contextmanager
+def serving(tree: Path, base: Path, file: EMSFile) -> Iterator[WebUI]:
+    """A running server that has this file for its first checkpoint, computed on this computer."""
+    server = WebUI(tree, base)
+    server.folder.mkdir(parents=True)
+    file.save(server.folder / f"{server.checkpoint.stem}.ems.safetensors")
+    TrustBook(base / "cache" / "dpm-solver-v3-trust.json").computed(file)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
 
 
 class Run:

@@ -6,16 +6,14 @@ import base64
 import math
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from webui_server import NAME, TREES, WebUI
+from webui_server import NAME, TREES, WebUI, serving
 
 from dpm_solver_v3.ems_tools.file.contents import EMSFile
 from dpm_solver_v3.ems_tools.file.rows import EMSMeta, FittedRow
-from dpm_solver_v3.ems_tools.hosting import TrustBook
 from dpm_solver_v3.sampler import FittedSteps, VPDiscrete, karras
 
 CFG, TOTAL, MADE = 3.0, 8, 5
@@ -42,16 +40,8 @@ def file_of(name: str) -> EMSFile:
 
 @pytest.fixture(scope="module", params=TREES, ids=[tree.name for tree in TREES])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
-    tree: Path = request.param
-    made, file = WebUI(tree, tmp_path_factory.mktemp("web ui") / "data"), file_of("tiny")
-    made.folder.mkdir(parents=True)
-    file.save(made.folder / "tiny.ems.safetensors")
-    TrustBook(made.base / "cache" / "dpm-solver-v3-trust.json").computed(file)
-    try:
-        made.start()
+    with serving(request.param, tmp_path_factory.mktemp("web ui") / "data", file_of("tiny")) as made:
         yield made
-    finally:
-        made.stop()
 
 
 def test_img2img_evaluates_where_the_file_says(server: WebUI) -> None:

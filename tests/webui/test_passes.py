@@ -10,11 +10,10 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
-from webui_server import NAME, TREES, WebUI
+from webui_server import NAME, TREES, WebUI, serving
 
 from dpm_solver_v3.ems_tools.file.contents import EMSFile
 from dpm_solver_v3.ems_tools.file.rows import EMSMeta, FittedRow
-from dpm_solver_v3.ems_tools.hosting import TrustBook
 from dpm_solver_v3.sampler import FittedSteps, sample_dpm_solver_v3
 
 FORGES = [tree for tree in TREES if (tree / "backend").is_dir()]
@@ -43,16 +42,8 @@ def file_of(name: str) -> EMSFile:
 def forge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebUI]:
     if not FORGES:
         pytest.skip("no Forge given: WEBUI_PATH names none")
-    server = WebUI(FORGES[0], tmp_path_factory.mktemp("web ui") / "data")
-    file = file_of("tiny")
-    server.folder.mkdir(parents=True)
-    file.save(server.folder / "tiny.ems.safetensors")
-    TrustBook(server.base / "cache" / "dpm-solver-v3-trust.json").computed(file)
-    try:
-        server.start()
+    with serving(FORGES[0], tmp_path_factory.mktemp("web ui") / "data", file_of("tiny")) as server:
         yield server
-    finally:
-        server.stop()
 
 
 def test_as_many_passes_as_guided_steps_and_one_more_step(forge: WebUI) -> None:
